@@ -1,0 +1,1 @@
+//! The hardware lab and the tests that need KVM and VFIO.

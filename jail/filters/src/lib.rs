@@ -1,0 +1,1 @@
+//! The seccomp filters of a cell, compiled from jail/filters/*.toml.

@@ -1,0 +1,1 @@
+//! The cell: namespaces, cgroup, rlimits, capabilities, Landlock, seccomp.

@@ -1,0 +1,1 @@
+//! Serial port, IOAPIC, ACPI tables and power control.

@@ -1,0 +1,3 @@
+//! The program casemate.
+
+fn main() {}

@@ -1,0 +1,1 @@
+//! The physical machine: inventory, IOMMU groups, claim, bind, reset.

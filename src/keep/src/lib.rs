@@ -1,0 +1,1 @@
+//! Admission, lifecycle and care of guests.

@@ -1,0 +1,1 @@
+//! One assigned PCI function as the guest sees it.

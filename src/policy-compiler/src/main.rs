@@ -1,0 +1,3 @@
+//! Compiles policy plugins ahead of time, in a program of its own.
+
+fn main() {}

@@ -1,0 +1,1 @@
+//! The Wasm host: loads policy plugins and asks them for verdicts.

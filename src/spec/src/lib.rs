@@ -1,0 +1,18 @@
+//! The words of Casemate's TOML files as types.
+//!
+//! Everything a person writes down for Casemate is read here, once: bounded, checked, and turned into types that
+//! cannot hold a wrong value. No I/O happens in this crate; callers bring the text and the name of the file.
+//!
+//! What is refused anywhere in Casemate is refused with a [`Refusal`]: a stable code, the subject (a device, or the
+//! file, line and key), the cause, and what to do about it.
+
+mod address;
+mod guest;
+mod locate;
+mod refusal;
+mod size;
+
+pub use address::{PciAddress, PciAddressError};
+pub use guest::{Assigned, Boot, Disk, Guest, LIMITS, Limits, Located, Name, Net, parse_guest};
+pub use refusal::{Location, Refusal};
+pub use size::{ByteSize, ByteSizeError};

@@ -1,0 +1,1 @@
+//! Virtio queues, devices and the PCI transport over a memory trait.

@@ -1,0 +1,1 @@
+//! The typed messages between keep and cell.
