@@ -16,7 +16,9 @@ pub struct PciAddress {
 
 /// Why a text is not a PCI address.
 #[derive(Clone, Debug, PartialEq, Eq, thiserror::Error)]
-#[error("{0:?} is not a PCI address; write domain:bus:device.function in hexadecimal, as `lspci -D` shows it: 0000:03:00.0")]
+#[error(
+    "{0:?} is not a PCI address; write domain:bus:device.function in hexadecimal, as `lspci -D` shows it: 0000:03:00.0"
+)]
 pub struct PciAddressError(String);
 
 impl PciAddress {
@@ -102,7 +104,16 @@ mod tests {
 
     #[test]
     fn refuses_what_is_not_an_address() {
-        for text in ["", "3:0.0", "0000:03:20.0", "0000:03:00.8", "+000:03:00.0", "0000:03:00", "nvme0", "0000:03:00.0 "] {
+        for text in [
+            "",
+            "3:0.0",
+            "0000:03:20.0",
+            "0000:03:00.8",
+            "+000:03:00.0",
+            "0000:03:00",
+            "nvme0",
+            "0000:03:00.0 ",
+        ] {
             assert!(text.parse::<PciAddress>().is_err(), "{text:?}");
         }
     }

@@ -76,14 +76,18 @@ mod tests {
 
     #[test]
     fn reads_units() {
-        for (text, bytes) in [("0", 0), ("4096", 4096), ("512 MiB", 512 << 20), ("1GiB", 1 << 30), ("3  TiB", 3 << 40)] {
+        for (text, bytes) in
+            [("0", 0), ("4096", 4096), ("512 MiB", 512 << 20), ("1GiB", 1 << 30), ("3  TiB", 3 << 40)]
+        {
             assert_eq!(text.parse::<ByteSize>().unwrap().bytes(), bytes);
         }
     }
 
     #[test]
     fn refuses_other_texts() {
-        for text in ["", "MiB", "-1", "1.5 GiB", "512 MB", "512M", "99999999999999999999", "99999999 TiB", "1 MiB "] {
+        for text in
+            ["", "MiB", "-1", "1.5 GiB", "512 MB", "512M", "99999999999999999999", "99999999 TiB", "1 MiB "]
+        {
             assert!(text.parse::<ByteSize>().is_err(), "{text:?}");
         }
     }

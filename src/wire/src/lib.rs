@@ -1,1 +1,17 @@
-//! The typed messages between keep and cell.
+//! What keep and cell say to each other.
+//!
+//! One `SOCK_SEQPACKET` socket a guest; one message a packet, encoded by postcard, at most [`MESSAGE_BYTES`] long;
+//! descriptors ride along and are named in the message by their [`Slot`]. Both sides treat a packet as hostile: a
+//! captured cell must not be able to confuse the keep, and the cell takes nothing it cannot check. What does not decode
+//! to the last byte, or names a descriptor that did not come, is an error and ends the conversation.
+//!
+//! The crate knows the messages and how they cross a socket. Who owns the socket, and what a message means, it does not.
+
+mod channel;
+mod message;
+
+pub use channel::{Channel, Descriptors, WireError, peer_is_listener};
+pub use message::{
+    Assigned, Counters, DESCRIPTORS, Disk, End, FromCell, MESSAGE_BYTES, Machine, Net, Slot, TEXT_BYTES,
+    ToCell, VERSION,
+};

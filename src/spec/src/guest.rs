@@ -1,0 +1,531 @@
+//! The guest file: what one guest is made of.
+
+use std::{
+    collections::BTreeMap,
+    fmt,
+    net::Ipv4Addr,
+    path::{Path, PathBuf},
+};
+
+use serde::Deserialize;
+use toml::Spanned;
+
+use crate::{ByteSize, Location, PciAddress, Refusal, locate::locate};
+
+/// What a guest file may ask for at most. The host may have less: that is for admission to say.
+#[derive(Clone, Copy, Debug)]
+pub struct Limits {
+    /// Size of the file itself.
+    pub file_bytes: usize,
+    /// vCPUs.
+    pub vcpus: u8,
+    /// Least memory with which Linux boots.
+    pub memory_least_bytes: u64,
+    /// Most memory.
+    pub memory_most_bytes: u64,
+    /// Memory comes in whole pieces of this size.
+    pub memory_step_bytes: u64,
+    /// Kernel command line, as Linux's COMMAND_LINE_SIZE on x86.
+    pub command_line_bytes: usize,
+    /// Emulated disks.
+    pub disks: usize,
+    /// Emulated network cards.
+    pub nets: usize,
+    /// Assigned PCI functions.
+    pub devices: usize,
+}
+
+/// The limits in force.
+pub const LIMITS: Limits = Limits {
+    file_bytes: 64 << 10,
+    vcpus: 64,
+    memory_least_bytes: 64 << 20,
+    memory_most_bytes: 1 << 40,
+    memory_step_bytes: 2 << 20,
+    command_line_bytes: 2047,
+    disks: 8,
+    nets: 8,
+    devices: 8,
+};
+
+// All of them, the host bridge and the entropy source sit on one bus of 32 slots.
+const _: () = assert!(LIMITS.disks + LIMITS.nets + LIMITS.devices + 2 <= 32);
+
+/// A name of a guest or a tenant: 1 to 32 of `a-z`, `0-9` and `-`, beginning with a letter.
+#[derive(Clone, Debug, PartialEq, Eq, PartialOrd, Ord, Hash)]
+pub struct Name(String);
+
+impl Name {
+    /// The name, if the text is one.
+    pub fn new(text: &str) -> Option<Self> {
+        let good = (1..=32).contains(&text.len())
+            && text.starts_with(|c: char| c.is_ascii_lowercase())
+            && text.bytes().all(|b| b.is_ascii_lowercase() || b.is_ascii_digit() || b == b'-');
+        good.then(|| Self(text.to_owned()))
+    }
+    /// The text.
+    pub fn as_str(&self) -> &str {
+        &self.0
+    }
+}
+
+impl fmt::Display for Name {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.write_str(&self.0)
+    }
+}
+
+/// A guest as its file describes it.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct Guest {
+    /// Its name, unique on a host.
+    pub name: Name,
+    /// Whose it is.
+    pub tenant: Name,
+    /// Processors, 1 to [`Limits::vcpus`].
+    pub vcpus: u8,
+    /// Memory.
+    pub memory: ByteSize,
+    /// What it boots.
+    pub boot: Boot,
+    /// Emulated disks, in the order of their slots.
+    pub disks: Vec<Disk>,
+    /// Emulated network cards, in the order of their slots.
+    pub nets: Vec<Net>,
+    /// Assigned PCI functions, in the order of their slots.
+    pub devices: Vec<Assigned>,
+}
+
+/// What a guest boots. Paths are as written; relative ones count from the guest file's folder.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct Boot {
+    /// An ELF `vmlinux` with a PVH entry.
+    pub kernel: PathBuf,
+    /// An initial RAM disk.
+    pub initrd: Option<PathBuf>,
+    /// The kernel's command line: printable ASCII.
+    pub command_line: String,
+}
+
+/// An emulated disk.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct Disk {
+    /// A raw image or a block device.
+    pub path: PathBuf,
+    /// Whether the guest may only read it.
+    pub read_only: bool,
+}
+
+/// An emulated network card on a tap that lives as long as the guest.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct Net {
+    /// Name of the tap, at most 15 bytes.
+    pub tap: String,
+    /// The host's address on the tap and the length of its prefix.
+    pub host_address: Option<(Ipv4Addr, u8)>,
+    /// The card's MAC address; made from guest's name and slot when absent.
+    pub mac: Option<[u8; 6]>,
+}
+
+/// A physical PCI function to be assigned.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct Assigned {
+    /// Its address on the host.
+    pub address: PciAddress,
+}
+
+/// A guest with the places where its values were written.
+#[derive(Clone, Debug)]
+pub struct Located {
+    /// The guest.
+    pub guest: Guest,
+    file: PathBuf,
+    lines: BTreeMap<String, Location>,
+}
+
+impl Located {
+    /// Where the value of `key` (`boot.kernel`, `device[0].address`) was written; its file alone when it was not.
+    pub fn location(&self, key: &str) -> Option<Location> {
+        self.lines.get(key).cloned()
+    }
+    /// The guest file.
+    pub fn file(&self) -> &Path {
+        &self.file
+    }
+    /// A path written in the file, counted from the file's folder.
+    pub fn resolve(&self, path: &Path) -> PathBuf {
+        self.file.parent().unwrap_or(Path::new("")).join(path)
+    }
+}
+
+#[derive(Deserialize)]
+#[serde(deny_unknown_fields)]
+struct RawGuest {
+    name: Spanned<String>,
+    tenant: Spanned<String>,
+    vcpus: Spanned<i64>,
+    memory: Spanned<String>,
+    boot: RawBoot,
+    #[serde(default)]
+    disk: Vec<RawDisk>,
+    #[serde(default)]
+    net: Vec<RawNet>,
+    #[serde(default)]
+    device: Vec<RawDevice>,
+}
+
+#[derive(Deserialize)]
+#[serde(deny_unknown_fields)]
+struct RawBoot {
+    kernel: Spanned<String>,
+    initrd: Option<Spanned<String>>,
+    command_line: Option<Spanned<String>>,
+}
+
+#[derive(Deserialize)]
+#[serde(deny_unknown_fields)]
+struct RawDisk {
+    path: Spanned<String>,
+    #[serde(default)]
+    read_only: bool,
+}
+
+#[derive(Deserialize)]
+#[serde(deny_unknown_fields)]
+struct RawNet {
+    tap: Spanned<String>,
+    host_address: Option<Spanned<String>>,
+    mac: Option<Spanned<String>>,
+}
+
+#[derive(Deserialize)]
+#[serde(deny_unknown_fields)]
+struct RawDevice {
+    address: Spanned<String>,
+}
+
+/// Reads a guest file's text.
+///
+/// # Errors
+/// A [`Refusal`] that names file, line and key.
+pub fn parse_guest(file: &Path, source: &str) -> Result<Located, Refusal> {
+    if source.len() > LIMITS.file_bytes {
+        return Err(Refusal::new(
+            "file-too-large",
+            file.display(),
+            format_args!("a guest file has at most {} bytes", LIMITS.file_bytes),
+            "check that this is the file you meant",
+        ));
+    }
+    let raw: RawGuest = toml::from_str(source).map_err(|error| malformed(file, source, &error))?;
+    let mut reader = Reader { file, source, lines: BTreeMap::new() };
+    let guest = reader.guest(raw)?;
+    Ok(Located { guest, file: file.to_owned(), lines: reader.lines })
+}
+
+fn malformed(file: &Path, source: &str, error: &toml::de::Error) -> Refusal {
+    let location = error.span().map(|span| locate(file, source, span.start));
+    let text = error.message().replace('\n', " ");
+    let (code, remedy) = if text.starts_with("unknown field") {
+        ("unknown-key", "remove it or correct its spelling")
+    } else if text.starts_with("missing field") {
+        ("missing-key", "add it; docs/guest-file.md shows every key")
+    } else {
+        ("bad-toml", "correct the line; docs/guest-file.md shows every key")
+    };
+    let subject = if location.is_none() { file.display().to_string() } else { String::new() };
+    Refusal::new(code, subject, text, remedy).at(location)
+}
+
+struct Reader<'a> {
+    file: &'a Path,
+    source: &'a str,
+    lines: BTreeMap<String, Location>,
+}
+
+impl Reader<'_> {
+    /// Notes where a value stands and gives its location.
+    fn note<T>(&mut self, value: &Spanned<T>) -> Location {
+        let location = locate(self.file, self.source, value.span().start);
+        self.lines.insert(location.key.clone(), location.clone());
+        location
+    }
+
+    fn guest(&mut self, raw: RawGuest) -> Result<Guest, Refusal> {
+        let name = self.name(raw.name)?;
+        let tenant = self.name(raw.tenant)?;
+        let vcpus = self.vcpus(&raw.vcpus)?;
+        let memory = self.memory(&raw.memory)?;
+        let boot = self.boot(raw.boot)?;
+        self.count("disk", raw.disk.len(), LIMITS.disks)?;
+        self.count("net", raw.net.len(), LIMITS.nets)?;
+        self.count("device", raw.device.len(), LIMITS.devices)?;
+        let disks = raw.disk.into_iter().map(|disk| self.disk(disk)).collect::<Result<_, _>>()?;
+        let nets = raw.net.into_iter().map(|net| self.net(net)).collect::<Result<_, _>>()?;
+        let mut devices: Vec<Assigned> = Vec::new();
+        for raw in raw.device {
+            let (location, device) = self.device(&raw)?;
+            if devices.contains(&device) {
+                let refusal = Refusal::new(
+                    "device-twice",
+                    device.address,
+                    "the device is asked for twice",
+                    "remove one",
+                );
+                return Err(refusal.at(Some(location)));
+            }
+            devices.push(device);
+        }
+        Ok(Guest { name, tenant, vcpus, memory, boot, disks, nets, devices })
+    }
+
+    fn name(&mut self, raw: Spanned<String>) -> Result<Name, Refusal> {
+        let location = self.note(&raw);
+        Name::new(raw.get_ref()).ok_or_else(|| {
+            let remedy = "use 1 to 32 of a-z, 0-9 and -, beginning with a letter";
+            Refusal::new("bad-name", "", format_args!("{:?} is not a name", short(raw.get_ref())), remedy)
+                .at(Some(location))
+        })
+    }
+
+    fn vcpus(&mut self, raw: &Spanned<i64>) -> Result<u8, Refusal> {
+        let location = self.note(raw);
+        let count = u8::try_from(*raw.get_ref()).ok().filter(|count| (1..=LIMITS.vcpus).contains(count));
+        count.ok_or_else(|| {
+            let cause = format!("a guest cannot have {} vCPUs", raw.get_ref());
+            Refusal::new("bad-vcpus", "", cause, format_args!("use 1 to {}", LIMITS.vcpus)).at(Some(location))
+        })
+    }
+
+    fn memory(&mut self, raw: &Spanned<String>) -> Result<ByteSize, Refusal> {
+        let location = self.note(raw);
+        let refuse = |cause: String, remedy: String| {
+            Refusal::new("bad-memory", "", cause, remedy).at(Some(location.clone()))
+        };
+        let size: ByteSize = raw.get_ref().parse().map_err(|_| {
+            refuse(format!("{:?} is not a size", short(raw.get_ref())), "write it as \"512 MiB\"".into())
+        })?;
+        let (least, most) = (LIMITS.memory_least_bytes, LIMITS.memory_most_bytes);
+        if !(least..=most).contains(&size.bytes()) {
+            let cause = format!("a guest cannot have {size} of memory");
+            let range = (ByteSize::from_bytes(least), ByteSize::from_bytes(most));
+            return Err(refuse(cause, format!("use {} to {}", range.0, range.1)));
+        }
+        if !size.bytes().is_multiple_of(LIMITS.memory_step_bytes) {
+            let step = ByteSize::from_bytes(LIMITS.memory_step_bytes);
+            return Err(refuse(format!("{size} is not a multiple of {step}"), "round it".into()));
+        }
+        Ok(size)
+    }
+
+    fn path(&mut self, raw: &Spanned<String>) -> Result<PathBuf, Refusal> {
+        let location = self.note(raw);
+        let text = raw.get_ref();
+        if text.is_empty() || text.len() > 4095 || text.contains('\0') {
+            let refusal = Refusal::new(
+                "bad-path",
+                "",
+                "this is not a path",
+                "name a file, relative to this one or absolute",
+            );
+            return Err(refusal.at(Some(location)));
+        }
+        Ok(PathBuf::from(text))
+    }
+
+    fn boot(&mut self, raw: RawBoot) -> Result<Boot, Refusal> {
+        let kernel = self.path(&raw.kernel)?;
+        let initrd = raw.initrd.map(|initrd| self.path(&initrd)).transpose()?;
+        let Some(raw) = raw.command_line else {
+            return Ok(Boot { kernel, initrd, command_line: String::new() });
+        };
+        let location = self.note(&raw);
+        let command_line = raw.into_inner();
+        let cause = if command_line.len() > LIMITS.command_line_bytes {
+            format!("the command line has {} bytes", command_line.len())
+        } else if !command_line.bytes().all(|b| (b' '..=b'~').contains(&b)) {
+            "the command line has characters that are not printable ASCII".to_owned()
+        } else {
+            return Ok(Boot { kernel, initrd, command_line });
+        };
+        let remedy = format!("use at most {} printable ASCII characters", LIMITS.command_line_bytes);
+        Err(Refusal::new("bad-command-line", "", cause, remedy).at(Some(location)))
+    }
+
+    fn disk(&mut self, raw: RawDisk) -> Result<Disk, Refusal> {
+        Ok(Disk { path: self.path(&raw.path)?, read_only: raw.read_only })
+    }
+
+    fn net(&mut self, raw: RawNet) -> Result<Net, Refusal> {
+        let location = self.note(&raw.tap);
+        let tap = raw.tap.into_inner();
+        let good = (1..=15).contains(&tap.len())
+            && tap.bytes().all(|b| b.is_ascii_alphanumeric() || b == b'-' || b == b'_');
+        if !good {
+            let cause = format!("{:?} is not a name for a network interface", short(&tap));
+            let refusal = Refusal::new("bad-tap", "", cause, "use 1 to 15 letters, digits, - and _");
+            return Err(refusal.at(Some(location)));
+        }
+        let host_address = raw.host_address.map(|raw| {
+            let location = self.note(&raw);
+            prefix(raw.get_ref()).ok_or_else(|| {
+                let cause = format!("{:?} is not an IPv4 address with a prefix", short(raw.get_ref()));
+                Refusal::new("bad-address", "", cause, "write it as \"192.0.2.1/24\"").at(Some(location))
+            })
+        });
+        let mac = raw.mac.map(|raw| {
+            let location = self.note(&raw);
+            mac(raw.get_ref()).ok_or_else(|| {
+                let cause = format!("{:?} is not the MAC address of one card", short(raw.get_ref()));
+                Refusal::new(
+                    "bad-mac",
+                    "",
+                    cause,
+                    "write six hexadecimal pairs, the first even: \"02:00:00:00:00:01\"",
+                )
+                .at(Some(location))
+            })
+        });
+        Ok(Net { tap, host_address: host_address.transpose()?, mac: mac.transpose()? })
+    }
+
+    fn device(&mut self, raw: &RawDevice) -> Result<(Location, Assigned), Refusal> {
+        let location = self.note(&raw.address);
+        let address = raw.address.get_ref().parse().map_err(|_| {
+            let cause = format!("{:?} is not a PCI address", short(raw.address.get_ref()));
+            Refusal::new(
+                "bad-pci-address",
+                "",
+                cause,
+                "write it as `casemate devices` shows it: \"0000:03:00.0\"",
+            )
+            .at(Some(location.clone()))
+        })?;
+        Ok((location, Assigned { address }))
+    }
+
+    fn count(&self, table: &str, count: usize, most: usize) -> Result<(), Refusal> {
+        if count <= most {
+            return Ok(());
+        }
+        let cause = format!("{count} tables [[{table}]]");
+        Err(Refusal::new("too-many", self.file.display(), cause, format_args!("a guest has at most {most}")))
+    }
+}
+
+/// What of a refused value is repeated to the reader: outside text, so bounded.
+fn short(text: &str) -> String {
+    text.chars().take(64).collect()
+}
+
+fn prefix(text: &str) -> Option<(Ipv4Addr, u8)> {
+    let (address, length) = text.split_once('/')?;
+    let length: u8 = length.parse().ok()?;
+    Some((address.parse().ok()?, length)).filter(|(_, length)| (1..=30).contains(length))
+}
+
+fn mac(text: &str) -> Option<[u8; 6]> {
+    let mut bytes = [0; 6];
+    let mut parts = text.split(':');
+    for byte in &mut bytes {
+        let part =
+            parts.next().filter(|part| part.len() == 2 && part.bytes().all(|b| b.is_ascii_hexdigit()))?;
+        *byte = u8::from_str_radix(part, 16).ok()?;
+    }
+    let unicast = bytes[0] & 1 == 0 && bytes != [0; 6];
+    (parts.next().is_none() && unicast).then_some(bytes)
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use proptest::prelude::*;
+
+    const GOOD: &str = r#"name = "web"
+tenant = "acme"
+vcpus = 2
+memory = "512 MiB"
+
+[boot]
+kernel = "vmlinux"
+initrd = "initrd.img"
+command_line = "console=ttyS0 quiet"
+
+[[disk]]
+path = "web.img"
+
+[[net]]
+tap = "web0"
+host_address = "192.0.2.1/24"
+mac = "02:00:00:00:00:01"
+
+[[device]]
+address = "0000:03:00.0"
+"#;
+
+    fn parse(text: &str) -> Result<Located, Refusal> {
+        parse_guest(Path::new("guests/web.toml"), text)
+    }
+
+    fn refused(from: &str, to: &str) -> String {
+        assert!(GOOD.contains(from), "{from}");
+        parse(&GOOD.replacen(from, to, 1)).unwrap_err().to_string()
+    }
+
+    #[test]
+    fn reads_a_guest() {
+        let located = parse(GOOD).unwrap();
+        let guest = &located.guest;
+        assert_eq!((guest.name.as_str(), guest.vcpus, guest.memory.bytes()), ("web", 2, 512 << 20));
+        assert_eq!(guest.nets[0].host_address, Some((Ipv4Addr::new(192, 0, 2, 1), 24)));
+        assert_eq!(located.location("device[0].address").unwrap().line, 20);
+        assert_eq!(located.resolve(&guest.boot.kernel), Path::new("guests/vmlinux"));
+    }
+
+    #[test]
+    fn refusals_name_file_line_and_key() {
+        assert!(refused("vcpus = 2", "vcpus = 0").starts_with("[bad-vcpus] guests/web.toml:3: vcpus: "));
+        assert!(refused("512 MiB", "0").starts_with("[bad-memory] guests/web.toml:4: memory: "));
+        assert!(refused("512 MiB", "65 TiB").contains("use 64 MiB to 1 TiB"));
+    }
+
+    #[test]
+    fn refuses_by_code() {
+        for (from, to, code) in [
+            ("path = \"web.img\"", "path = \"web.img\"\nsize = 0", "unknown-key"),
+            ("tenant = \"acme\"\n", "", "missing-key"),
+            ("name = \"web\"", "name = \"Web Server\"", "bad-name"),
+            ("memory = \"512 MiB\"", "memory = \"513 KiB\"", "bad-memory"),
+            ("memory = \"512 MiB\"", "memory = \"65 MiB\"", "bad-memory"),
+            ("memory = \"512 MiB\"", "memory = 512", "bad-toml"),
+            ("kernel = \"vmlinux\"", "kernel = \"\"", "bad-path"),
+            ("quiet\"", "qu\\u0007iet\"", "bad-command-line"),
+            ("tap = \"web0\"", "tap = \"../web0\"", "bad-tap"),
+            ("192.0.2.1/24", "192.0.2.1", "bad-address"),
+            ("02:00", "01:00", "bad-mac"),
+            ("0000:03:00.0", "nvme0", "bad-pci-address"),
+            ("[boot]", "[boot", "bad-toml"),
+        ] {
+            let text = refused(from, to);
+            assert!(text.starts_with(&format!("[{code}] guests/web.toml:")), "{text}");
+            assert_eq!(text.lines().count(), 1, "{text}");
+        }
+    }
+
+    #[test]
+    fn refuses_a_device_twice_and_too_many() {
+        let device = "\n[[device]]\naddress = \"03:00.0\"\n";
+        assert_eq!(parse(&format!("{GOOD}{device}")).unwrap_err().code, "device-twice");
+        let many: String = (0..9).map(|n| format!("[[disk]]\npath = \"{n}\"\n")).collect();
+        assert_eq!(parse(&format!("{GOOD}{many}")).unwrap_err().code, "too-many");
+    }
+
+    proptest! {
+        #[test]
+        fn never_panics(cut in 0usize..GOOD.len(), put in ".{0,12}") {
+            let mut text = GOOD.to_owned();
+            text.insert_str(cut, &put);
+            let _ = parse(&text);
+        }
+    }
+}

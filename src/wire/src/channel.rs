@@ -1,0 +1,234 @@
+//! How messages and descriptors cross the socket.
+
+use std::{
+    io::{IoSlice, IoSliceMut},
+    mem::MaybeUninit,
+    os::fd::{AsFd, BorrowedFd, OwnedFd},
+};
+
+use rustix::{
+    io::Errno,
+    net::{
+        RecvAncillaryBuffer, RecvAncillaryMessage, RecvFlags, ReturnFlags, SendAncillaryBuffer,
+        SendAncillaryMessage, SendFlags, recvmsg, sendmsg, sockopt,
+    },
+};
+use serde::{Serialize, de::DeserializeOwned};
+
+use crate::{DESCRIPTORS, MESSAGE_BYTES, Slot};
+
+/// Why a message could not be sent or taken.
+#[derive(Debug, thiserror::Error)]
+pub enum WireError {
+    /// The socket failed.
+    #[error("the control socket failed: {0}")]
+    Socket(#[from] Errno),
+    /// The peer has gone.
+    #[error("the other side of the control socket has gone")]
+    Closed,
+    /// More bytes or descriptors than a message has.
+    #[error(
+        "a message on the control socket is larger than {MESSAGE_BYTES} bytes or {DESCRIPTORS} descriptors"
+    )]
+    TooLarge,
+    /// Not a message of ours.
+    #[error("a message on the control socket does not decode")]
+    Malformed,
+    /// The message names a descriptor that did not come, or names one twice.
+    #[error("a message on the control socket names descriptor {0}, which did not come or was taken already")]
+    NoDescriptor(u8),
+    /// Descriptors came that the message does not name.
+    #[error("{0} descriptors came that the message does not name")]
+    Unnamed(usize),
+}
+
+/// One end of a control socket.
+#[derive(Debug)]
+pub struct Channel {
+    socket: OwnedFd,
+}
+
+/// The descriptors of one message, each to be taken once by its [`Slot`].
+#[derive(Debug, Default)]
+pub struct Descriptors(Vec<Option<OwnedFd>>);
+
+impl Descriptors {
+    /// Takes the descriptor in `slot`.
+    ///
+    /// # Errors
+    /// [`WireError::NoDescriptor`] when it did not come or was taken.
+    pub fn take(&mut self, slot: Slot) -> Result<OwnedFd, WireError> {
+        self.0.get_mut(usize::from(slot.0)).and_then(Option::take).ok_or(WireError::NoDescriptor(slot.0))
+    }
+
+    /// Declares all of them taken.
+    ///
+    /// # Errors
+    /// [`WireError::Unnamed`] when some were not.
+    pub fn finish(self) -> Result<(), WireError> {
+        match self.0.iter().flatten().count() {
+            0 => Ok(()),
+            left => Err(WireError::Unnamed(left)),
+        }
+    }
+}
+
+impl Channel {
+    /// A channel over a connected `SOCK_SEQPACKET` socket.
+    pub fn new(socket: OwnedFd) -> Self {
+        Self { socket }
+    }
+
+    /// Sends one message with descriptors.
+    ///
+    /// # Errors
+    /// When it is too large or the socket fails.
+    pub fn send<M: Serialize>(&self, message: &M, descriptors: &[BorrowedFd<'_>]) -> Result<(), WireError> {
+        let bytes = postcard::to_stdvec(message).map_err(|_| WireError::Malformed)?;
+        if bytes.len() > MESSAGE_BYTES || descriptors.len() > DESCRIPTORS {
+            return Err(WireError::TooLarge);
+        }
+        let mut space = [MaybeUninit::uninit(); rustix::cmsg_space!(ScmRights(DESCRIPTORS))];
+        let mut ancillary = SendAncillaryBuffer::new(&mut space);
+        if !descriptors.is_empty() && !ancillary.push(SendAncillaryMessage::ScmRights(descriptors)) {
+            return Err(WireError::TooLarge);
+        }
+        loop {
+            match sendmsg(&self.socket, &[IoSlice::new(&bytes)], &mut ancillary, SendFlags::NOSIGNAL) {
+                Err(Errno::INTR) => {}
+                Err(Errno::PIPE | Errno::CONNRESET) => return Err(WireError::Closed),
+                Err(error) => return Err(error.into()),
+                Ok(_) => return Ok(()),
+            }
+        }
+    }
+
+    /// Waits for one message. Descriptors arrive close-on-exec.
+    ///
+    /// # Errors
+    /// When the peer has gone, the socket fails, or what came is not a message of ours, whole.
+    pub fn receive<M: DeserializeOwned>(&self) -> Result<(M, Descriptors), WireError> {
+        // One byte more than a message has: a longer packet is seen even where MSG_TRUNC is not.
+        let mut bytes = vec![0; MESSAGE_BYTES + 1];
+        let mut space = [MaybeUninit::uninit(); rustix::cmsg_space!(ScmRights(DESCRIPTORS))];
+        let mut ancillary = RecvAncillaryBuffer::new(&mut space);
+        let received = loop {
+            let mut slices = [IoSliceMut::new(&mut bytes)];
+            match recvmsg(&self.socket, &mut slices, &mut ancillary, RecvFlags::CMSG_CLOEXEC) {
+                Err(Errno::INTR) => {}
+                Err(Errno::CONNRESET) => return Err(WireError::Closed),
+                result => break result?,
+            }
+        };
+        let mut descriptors = Vec::new();
+        for message in ancillary.drain() {
+            if let RecvAncillaryMessage::ScmRights(rights) = message {
+                descriptors.extend(rights.map(Some));
+            }
+        }
+        if received.flags.intersects(ReturnFlags::TRUNC | ReturnFlags::CTRUNC)
+            || received.bytes > MESSAGE_BYTES
+        {
+            return Err(WireError::TooLarge);
+        }
+        let bytes = bytes.get(..received.bytes).unwrap_or_default();
+        if bytes.is_empty() {
+            return Err(WireError::Closed);
+        }
+        match postcard::take_from_bytes(bytes) {
+            Ok((message, [])) => Ok((message, Descriptors(descriptors))),
+            _ => Err(WireError::Malformed),
+        }
+    }
+}
+
+impl AsFd for Channel {
+    fn as_fd(&self) -> BorrowedFd<'_> {
+        self.socket.as_fd()
+    }
+}
+
+/// Whether who connected is the same user as who made the listening socket: the keep that started this cell, or one
+/// that was restarted. The kernel notes a listener's credentials at `listen(2)` and a peer's at `connect(2)`.
+///
+/// # Errors
+/// When the kernel does not tell.
+pub fn peer_is_listener(listener: BorrowedFd<'_>, peer: BorrowedFd<'_>) -> Result<bool, WireError> {
+    Ok(sockopt::socket_peercred(listener)?.uid == sockopt::socket_peercred(peer)?.uid)
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::{Counters, End, FromCell, ToCell};
+    use proptest::prelude::*;
+    use rustix::net::{AddressFamily, SocketFlags, SocketType, socketpair};
+
+    fn pair() -> (Channel, Channel) {
+        let (a, b) =
+            socketpair(AddressFamily::UNIX, SocketType::SEQPACKET, SocketFlags::CLOEXEC, None).unwrap();
+        (Channel::new(a), Channel::new(b))
+    }
+
+    #[test]
+    fn messages_and_descriptors_cross() {
+        let (keep, cell) = pair();
+        let file = tempfile();
+        keep.send(&ToCell::Stop, &[file.as_fd()]).unwrap();
+        let (message, mut descriptors) = cell.receive::<ToCell>().unwrap();
+        assert_eq!(message, ToCell::Stop);
+        descriptors.take(Slot(0)).unwrap();
+        assert!(matches!(descriptors.take(Slot(0)), Err(WireError::NoDescriptor(0))));
+        descriptors.finish().unwrap();
+    }
+
+    #[test]
+    fn a_descriptor_nobody_named_is_an_error() {
+        let (keep, cell) = pair();
+        keep.send(&ToCell::Stop, &[tempfile().as_fd()]).unwrap();
+        let (_, descriptors) = cell.receive::<ToCell>().unwrap();
+        assert!(matches!(descriptors.finish(), Err(WireError::Unnamed(1))));
+    }
+
+    #[test]
+    fn a_closed_peer_is_told() {
+        let (keep, cell) = pair();
+        drop(cell);
+        assert!(matches!(keep.receive::<FromCell>(), Err(WireError::Closed)));
+        assert!(matches!(keep.send(&ToCell::Stop, &[]), Err(WireError::Closed)));
+    }
+
+    #[test]
+    fn too_large_packets_are_refused() {
+        let (keep, cell) = pair();
+        rustix::io::write(keep.as_fd(), &vec![0; MESSAGE_BYTES + 1]).unwrap();
+        assert!(matches!(cell.receive::<ToCell>(), Err(WireError::TooLarge)));
+        let end = End::Fault("x".repeat(MESSAGE_BYTES));
+        let large = FromCell::Ended { end, counters: Counters::default() };
+        assert!(matches!(cell.send(&large, &[]), Err(WireError::TooLarge)));
+    }
+
+    #[test]
+    fn trailing_bytes_are_refused() {
+        let (keep, cell) = pair();
+        let mut bytes = postcard::to_stdvec(&ToCell::Stop).unwrap();
+        bytes.push(0);
+        rustix::io::write(keep.as_fd(), &bytes).unwrap();
+        assert!(matches!(cell.receive::<ToCell>(), Err(WireError::Malformed)));
+    }
+
+    proptest! {
+        #[test]
+        fn any_packet_is_taken_or_refused(bytes in proptest::collection::vec(any::<u8>(), 1..300)) {
+            let (keep, cell) = pair();
+            rustix::io::write(keep.as_fd(), &bytes).unwrap();
+            rustix::io::write(cell.as_fd(), &bytes).unwrap();
+            let _ = cell.receive::<ToCell>();
+            let _ = keep.receive::<FromCell>();
+        }
+    }
+
+    fn tempfile() -> OwnedFd {
+        std::fs::File::open("/dev/null").unwrap().into()
+    }
+}

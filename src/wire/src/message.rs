@@ -1,0 +1,137 @@
+//! The messages.
+
+use serde::{Deserialize, Serialize};
+
+/// Version of this protocol. Both programs come from one build; a mismatch is refused at the first message.
+pub const VERSION: u32 = 1;
+/// Most bytes of an encoded message.
+pub const MESSAGE_BYTES: usize = 32 << 10;
+/// Most descriptors with one message.
+pub const DESCRIPTORS: usize = 64;
+/// Most bytes of a text from a cell that the keep takes.
+pub const TEXT_BYTES: usize = 1024;
+
+/// The place of a descriptor among those that came with the message.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
+pub struct Slot(pub u8);
+
+/// From the keep to the cell.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+pub enum ToCell {
+    /// Build this machine and run it. Comes once, first.
+    Start {
+        /// [`VERSION`] of the sender.
+        version: u32,
+        /// The machine.
+        machine: Box<Machine>,
+    },
+    /// Stop at once; the guest is not asked.
+    Stop,
+}
+
+/// Everything a cell needs to know of its guest.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+pub struct Machine {
+    /// Processors, from 1.
+    pub vcpus: u8,
+    /// Memory, a multiple of 2 MiB.
+    pub memory_bytes: u64,
+    /// The kernel's command line.
+    pub command_line: String,
+    /// `/dev/kvm`.
+    pub kvm: Slot,
+    /// An ELF kernel with a PVH entry, a regular file.
+    pub kernel: Slot,
+    /// An initial RAM disk, a regular file.
+    pub initrd: Option<Slot>,
+    /// Where the serial port writes to.
+    pub console: Slot,
+    /// Emulated disks.
+    pub disks: Vec<Disk>,
+    /// Emulated network cards.
+    pub nets: Vec<Net>,
+    /// The VFIO container with an IOMMU set, when devices are assigned.
+    pub container: Option<Slot>,
+    /// The VFIO groups in that container.
+    pub groups: Vec<Slot>,
+    /// Assigned functions of those groups.
+    pub devices: Vec<Assigned>,
+}
+
+/// An emulated disk.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+pub struct Disk {
+    /// A raw image or a block device.
+    pub image: Slot,
+    /// Its size, a multiple of 512.
+    pub size_bytes: u64,
+    /// Whether writes are refused.
+    pub read_only: bool,
+    /// What the guest reads as the disk's serial number; at most 20 bytes.
+    pub serial: String,
+}
+
+/// An emulated network card.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+pub struct Net {
+    /// A tap with 12-byte vnet headers.
+    pub tap: Slot,
+    /// The card's MAC address.
+    pub mac: [u8; 6],
+}
+
+/// An assigned PCI function.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+pub struct Assigned {
+    /// The VFIO device.
+    pub device: Slot,
+    /// Its address on the host, for messages.
+    pub address: String,
+}
+
+/// From the cell to the keep.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+pub enum FromCell {
+    /// The machine is built, the narrow filters are on, and the vCPUs run.
+    Running,
+    /// The machine could not be built: what was refused and why, each at most [`TEXT_BYTES`].
+    Refused {
+        /// Kebab-case code.
+        code: String,
+        /// For a person.
+        message: String,
+    },
+    /// The guest has ended; the process exits next.
+    Ended {
+        /// How.
+        end: End,
+        /// What it cost.
+        counters: Counters,
+    },
+}
+
+/// How a guest ended.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+pub enum End {
+    /// The guest switched itself off.
+    PowerOff,
+    /// The guest asked for a reset.
+    Reset,
+    /// A processor fell into a triple fault.
+    TripleFault,
+    /// The keep said [`ToCell::Stop`].
+    Stopped,
+    /// Something the guest cannot go on from: what, for a person.
+    Fault(String),
+}
+
+/// Exits to user space since the start, exact.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
+pub struct Counters {
+    /// Port I/O.
+    pub pio_exits: u64,
+    /// Memory-mapped I/O.
+    pub mmio_exits: u64,
+    /// Everything else.
+    pub other_exits: u64,
+}
