@@ -1,1 +1,51 @@
-//! The hardware lab and the tests that need KVM and VFIO.
+//! The hardware lab, and the harness of the tests that need KVM and VFIO.
+//!
+//! The lab is a QEMU machine with an emulated AMD-V processor, an Intel IOMMU with interrupt remapping, and PCIe
+//! devices ([`devices`]). The Linux in it has a real KVM, a real VFIO and real IOMMU groups, so assignment is tested
+//! for real on a machine that has none of them. Principles:
+//!
+//! - **Nothing is taken on trust from the machine below.** [`prepare`] installs and builds all that the lab needs, says
+//!   so, and is idempotent; what can't be had is one line with a remedy ([`LabError`]).
+//! - **The lab's root is this machine's root**, read-only under a tmpfs: what was built here runs there from the same
+//!   path, and nothing that happens there reaches this machine, except files under `/lab/out`.
+//! - **One lab run carries many tests** ([`harness`]), for its start costs as much as several tests. Each is still a
+//!   test of its own to the ordinary runner: a name, an outcome, a log file, a deadline, a process and a cgroup.
+//! - **The program outside and the program inside are one executable**, so they can't drift apart.
+//! - **Times measured in the lab are emulated.** Compare them only within one run; counts are exact.
+
+mod command;
+mod cpio;
+mod error;
+pub mod harness;
+mod images;
+mod kernel;
+mod layout;
+mod machine;
+mod packages;
+mod prepare;
+
+pub use cpio::Archive;
+pub use error::LabError;
+pub use layout::Layout;
+pub use machine::{Console, Lab, LabEnd, RunningLab};
+pub use prepare::prepare;
+
+/// The addresses of the lab's PCI functions, as its root ports are laid out in [`Lab`].
+pub mod devices {
+    /// Intel 82574L behind a root port: MSI-X, INTx; no FLR (reset methods `pm bus`).
+    pub const E1000E: &str = "0000:01:00.0";
+    /// Intel 82576 behind a root port: MSI-X, FLR, SR-IOV with 8 functions.
+    pub const IGB: &str = "0000:02:00.0";
+    /// NVMe controller behind a root port: MSI-X, FLR, SR-IOV; 64 MiB whose first 16 MiB hold a fixed pattern.
+    pub const NVME: &str = "0000:03:00.0";
+    /// The PCIe-to-PCI bridge whose children share one IOMMU group.
+    pub const BRIDGE: &str = "0000:04:00.0";
+    /// Realtek 8139 behind that bridge: INTx only.
+    pub const RTL8139: &str = "0000:05:01.0";
+    /// virtio disk behind that bridge, mounted at [`SHARED_DISK_MOUNT`]: the RTL8139's group is in use.
+    pub const SHARED_DISK: &str = "0000:05:02.0";
+    /// Where the lab mounts [`SHARED_DISK`].
+    pub const SHARED_DISK_MOUNT: &str = "/mnt/lab-disk";
+    /// QEMU's teaching device (1234:11e8) on the root bus: MSI, DMA, no reset method.
+    pub const EDU_ID: &str = "1234:11e8";
+}

@@ -1,1 +1,37 @@
-//! The cell: namespaces, cgroup, rlimits, capabilities, Landlock, seccomp.
+//! The cell: the closed room in which one guest's casemate-vmm runs.
+//!
+//! The keep opens everything a guest needs and starts the program in a cell with descriptors only. A cell has: namespaces
+//! of its own (mount, pid, net, ipc, uts, cgroup), an empty read-only root, no network, a uid and gid of its own, no
+//! capability in any set and none to be had (bounding set empty, securebits locked, no_new_privs), a cgroup with limits,
+//! rlimits, no environment, descriptors 0 to 3 and no other, and a Landlock ruleset that handles every right the kernel
+//! knows and grants none. It is not dumpable. The program itself puts its seccomp filters on (`casemate-filters`), since
+//! they differ by thread.
+//!
+//! All or nothing: where a part can't be had, the program does not start, and the [`Refusal`](casemate_spec::Refusal)
+//! names the part. Landlock does not govern descriptors that are handed in; what may be done with those is for seccomp
+//! and for whoever chose them.
+//!
+//! Modules: `plan` is what the caller says; `program` the sealed executable; `cgroup` and `landlock` are made by the
+//! caller's process; `child` is what runs between clone and exec; `cell` is the running cell; `inspect`, `memory` and
+//! `audit` read what the kernel tells of it; `sys` holds the raw system calls, and with them all unsafe code.
+
+mod audit;
+mod cell;
+mod cgroup;
+mod child;
+mod inspect;
+mod landlock;
+mod memory;
+mod plan;
+mod program;
+mod start;
+mod step;
+mod sys;
+
+pub use cell::{Cell, End};
+pub use inspect::{Capabilities, CellView, Descriptor, Namespace, ThreadView, inspect};
+pub use landlock::Landlock;
+pub use memory::MemoryUse;
+pub use plan::{CellPlan, CgroupPlan, Rlimits};
+pub use program::Program;
+pub use start::start;

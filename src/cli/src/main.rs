@@ -1,3 +1,113 @@
-//! The program casemate.
+//! `casemate`: runs guests in cells of their own, with physical devices, under policies.
 
-fn main() {}
+mod devices;
+mod doctor;
+mod jail;
+mod output;
+mod policy;
+mod recover;
+mod run;
+
+use std::{path::PathBuf, process::ExitCode};
+
+use casemate_keep::Paths;
+use casemate_spec::Refusal;
+use clap::{Parser, Subcommand};
+
+use crate::output::Failure;
+
+const EXIT_CODES: &str = "\
+Exit codes:
+  0  done; a guest powered itself off, or was stopped, and its devices are clean
+  1  refused: what, why and what to do is on stderr, one line each; the host is as it was
+  2  the command line is wrong
+  3  the guest ended as it should not: reset, triple fault, a fault, or its VMM died
+  4  the guest ended, and a device did not prove itself clean: it is quarantined
+
+A first hour:
+  casemate doctor                       what this host can do, and what is missing
+  casemate devices                      which PCI functions a guest can have, and why not the others
+  casemate run examples/nvme-and-nic.toml
+";
+
+/// Runs guests that do not trust each other, each in a cell of its own, with physical PCI devices, under policies.
+#[derive(Parser)]
+#[command(name = "casemate", version, after_help = EXIT_CODES)]
+struct Arguments {
+    /// Print JSON, one value a line, instead of text.
+    #[arg(long, global = true)]
+    json: bool,
+    /// Where compiled plugins are kept.
+    #[arg(long, global = true, env = "CASEMATE_CACHE", hide_env_values = true, value_name = "FOLDER")]
+    cache: Option<PathBuf>,
+    /// Where the ledger of claimed devices is kept.
+    #[arg(long, global = true, env = "CASEMATE_STATE", hide_env_values = true, value_name = "FOLDER")]
+    state: Option<PathBuf>,
+    /// The program that runs in a cell [default: casemate-vmm beside this program].
+    #[arg(long, global = true, env = "CASEMATE_VMM", hide_env_values = true, value_name = "PROGRAM")]
+    vmm: Option<PathBuf>,
+    /// The program that compiles plugins [default: casemate-policy-compiler beside this program].
+    #[arg(long, global = true, env = "CASEMATE_POLICY_COMPILER", hide_env_values = true, value_name = "PROGRAM")]
+    policy_compiler: Option<PathBuf>,
+    #[command(subcommand)]
+    command: Command,
+}
+
+#[derive(Subcommand)]
+enum Command {
+    /// Show what this host can do for guests, what is missing, and how to get it.
+    Doctor,
+    /// List the PCI functions of this host, and say of each whether a guest can have it, or why not.
+    Devices(devices::Options),
+    /// Run one guest from its file until it ends. Its console is on stdout, Casemate's own words are on stderr.
+    Run(run::Options),
+    /// Give back devices that a killed `casemate run` left claimed. Every `run` does it first by itself.
+    Recover,
+    /// Ask, install or look at policy plugins.
+    #[command(subcommand)]
+    Policy(policy::Command),
+    /// Show what a cell may do.
+    #[command(subcommand)]
+    Jail(jail::Command),
+}
+
+fn main() -> ExitCode {
+    let arguments = Arguments::parse();
+    let json = arguments.json;
+    match carry_out(arguments) {
+        Ok(code) => code,
+        Err(failure) => {
+            output::failure(&failure, json);
+            ExitCode::from(1)
+        }
+    }
+}
+
+fn carry_out(arguments: Arguments) -> Result<ExitCode, Failure> {
+    let json = arguments.json;
+    let paths = paths(&arguments)?;
+    match arguments.command {
+        Command::Doctor => doctor::doctor(json),
+        Command::Devices(options) => devices::devices(&paths, &options, json),
+        Command::Run(options) => run::run(&paths, &options, json),
+        Command::Recover => recover::recover(&paths, json),
+        Command::Policy(command) => policy::policy(&paths, &command, json),
+        Command::Jail(command) => jail::jail(&command, json),
+    }
+}
+
+fn paths(arguments: &Arguments) -> Result<Paths, Failure> {
+    let mut paths = Paths::standard().map_err(|error| Refusal::new("program-path", "casemate", error, "start it by its path"))?;
+    let choices = [
+        (&arguments.cache, &mut paths.cache),
+        (&arguments.state, &mut paths.state),
+        (&arguments.vmm, &mut paths.vmm),
+        (&arguments.policy_compiler, &mut paths.policy_compiler),
+    ];
+    for (choice, path) in choices {
+        if let Some(chosen) = choice {
+            path.clone_from(chosen);
+        }
+    }
+    Ok(paths)
+}

@@ -1,1 +1,62 @@
-//! The physical machine: inventory, IOMMU groups, claim, bind, reset.
+//! The physical machine: what it has, what of it can be given to a guest, and how it is taken and given back.
+//!
+//! Principles:
+//!
+//! - **Nothing is touched before it is written down.** A claim enters the ledger, on disk, before the first write to
+//!   sysfs; whoever comes after a crash finds there what to undo ([`recover`]).
+//! - **All of a group or none of it.** A claim that fails half-way is undone; functions of one IOMMU group never serve
+//!   two guests, nor a guest and the host. Bridges stay with their port driver.
+//! - **In doubt the answer is no.** A function that is in use, that backs the root filesystem, that is the host's last
+//!   network card, that cannot be reset, or whose state cannot be read is refused, with a [`Refusal`] that says what to do.
+//! - **A device proves itself clean.** The reset's result is read, bus mastering is seen to be off, config space is
+//!   compared with what was first seen. What fails is quarantined and goes to nobody. Stored data is not scrubbed here.
+//! - **Every wait ends.** Reads are bounded in size. A write to sysfs runs in a child process that can be abandoned, for
+//!   a driver that never lets go sleeps in the kernel, beyond the reach of any signal. The one wait the kernel bounds
+//!   instead is its own wait for a device after a reset (60 s).
+//! - **Fixtures serve the tests.** What is read comes from `{root}/sys` and `{root}/proc`, so that a directory tree can
+//!   stand in for a machine, without root's rights.
+//!
+//! It knows nothing of tenants and policies, and maps no DMA: that binds to a process's memory, and is the VMM's.
+//!
+//! [`Refusal`]: casemate_spec::Refusal
+
+// Opening VFIO, tap and KVM descriptors is ioctls, and a write that can be abandoned is a fork; both are in `sys`, the
+// only module with unsafe blocks.
+#![allow(unsafe_code)]
+
+mod block;
+mod claim;
+mod config;
+mod doctor;
+mod driver;
+mod function;
+mod give_back;
+mod host;
+mod image;
+mod judge;
+mod ledger;
+mod mountinfo;
+mod network;
+mod pci_ids;
+mod process;
+mod recover;
+mod sys;
+mod tap;
+mod uses;
+
+#[cfg(test)]
+mod fixture;
+
+pub use claim::{Claim, ClaimRequest, ClaimedDevice, ClaimedGroup, claim};
+pub use config::ConfigSnapshot;
+pub use doctor::{Check, CheckState, doctor};
+pub use function::{Bar, BarKind, PciFunction};
+pub use give_back::Returned;
+pub use host::{Deadlines, Host};
+pub use image::{Image, open_image, open_initrd, open_kernel};
+pub use judge::assignable;
+pub use ledger::{Ledger, Owner, Quarantined};
+pub use process::Process;
+pub use recover::{Recovered, recover};
+pub use tap::{Tap, TapRequest};
+pub use uses::Use;

@@ -1,1 +1,21 @@
-//! Admission, lifecycle and care of guests.
+//! The keep: who decides whether a guest runs, gives it what it may have, and takes it back.
+//!
+//! Principles:
+//! - Read, judge, authorise, act: [`run`] does them in this order, and nothing on the host changes before the last.
+//! - What was done is undone, whatever happens: when the guest ends, when the cell dies, when a step fails, and, by the
+//!   ledger, at the next command when this very process was killed.
+//! - Decisions are the policy's; what was asked and answered is kept as data.
+//! - A cell is not believed: what it says is bounded and told as its word.
+//!
+//! It knows nothing of device models or KVM; it hands descriptors to a cell and watches it.
+
+mod admission;
+mod cell;
+mod paths;
+mod report;
+mod run;
+mod watch;
+
+pub use paths::{Paths, PathsError};
+pub use report::{CellReport, DeviceReport, Ending, MachineReport, PolicyReport, Report, Step};
+pub use run::{Refusals, RunOptions, recover, run};

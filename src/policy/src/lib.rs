@@ -1,1 +1,39 @@
 //! The Wasm host: loads policy plugins and asks them for verdicts.
+//!
+//! 1. **A policy decides, and can do nothing else.** A plugin is a component that may import one interface, the log.
+//!    It has no clock, no randomness, no files, no network; whatever it may know comes in with the question.
+//! 2. **It fails closed.** No bundle, no plugin, another digest, a trap, an endless loop, an answer out of bounds:
+//!    each is a [`PolicyError`] with a code of its own, and no guest starts. A [`PolicyError`] is never a denial and
+//!    never counts as a yes.
+//! 3. **The same question gives the same answer.** NaNs are canonical, relaxed SIMD and threads are off, and what ends
+//!    a plugin that runs too long is its fuel, which counts instructions. The deadline on the clock stands behind it.
+//! 4. **No call sees another.** Each is made in a store of its own, which is dropped when the answer is here.
+//! 5. **No compiler lives here.** This crate links wasmtime's runtime alone. `casemate-policy-compiler`, a program of
+//!    its own in a workspace of its own, compiles when a plugin is first seen; what it made is kept in a private cache
+//!    and authenticated with a key that never leaves this host, since machine code is trusted once it's loaded.
+//!
+//! [`Engine::open`] reads a bundle (`policies/*.toml`), [`Engine::admit`] asks it. `docs/policies.md` is the handbook.
+
+// Loading compiled code is unsafe by nature; it happens in `plugin::deserialize` alone.
+#![allow(unsafe_code)]
+
+mod bundle;
+mod cache;
+mod compiler;
+mod contract;
+mod engine;
+mod error;
+mod limits;
+mod plugin;
+mod request;
+mod sandbox;
+mod verdict;
+
+pub use compiler::EXIT_INVALID;
+pub use engine::{Config, Engine, Inspection, Installed, engine_config, install};
+pub use error::{Fault, PolicyError};
+pub use limits::{HOST_LIMITS, HostLimits, PluginLimits};
+pub use request::{
+    Amounts, Attrs, Device, Disk, File, GuestSpec, HostState, Neighbour, Net, Operation, Request, Tenant,
+};
+pub use verdict::{Decision, LogLevel, LogLine, PluginRun, Reason, Severity, Verdict};

@@ -1,1 +1,42 @@
-//! Virtio queues, devices and the PCI transport over a memory trait.
+//! Virtio 1.x: queues, devices, and the PCI transport that shows them to a guest.
+//!
+//! Principles:
+//! - A device is [`Inactive` or active](active::Active): only the driver's DRIVER_OK hands it memory and queues, and a
+//!   reset takes them back before the guest sees it done. An inactive device has no way to guest memory at all.
+//! - Each device has one thread, its [`Worker`], which exists before the guest runs (the VMM starts it, inside the
+//!   filter it chooses) and ends with the device. What the guest's processors touch, the [`PciTransport`], holds
+//!   registers only and hands over by messages.
+//! - What the guest puts into memory is read once, checked, and bounded: a chain has at most as many descriptors as
+//!   its queue, a turn of a worker handles a fixed number of requests, and nothing is allocated by a guest's sizes.
+//!   A driver that breaks the rules of the ring gets DEVICE_NEEDS_RESET (virtio 1.3, 2.1.1) and the device forgets its
+//!   memory; a request that merely can't be done gets its error status.
+//! - Nothing is known of KVM: a doorbell in and an interrupt out are eventfds, which the VMM ties to ioeventfd and
+//!   irqfd.
+//!
+//! Unsafe code stands in `vectored` alone: system calls that read or write guest memory directly, for which the safe
+//! wrappers would need references to memory that the guest changes.
+
+mod active;
+mod blk;
+mod common;
+mod device;
+mod interrupt;
+mod net;
+mod request;
+mod rng;
+mod transport;
+mod vectored;
+mod worker;
+
+#[cfg(test)]
+mod testing;
+
+pub use active::{Active, Memory};
+pub use blk::{Blk, BlkBackend};
+pub use device::{Device, DeviceError, Fault, Kind, Progress};
+pub use interrupt::Interrupt;
+pub use net::Net;
+pub use request::{Buffers, Request};
+pub use rng::Rng;
+pub use transport::{Doorbell, PciParts, PciTransport, SetupError, vector_count};
+pub use worker::Worker;

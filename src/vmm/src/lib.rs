@@ -1,1 +1,27 @@
-//! The virtual machine monitor that runs inside a cell.
+//! The virtual machine monitor that runs inside a cell: one process, one guest.
+//!
+//! Principles:
+//! - It opens no path. Everything it uses was handed to it, by descriptor, over one socket.
+//! - One control thread changes the machine (slots, routes, irqfds, VFIO); vCPU and device threads exist before the
+//!   guest starts and ask it. So each thread's filter is short.
+//! - There is no firmware: this crate places the kernel, the tables and every BAR.
+//! - A guest's fault ends this guest. Nothing a guest writes can make this program panic; if it did, the process would
+//!   end, and the guest with it.
+//!
+//! Unsafe is allowed here for three things, each in one place: descriptors taken over at the start (`entry`), memory
+//! slots, whose mappings must outlive them (`memory`, `control`), and mapped device registers (`assigned`).
+#![allow(unsafe_code)]
+
+mod assigned;
+mod boot;
+mod control;
+mod cpu;
+mod entry;
+mod error;
+mod layout;
+mod machine;
+mod memory;
+mod platform;
+mod root;
+
+pub use entry::enter;

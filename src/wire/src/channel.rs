@@ -10,7 +10,7 @@ use rustix::{
     io::Errno,
     net::{
         RecvAncillaryBuffer, RecvAncillaryMessage, RecvFlags, ReturnFlags, SendAncillaryBuffer,
-        SendAncillaryMessage, SendFlags, recvmsg, sendmsg, sockopt,
+        SendAncillaryMessage, SendFlags, recvmsg, sendmsg,
     },
 };
 use serde::{Serialize, de::DeserializeOwned};
@@ -146,15 +146,6 @@ impl AsFd for Channel {
     fn as_fd(&self) -> BorrowedFd<'_> {
         self.socket.as_fd()
     }
-}
-
-/// Whether who connected is the same user as who made the listening socket: the keep that started this cell, or one
-/// that was restarted. The kernel notes a listener's credentials at `listen(2)` and a peer's at `connect(2)`.
-///
-/// # Errors
-/// When the kernel does not tell.
-pub fn peer_is_listener(listener: BorrowedFd<'_>, peer: BorrowedFd<'_>) -> Result<bool, WireError> {
-    Ok(sockopt::socket_peercred(listener)?.uid == sockopt::socket_peercred(peer)?.uid)
 }
 
 #[cfg(test)]

@@ -7,10 +7,15 @@
 //!
 //! The crate knows the messages and how they cross a socket. Who owns the socket, and what a message means, it does not.
 
+// One getsockopt, in credentials.rs.
+#![allow(unsafe_code)]
+
 mod channel;
+mod credentials;
 mod message;
 
-pub use channel::{Channel, Descriptors, WireError, peer_is_listener};
+pub use channel::{Channel, Descriptors, WireError};
+pub use credentials::peer_is_listener;
 pub use message::{
     Assigned, Counters, DESCRIPTORS, Disk, End, FromCell, MESSAGE_BYTES, Machine, Net, Slot, TEXT_BYTES,
     ToCell, VERSION,

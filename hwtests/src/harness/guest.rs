@@ -1,0 +1,188 @@
+//! Guests of tests: an image that runs a script, and the file that describes the guest.
+
+use std::{
+    fs,
+    path::{Path, PathBuf},
+};
+
+use serde::Serialize;
+
+use super::Failure;
+use crate::{Archive, Layout};
+
+/// What a guest's image runs and holds, besides the base (busybox and drivers).
+///
+/// The guest prints `CASEMATE-INIT` as its first act, mounts proc, sys and dev, loads the drivers of the devices it
+/// finds, runs the script, prints `CASEMATE-TEST-ENDED` with the script's exit code, and powers off.
+#[derive(Debug)]
+pub struct GuestImage {
+    archive: Archive,
+}
+
+impl GuestImage {
+    /// An image whose guest runs `script` with busybox's shell.
+    pub fn new(script: &str) -> Self {
+        let mut archive = Archive::new();
+        archive.file("test.sh", 0o755, script.as_bytes());
+        Self { archive }
+    }
+
+    /// Adds an executable file of the host's, such as a static program, in the guest's root.
+    pub fn program(mut self, name: &str, host_path: &Path) -> Result<Self, Failure> {
+        self.archive.file(name, 0o755, &fs::read(host_path)?);
+        Ok(self)
+    }
+
+    /// Writes the image: the base and, after it, this archive.
+    pub fn write(self, layout: &Layout, path: &Path) -> Result<(), Failure> {
+        let mut image = fs::read(layout.guest_initramfs())?;
+        image.extend_from_slice(&self.archive.finish());
+        Ok(fs::write(path, image)?)
+    }
+}
+
+/// A guest's TOML file, under construction.
+#[derive(Clone, Debug, Serialize)]
+pub struct GuestFile {
+    name: String,
+    tenant: String,
+    vcpus: u32,
+    memory: String,
+    boot: Boot,
+    #[serde(skip_serializing_if = "Vec::is_empty")]
+    disk: Vec<Disk>,
+    #[serde(skip_serializing_if = "Vec::is_empty")]
+    net: Vec<Net>,
+    #[serde(skip_serializing_if = "Vec::is_empty")]
+    device: Vec<Device>,
+}
+
+#[derive(Clone, Debug, Serialize)]
+struct Boot {
+    kernel: PathBuf,
+    initrd: PathBuf,
+    command_line: String,
+}
+
+#[derive(Clone, Debug, Serialize)]
+struct Disk {
+    path: PathBuf,
+    read_only: bool,
+}
+
+#[derive(Clone, Debug, Serialize)]
+struct Net {
+    tap: String,
+    host_address: String,
+}
+
+#[derive(Clone, Debug, Serialize)]
+struct Device {
+    address: String,
+}
+
+impl GuestFile {
+    /// A guest of the tenant `demo` with 2 vCPUs and 256 MiB.
+    /// Names are 1 to 32 letters, digits and dashes, so a long one is cut.
+    pub fn new(name: &str, kernel: &Path, initrd: &Path) -> Self {
+        Self {
+            name: name.chars().take(32).collect(),
+            tenant: "demo".to_owned(),
+            vcpus: 2,
+            memory: "256 MiB".to_owned(),
+            boot: Boot {
+                kernel: kernel.to_owned(),
+                initrd: initrd.to_owned(),
+                command_line: "console=ttyS0 quiet".to_owned(),
+            },
+            disk: Vec::new(),
+            net: Vec::new(),
+            device: Vec::new(),
+        }
+    }
+
+    /// Another number of vCPUs.
+    #[must_use]
+    pub fn vcpus(mut self, count: u32) -> Self {
+        self.vcpus = count;
+        self
+    }
+
+    /// Another size, as the file writes it: `512 MiB`.
+    #[must_use]
+    pub fn memory(mut self, size: &str) -> Self {
+        size.clone_into(&mut self.memory);
+        self
+    }
+
+    /// Another kernel.
+    #[must_use]
+    pub fn kernel(mut self, path: &Path) -> Self {
+        path.clone_into(&mut self.boot.kernel);
+        self
+    }
+
+    /// Another command line.
+    #[must_use]
+    pub fn command_line(mut self, text: &str) -> Self {
+        text.clone_into(&mut self.boot.command_line);
+        self
+    }
+
+    /// Another name; the context gives a guest that of its test.
+    #[must_use]
+    pub fn named(mut self, name: &str) -> Self {
+        name.clone_into(&mut self.name);
+        self
+    }
+
+    /// Adds an emulated disk over a file of the host's.
+    #[must_use]
+    pub fn disk(mut self, path: &Path, read_only: bool) -> Self {
+        self.disk.push(Disk { path: path.to_owned(), read_only });
+        self
+    }
+
+    /// Adds an emulated network card on a tap whose host end has this address, as in `192.0.2.1/24`.
+    #[must_use]
+    pub fn net(mut self, tap: &str, host_address: &str) -> Self {
+        self.net.push(Net { tap: tap.to_owned(), host_address: host_address.to_owned() });
+        self
+    }
+
+    /// Adds an assigned PCI function.
+    #[must_use]
+    pub fn device(mut self, address: &str) -> Self {
+        self.device.push(Device { address: address.to_owned() });
+        self
+    }
+
+    /// The text of the file.
+    pub fn to_toml(&self) -> Result<String, Failure> {
+        Ok(toml::to_string(self)?)
+    }
+
+    /// Writes it as `NAME.toml` and returns the path.
+    pub fn write_into(&self, directory: &Path) -> Result<PathBuf, Failure> {
+        let path = directory.join(format!("{}.toml", self.name));
+        let text = self.to_toml()?;
+        println!("# {}:\n{text}", path.display());
+        fs::write(&path, text)?;
+        Ok(path)
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn a_guest_without_devices_has_no_such_keys() {
+        let guest = GuestFile::new("x", Path::new("/k"), Path::new("/i")).disk(Path::new("a \"b\""), true);
+        let text = guest.to_toml().unwrap();
+        assert!(text.contains("[[disk]]\npath = 'a \"b\"'\nread_only = true"), "{text}");
+        assert!(!text.contains("net") && !text.contains("device"), "{text}");
+        let read: toml::Table = text.parse().unwrap();
+        assert_eq!(read["disk"][0]["path"].as_str(), Some("a \"b\""));
+    }
+}

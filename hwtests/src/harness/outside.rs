@@ -1,0 +1,315 @@
+//! The half of the test program that runs outside: the ordinary test runner, and the labs it starts.
+
+use std::{
+    collections::HashMap,
+    fs,
+    io::{Read, Seek, SeekFrom},
+    path::{Path, PathBuf},
+    process::ExitCode,
+    sync::{Arc, Mutex, PoisonError},
+    thread,
+    time::{Duration, Instant},
+};
+
+use libtest_mimic::{Arguments, Completion, Failed, Trial};
+
+use super::{
+    LabTest,
+    protocol::{ALL, EVENTS, Event, LONG, Outcome, PROGRAMS},
+};
+use crate::{Lab, LabEnd, LabError, Layout, RunningLab, prepare};
+
+/// From QEMU's start until the lab's first word.
+const BOOT_LIMIT: Duration = Duration::from_secs(240);
+/// What a test may exceed its deadline by before the lab itself counts as hung: the harness inside ends tests on time.
+const SLACK: Duration = Duration::from_secs(60);
+/// How many labs may die before the rest of the tests are given up.
+const DEATHS_MAX: u32 = 3;
+
+pub(crate) fn run(tests: &'static [LabTest]) -> ExitCode {
+    let mut arguments = Arguments::from_args();
+    // The lab runs them one after another; so are they told.
+    arguments.test_threads = Some(1);
+    let long = std::env::var_os(LONG).is_some_and(|value| value == "1");
+    let session = Arc::new(Mutex::new(Session::new(Layout::of_workspace())));
+    let mut wanted = Vec::new();
+    let mut trials = Vec::new();
+    for test in tests {
+        let session = Arc::clone(&session);
+        let skip = test.long.filter(|_| !long).map(|reason| format!("long ({reason}); {LONG}=1 runs it"));
+        let runs = skip.is_none();
+        let trial = Trial::ignorable_test(test.name, move || match skip {
+            Some(reason) => Ok(Completion::ignored_with(reason)),
+            None => completion(session.lock().unwrap_or_else(PoisonError::into_inner).outcome_of(test)),
+        });
+        if runs && !arguments.list && !arguments.is_filtered_out(&trial) {
+            wanted.push(*test);
+        }
+        trials.push(trial);
+    }
+    session.lock().unwrap_or_else(PoisonError::into_inner).wanted = wanted;
+    let conclusion = libtest_mimic::run(&arguments, trials);
+    session.lock().unwrap_or_else(PoisonError::into_inner).close();
+    conclusion.exit_code()
+}
+
+fn completion(outcome: Outcome) -> Result<Completion, Failed> {
+    match outcome {
+        Outcome::Passed => Ok(Completion::Completed),
+        Outcome::Skipped(reason) => Ok(Completion::ignored_with(reason)),
+        Outcome::Failed(message) => Err(Failed::from(message)),
+    }
+}
+
+/// The labs of one run of the test program, one at a time, and what they told.
+struct Session {
+    layout: Layout,
+    wanted: Vec<LabTest>,
+    outcomes: HashMap<String, Outcome>,
+    lab: Option<LiveLab>,
+    /// Set when no (further) lab is to be started.
+    given_up: Option<String>,
+    labs: u32,
+    deaths: u32,
+    start: Instant,
+}
+
+/// A lab that is under way.
+struct LiveLab {
+    machine: RunningLab,
+    events: EventFile,
+    running: Option<String>,
+    /// When the lab counts as hung, unless it tells something before.
+    patience: Instant,
+}
+
+impl Session {
+    fn new(layout: Layout) -> Self {
+        Self {
+            layout,
+            wanted: Vec::new(),
+            outcomes: HashMap::new(),
+            lab: None,
+            given_up: None,
+            labs: 0,
+            deaths: 0,
+            start: Instant::now(),
+        }
+    }
+
+    /// How a test ended; starts and watches labs until that is known.
+    fn outcome_of(&mut self, test: &LabTest) -> Outcome {
+        loop {
+            if let Some(outcome) = self.outcomes.get(test.name) {
+                return outcome.clone();
+            }
+            if let Some(reason) = &self.given_up {
+                return Outcome::Failed(reason.clone());
+            }
+            match self.lab.take() {
+                None => match self.start_lab() {
+                    Ok(lab) => self.lab = Some(lab),
+                    Err(error) => self.given_up = Some(error.to_string()),
+                },
+                Some(lab) => self.watch(lab),
+            }
+        }
+    }
+
+    fn start_lab(&mut self) -> Result<LiveLab, LabError> {
+        prepare(&self.layout, &mut |step| eprintln!("lab: {step}"))?;
+        let this = std::env::current_exe().map_err(|error| {
+            LabError::new(format_args!("cannot tell this program's path: {error}"), "report this")
+        })?;
+        let left = self.wanted.iter().map(|test| test.name).filter(|name| !self.outcomes.contains_key(*name));
+        let words = [this.display().to_string(), ALL.to_owned()];
+        let program = words.into_iter().chain(left.map(str::to_owned));
+        let mut lab = Lab::new(&self.layout, program).environment(PROGRAMS, programs_of(&this));
+        lab = lab.environment("CASEMATE_LAB_DIR", self.layout.root());
+        let machine = lab.environment("RUST_BACKTRACE", "1").start()?;
+        self.labs += 1;
+        let events = EventFile::new(machine.share().join(EVENTS));
+        Ok(LiveLab { machine, events, running: None, patience: Instant::now() + BOOT_LIMIT })
+    }
+
+    /// Takes in what the lab has told, and its end or hang; keeps it while it lives.
+    fn watch(&mut self, mut lab: LiveLab) {
+        let mut end = lab.machine.try_end();
+        let events = lab.events.new_ones();
+        if events.is_empty() && end.is_none() {
+            if Instant::now() > lab.patience {
+                lab.machine.kill();
+                end = Some(LabEnd::Machine("the lab told nothing for too long and was killed".to_owned()));
+            } else {
+                thread::sleep(Duration::from_millis(30));
+            }
+        }
+        for event in events {
+            self.take_in(&mut lab, event);
+        }
+        match end {
+            None => self.lab = Some(lab),
+            Some(end) => self.bury(lab, &end),
+        }
+    }
+
+    fn take_in(&mut self, lab: &mut LiveLab, event: Event) {
+        let limit = match event {
+            Event::Ready => SLACK,
+            Event::Started { name } => {
+                let deadline =
+                    self.wanted.iter().find(|test| test.name == name).map_or(SLACK, |test| test.deadline);
+                lab.running = Some(name);
+                deadline + SLACK
+            }
+            Event::Ended { name, outcome, milliseconds } => {
+                lab.running = None;
+                let log = self.keep_log(lab, &name);
+                let outcome = match outcome {
+                    Outcome::Failed(message) => {
+                        let tail = tail_of(&log, 25);
+                        let seconds = milliseconds / 1000;
+                        Outcome::Failed(format!(
+                            "{message}\nafter {seconds} s; end of {}:\n{tail}",
+                            log.display()
+                        ))
+                    }
+                    other => other,
+                };
+                self.outcomes.insert(name, outcome);
+                SLACK
+            }
+        };
+        lab.patience = Instant::now() + limit;
+    }
+
+    /// A lab that has ended: its console is kept; what it was running when it died has failed.
+    fn bury(&mut self, lab: LiveLab, end: &LabEnd) {
+        let console = self.layout.logs().join(format!("console-{}.log", self.labs));
+        let _ = fs::copy(lab.machine.console_log(), &console);
+        let _ = fs::remove_file(&lab.events.path);
+        let why = match end {
+            LabEnd::Program(0) => None,
+            LabEnd::Program(code) => Some(format!("the harness inside the lab ended with {code}")),
+            LabEnd::Machine(why) => Some(why.clone()),
+            LabEnd::Deadline(limit) => Some(format!("killed after {} s", limit.as_secs())),
+        };
+        let all_told = self.wanted.iter().all(|test| self.outcomes.contains_key(test.name));
+        let why = match (panic_in(&console).or(why), all_told) {
+            (_, true) => return,
+            (Some(why), false) => why,
+            (None, false) => "the harness inside ended before all tests were run".to_owned(),
+        };
+        self.deaths += 1;
+        let tail = tail_of(&console, 25);
+        let message = format!("the lab died: {why}; end of {}:\n{tail}", console.display());
+        match &lab.running {
+            Some(name) => {
+                self.keep_log(&lab, name);
+                self.outcomes.insert(name.clone(), Outcome::Failed(message.clone()));
+            }
+            // It did not even come up: that counts double, so it is tried once more and no oftener.
+            None => self.deaths += 1,
+        }
+        if self.deaths >= DEATHS_MAX {
+            self.given_up =
+                Some(format!("not run, for {} lab runs went wrong; at last: {message}", self.labs));
+        }
+    }
+
+    /// Moves a test's log from the lab's share to where logs are kept.
+    fn keep_log(&self, lab: &LiveLab, name: &str) -> PathBuf {
+        let file = format!("{name}.log");
+        let kept = self.layout.logs().join(&file);
+        let _ = fs::rename(lab.machine.share().join(file), &kept);
+        kept
+    }
+
+    /// Waits for the last lab's end, and tells what was done.
+    fn close(&mut self) {
+        if let Some(mut lab) = self.lab.take() {
+            let end = lab.machine.wait(SLACK);
+            self.bury(lab, &end);
+        }
+        if self.labs > 0 {
+            println!(
+                "lab: {} tests in {} lab runs, {:.0} s; logs in {}\n",
+                self.outcomes.len(),
+                self.labs,
+                self.start.elapsed().as_secs_f64(),
+                self.layout.logs().display()
+            );
+        }
+    }
+}
+
+/// Where the programs under test lie: what `CASEMATE_PROGRAMS` names, or beside this program's own directory, where
+/// cargo puts them.
+fn programs_of(this: &Path) -> PathBuf {
+    match std::env::var_os(PROGRAMS) {
+        Some(directory) => PathBuf::from(directory),
+        None => this.ancestors().nth(2).unwrap_or(this).to_path_buf(),
+    }
+}
+
+/// The file of events on the share, read as it grows.
+struct EventFile {
+    path: PathBuf,
+    /// How much of it was taken in; always at a line's start.
+    taken: u64,
+}
+
+impl EventFile {
+    fn new(path: PathBuf) -> Self {
+        Self { path, taken: 0 }
+    }
+
+    fn new_ones(&mut self) -> Vec<Event> {
+        let mut text = String::new();
+        let read = fs::File::open(&self.path).and_then(|mut file| {
+            file.seek(SeekFrom::Start(self.taken))?;
+            file.read_to_string(&mut text)
+        });
+        // A line that is not complete yet is taken next time.
+        let (Ok(_), Some(end)) = (read, text.rfind('\n')) else { return Vec::new() };
+        text.truncate(end + 1);
+        self.taken += text.len() as u64;
+        text.lines().filter_map(|line| serde_json::from_str(line).ok()).collect()
+    }
+}
+
+/// The kernel's own word on why the machine ended, if it had one.
+fn panic_in(console: &Path) -> Option<String> {
+    let text = fs::read(console).ok()?;
+    let text = String::from_utf8_lossy(&text);
+    text.lines().find_map(|line| line.find("Kernel panic").and_then(|at| line.get(at..)).map(str::to_owned))
+}
+
+fn tail_of(path: &Path, lines: usize) -> String {
+    let text = fs::read(path).unwrap_or_default();
+    let text = String::from_utf8_lossy(&text);
+    let all: Vec<&str> = text.lines().collect();
+    all.get(all.len().saturating_sub(lines)..).unwrap_or_default().join("\n")
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use std::io::Write;
+
+    #[test]
+    fn events_are_taken_once_and_whole() {
+        let directory = tempfile::tempdir().unwrap();
+        let path = directory.path().join("events");
+        let mut events = EventFile::new(path.clone());
+        assert_eq!(events.new_ones(), vec![]);
+        let started = serde_json::to_string(&Event::Started { name: "a".into() }).unwrap();
+        let (front, back) = started.split_at(5);
+        let mut file = fs::File::create(&path).unwrap();
+        write!(file, "\"Ready\"\n{front}").unwrap();
+        assert_eq!(events.new_ones(), vec![Event::Ready]);
+        assert_eq!(events.new_ones(), vec![]);
+        writeln!(file, "{back}").unwrap();
+        assert_eq!(events.new_ones(), vec![Event::Started { name: "a".into() }]);
+    }
+}

@@ -1,0 +1,35 @@
+//! What the two halves of the test program say to each other.
+
+use serde::{Deserialize, Serialize};
+
+/// First argument inside the lab: run the tests named by the other arguments.
+pub(crate) const ALL: &str = "--inside-lab";
+/// First argument in a test's own process: run this one.
+pub(crate) const ONE: &str = "--one-test";
+/// The lab's share, as the inside sees it.
+pub(crate) const SHARE: &str = "/lab/out";
+/// On the share: one [`Event`] a line.
+pub(crate) const EVENTS: &str = "events";
+/// Where the programs under test lie; set outside, read inside.
+pub(crate) const PROGRAMS: &str = "CASEMATE_PROGRAMS";
+/// Set to 1, long tests run too.
+pub(crate) const LONG: &str = "CASEMATE_LONG";
+
+/// How a test ended.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+pub(crate) enum Outcome {
+    Passed,
+    Failed(String),
+    Skipped(String),
+}
+
+/// What the inside tells.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+pub(crate) enum Event {
+    /// The lab is up.
+    Ready,
+    /// A test begins.
+    Started { name: String },
+    /// It has ended.
+    Ended { name: String, outcome: Outcome, milliseconds: u64 },
+}

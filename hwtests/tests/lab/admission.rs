@@ -1,0 +1,123 @@
+//! Nothing starts that the policy has not allowed.
+
+use std::{
+    fs,
+    path::{Path, PathBuf},
+};
+
+use casemate_hwtests::{
+    devices, expect,
+    harness::{Ctx, Failure, Finished},
+};
+
+use crate::{host_state::HostState, passthrough::have_drive};
+
+fn workspace(path: &str) -> PathBuf {
+    Path::new(env!("CARGO_MANIFEST_DIR")).join("..").join(path)
+}
+
+/// A bundle of one plugin: a copy of one that was built, in the test's folder, with its digest.
+struct Bundle {
+    path: PathBuf,
+    plugin: PathBuf,
+}
+
+impl Bundle {
+    fn write(ctx: &Ctx, name: &str, plugin: &str, settings: &str) -> Result<Self, Failure> {
+        let copy = ctx.directory().join(format!("{name}.wasm"));
+        fs::copy(workspace("plugins/built").join(plugin), &copy)?;
+        let digest = ctx.shell(&format!("sha256sum {name}.wasm | cut -d' ' -f1"))?;
+        let path = ctx.directory().join(format!("{name}.bundle.toml"));
+        let limits = "limits = { fuel = 20_000_000, deadline_ms = 10_000 }";
+        let text = format!(
+            "[[plugin]]\nname = \"{name}\"\npath = \"{name}.wasm\"\nsha256 = \"{digest}\"\nsettings = {{ {settings} }}\n{limits}\n"
+        );
+        fs::write(&path, text)?;
+        Ok(Self { path, plugin: copy })
+    }
+}
+
+/// Runs a guest's file under a bundle.
+fn run_under(ctx: &Ctx, bundle: &Path, guest: &Path) -> Result<Finished, Failure> {
+    ctx.run([Path::new("casemate"), Path::new("run"), Path::new("--policy"), bundle, guest])
+}
+
+/// It was refused with this code, in one line, and no guest was started.
+fn refused(run: &Finished, code: &str) -> Result<String, Failure> {
+    let line = run.refusal(code)?;
+    expect!(run.status.code() == Some(1), "the exit code is {:?}, not 1", run.status.code());
+    expect!(run.stderr.lines().count() == 1, "not one line: {}", run.stderr);
+    expect!(run.stdout.is_empty(), "a guest ran: {}", run.stdout);
+    Ok(line.to_owned())
+}
+
+pub(crate) fn too_big_is_refused(ctx: &mut Ctx) -> Result<(), Failure> {
+    have_drive(ctx)?;
+    ctx.load_driver("e1000e")?;
+    let disk = ctx.directory().join("disk.img");
+    fs::write(&disk, vec![0; 1 << 20])?;
+    let guest = ctx.guest("true")?.memory("64 GiB").disk(&disk, true).net("cmtest0", "192.0.2.1/24");
+    let file = guest.device(devices::NVME).device(devices::E1000E).write_into(ctx.directory())?;
+    let before = HostState::now();
+    let run = ctx.run([Path::new("casemate"), Path::new("run"), &file])?;
+    let line = refused(&run, "policy-denied")?;
+    let said = format!("{}:4: memory: limits/memory: memory: 64 GiB is more than the 32 GiB", file.display());
+    expect!(line.contains(&said), "it should say {said:?}: {line}");
+    before.expect_unchanged()
+}
+
+pub(crate) fn swapped_plugin_flips_the_verdict(ctx: &mut Ctx) -> Result<(), Failure> {
+    let file = ctx.guest("true")?.vcpus(1).write_into(ctx.directory())?;
+    let before = HostState::now();
+    let small = Bundle::write(ctx, "small", "limits.wasm", "max_memory = \"128 MiB\"")?;
+    let line = refused(&run_under(ctx, &small.path, &file)?, "policy-denied")?;
+    expect!(line.contains("256 MiB is more than the 128 MiB"), "{line}");
+    let closed = Bundle::write(ctx, "closed", "tests/deny-all.wasm", "")?;
+    let line = refused(&run_under(ctx, &closed.path, &file)?, "policy-denied")?;
+    expect!(line.contains("nothing may start"), "{line}");
+    before.expect_unchanged()?;
+    // The same name, the same guest, another plugin and other settings.
+    let large = Bundle::write(ctx, "small", "limits.wasm", "max_memory = \"256 MiB\"")?;
+    run_under(ctx, &large.path, &file)?.success()?.printed("CASEMATE-TEST-ENDED 0")?;
+    let allows = Bundle::write(ctx, "closed", "tests/misbehave.wasm", "how = \"well\"")?;
+    run_under(ctx, &allows.path, &file)?.success()?.printed("CASEMATE-TEST-ENDED 0")?;
+    before.expect_unchanged()
+}
+
+pub(crate) fn whatever_is_wrong_with_a_policy_refuses(ctx: &mut Ctx) -> Result<(), Failure> {
+    have_drive(ctx)?;
+    let file = ctx.guest("true")?.vcpus(1).device(devices::NVME).write_into(ctx.directory())?;
+    let before = HostState::now();
+    for (how, code) in [
+        ("trap", "policy-trap"),
+        ("spin", "policy-timeout"),
+        ("hog", "policy-memory"),
+        ("no-reason", "policy-answer"),
+        ("in-no-way-that-it-knows", "policy-settings"),
+    ] {
+        let bundle = Bundle::write(ctx, "bad", "tests/misbehave.wasm", &format!("how = \"{how}\""))?;
+        refused(&run_under(ctx, &bundle.path, &file)?, code)?;
+    }
+    let bundle = Bundle::write(ctx, "forbidden", "tests/forbidden.wasm", "")?;
+    refused(&run_under(ctx, &bundle.path, &file)?, "policy-import")?;
+    let bundle = Bundle::write(ctx, "limits", "limits.wasm", "")?;
+    let mut bytes = fs::read(&bundle.plugin)?;
+    bytes.push(0);
+    fs::write(&bundle.plugin, bytes)?;
+    refused(&run_under(ctx, &bundle.path, &file)?, "policy-digest")?;
+    fs::remove_file(&bundle.plugin)?;
+    refused(&run_under(ctx, &bundle.path, &file)?, "policy-missing")?;
+    fs::write(&bundle.path, "# nothing\n")?;
+    refused(&run_under(ctx, &bundle.path, &file)?, "policy-none")?;
+    fs::remove_file(&bundle.path)?;
+    refused(&run_under(ctx, &bundle.path, &file)?, "policy-bundle-missing")?;
+    let without = ctx.run([
+        Path::new("casemate"),
+        Path::new("--policy-compiler=/nowhere/compiler"),
+        Path::new("--cache=/run/lab-tests/empty-cache"),
+        Path::new("run"),
+        &file,
+    ])?;
+    refused(&without, "policy-compiler")?;
+    before.expect_unchanged()
+}

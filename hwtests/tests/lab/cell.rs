@@ -1,0 +1,134 @@
+//! The cell holds: as /proc shows it around a running guest, and as a captured program meets it.
+
+use std::{fs, io, path::Path, thread, time::Duration};
+
+use casemate_hwtests::{
+    devices, expect,
+    harness::{Ctx, Failure},
+};
+use casemate_jail::{Descriptor, inspect};
+use rustix::{
+    net::{
+        AddressFamily, SendFlags, SocketAddrUnix, SocketFlags, SocketType, connect, send, socket_with,
+    },
+    process::Signal,
+    thread::set_thread_uid,
+};
+use serde_json::Value;
+
+use crate::{
+    endings::{cell_of, ending},
+    passthrough::have_drive,
+};
+
+pub(crate) fn is_closed_around_a_running_guest(ctx: &mut Ctx) -> Result<(), Failure> {
+    have_drive(ctx)?;
+    ctx.load_driver("e1000e")?;
+    let disk = ctx.directory().join("disk.img");
+    fs::write(&disk, vec![0; 1 << 20])?;
+    let guest = ctx.guest("sleep 1000")?.disk(&disk, false).net("cmtest0", "192.0.2.1/24");
+    let running = ctx.start_guest(&guest.device(devices::NVME).device(devices::E1000E))?;
+    let (pid, uid) = cell_of(&running)?;
+    running.wait_for_text("CASEMATE-INIT", Duration::from_secs(60))?;
+    expect!(uid != 0, "the cell runs as root");
+    let view = inspect(pid)?;
+    let mut faults = view.faults(uid, uid);
+    for thread in &view.threads {
+        println!("{thread:?}");
+        // One while the machine was built, and the one that narrowed it.
+        if thread.seccomp_filters.is_some_and(|count| count < 2) {
+            faults.push(format!("thread {} has {:?} filters", thread.name, thread.seccomp_filters));
+        }
+    }
+    let has_thread = |name: &str| view.threads.iter().any(|thread| thread.name == name);
+    expect!(has_thread("vcpu0") && has_thread("vcpu1"), "threads are missing: {:?}", view.threads);
+    let network = fs::read_to_string(format!("/proc/{pid}/net/dev"))?;
+    let interfaces: Vec<&str> = network.lines().skip(2).filter_map(|line| line.split(':').next()).collect();
+    expect!(interfaces.len() == 1 && interfaces.iter().all(|name| name.trim() == "lo"), "interfaces: {interfaces:?}");
+    for descriptor in &view.descriptors {
+        println!("{descriptor:?}");
+        if !is_expected(descriptor, &disk) {
+            faults.push(format!("descriptor {} is {}", descriptor.number, descriptor.target));
+        }
+    }
+    expect!(faults.is_empty(), "the cell is not closed: {}", faults.join("; "));
+    running.signal(Signal::TERM)?;
+    running.wait(Duration::from_secs(20))?.success()?;
+    Ok(())
+}
+
+/// What a VMM works with. No directory, no file but the images.
+fn is_expected(descriptor: &Descriptor, disk: &Path) -> bool {
+    const KINDS: [&str; 6] = ["socket:[", "pipe:[", "anon_inode:", "/memfd:", "/dev/vfio/", "/dev/kvm"];
+    let target = descriptor.target.as_str();
+    KINDS.iter().any(|kind| target.starts_with(kind))
+        || ["/dev/null", "/dev/net/tun"].contains(&target)
+        || Path::new(target) == disk
+}
+
+pub(crate) fn hears_its_keep_alone(ctx: &mut Ctx) -> Result<(), Failure> {
+    let running = ctx.start_guest(&ctx.guest("sleep 1000")?.vcpus(1))?;
+    running.wait_for_step("running", Duration::from_secs(60))?;
+    let path = format!("/run/casemate/{}.socket", ctx.name());
+    // However far a stranger gets, nothing that it says may reach the guest.
+    let stranger = thread::spawn({
+        let path = path.clone();
+        move || {
+            set_thread_uid(rustix::thread::Uid::from_raw(65534))?;
+            say(&path, &every_short_message())
+        }
+    });
+    let said = stranger.join().map_err(|_| Failure::new("the stranger panicked"))?;
+    println!("the stranger: {said:?}");
+    running.wait_for_text("CASEMATE-INIT", Duration::from_secs(60))?;
+    // From root, whose word counts, what is no message ends nothing either.
+    println!("nonsense: {:?}", say(&path, &[vec![0xff; 64], Vec::new(), vec![0; 100_000]]));
+    thread::sleep(Duration::from_millis(500));
+    expect!(cell_of(&running).is_ok_and(|(pid, _)| inspect(pid).is_ok()), "the cell has ended");
+    running.signal(Signal::TERM)?;
+    let run = running.wait(Duration::from_secs(20))?;
+    run.success()?;
+    expect!(ending(&run)? == "stopped", "the guest ended by {}", ending(&run)?);
+    Ok(())
+}
+
+/// Every message of one and two bytes: whatever the encoding, "stop" is among them.
+fn every_short_message() -> Vec<Vec<u8>> {
+    let one = (0..=u8::MAX).map(|byte| vec![byte]);
+    one.chain((0..=u8::MAX).flat_map(|first| [vec![first, 0], vec![first, 1]])).collect()
+}
+
+/// Connects and sends; ends at the first error.
+fn say(path: &str, messages: &[Vec<u8>]) -> io::Result<usize> {
+    let socket = socket_with(AddressFamily::UNIX, SocketType::SEQPACKET, SocketFlags::CLOEXEC, None)?;
+    connect(&socket, &SocketAddrUnix::new(path)?)?;
+    for message in messages {
+        send(&socket, message, SendFlags::NOSIGNAL)?;
+    }
+    Ok(messages.len())
+}
+
+pub(crate) fn stops_its_victims(ctx: &mut Ctx) -> Result<(), Failure> {
+    let victim = ctx.program("casemate-victim")?;
+    let cgroup = Path::new("/sys/fs/cgroup/casemate-probe");
+    let probe = ctx.start(["casemate-jail-probe".as_ref(), victim.as_os_str(), cgroup.as_os_str()])?;
+    let table = probe.wait(Duration::from_secs(240))?;
+    let rows: Vec<Value> = table.stdout.lines().filter_map(|line| serde_json::from_str(line).ok()).collect();
+    let text = |row: &Value, key: &str| row.get(key).and_then(Value::as_str).unwrap_or_default().to_owned();
+    for row in &rows {
+        let name = if row.get("attempt").is_some() { "attempt" } else { "check" };
+        println!("{:24} {:6} {:44} {}", text(row, name), text(row, "role"), text(row, "stopped_by"), text(row, "expected"));
+    }
+    let through: Vec<String> =
+        rows.iter().filter(|row| row.get("ok") != Some(&Value::Bool(true))).map(Value::to_string).collect();
+    expect!(through.is_empty(), "not stopped as they should be: {}", through.join(" "));
+    table.success()?;
+    for attempt in ["open-passwd", "connect-loopback", "mmap-exec", "kvm-create-vm"] {
+        let stopped = rows.iter().filter(|row| text(row, "attempt") == attempt).collect::<Vec<_>>();
+        let by_seccomp = |role: &str| {
+            stopped.iter().any(|row| text(row, "role") == role && text(row, "stopped_by").starts_with("seccomp"))
+        };
+        expect!(by_seccomp("vcpu") && by_seccomp("rest"), "{attempt} was not stopped in both roles: {stopped:?}");
+    }
+    Ok(())
+}

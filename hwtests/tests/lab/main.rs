@@ -1,0 +1,70 @@
+//! The tests that need KVM, VFIO and PCI devices. Each is a function in one of the modules, and a line in its table.
+//!
+//! `cargo xtask test` builds what they need and runs them; `cargo test --release -p casemate-hwtests --test lab -- NAME`
+//! runs some against what is built. Logs: `target/lab/logs`.
+
+mod admission;
+mod boot;
+mod cell;
+mod endings;
+mod host_state;
+mod lab;
+mod passthrough;
+mod refusals;
+mod virtio;
+
+use std::process::ExitCode;
+
+use casemate_hwtests::harness::{self, LabTest};
+
+const TESTS: &[LabTest] = &[
+    // The lab itself
+    LabTest::new("lab-has-kvm-and-vfio", lab::has_kvm_and_vfio),
+    LabTest::new("lab-has-the-devices", lab::has_the_devices),
+    LabTest::new("guest-image-boots-in-qemu", lab::guest_image_boots_in_qemu)
+        .long("validates the test image alone"),
+    // Boot
+    LabTest::new("guest-boots-and-powers-off", boot::boots_and_powers_off),
+    LabTest::new("guest-sees-what-its-file-says", boot::sees_what_its_file_says),
+    LabTest::new("reboot-ends-the-run", boot::reboot_ends_the_run),
+    LabTest::new("panic-ends-the-run", boot::panic_ends_the_run),
+    LabTest::new("triple-fault-ends-the-run", boot::triple_fault_ends_the_run),
+    // Emulated devices
+    LabTest::new("disk-is-read-and-written", virtio::disk_is_read_and_written),
+    LabTest::new("read-only-disk-stays", virtio::read_only_disk_stays),
+    LabTest::new("network-carries-both-ways", virtio::network_carries_both_ways),
+    LabTest::new("entropy-is-there", virtio::entropy_is_there),
+    // Policy
+    LabTest::new("too-big-is-refused", admission::too_big_is_refused),
+    LabTest::new("swapped-plugin-flips-the-verdict", admission::swapped_plugin_flips_the_verdict),
+    LabTest::new("broken-policy-refuses", admission::whatever_is_wrong_with_a_policy_refuses),
+    // Bad input
+    LabTest::new("refuses-wrong-values", refusals::wrong_values),
+    LabTest::new("refuses-wrong-images", refusals::wrong_images),
+    LabTest::new("refuses-files-that-are-none", refusals::files_that_are_none),
+    LabTest::new("refuses-devices-that-cannot-be-given", refusals::devices_that_cannot_be_given),
+    LabTest::new("refuses-a-drive-in-use", refusals::drive_in_use),
+    LabTest::new("refuses-a-network-card-in-use", refusals::network_card_in_use),
+    LabTest::new("refuses-what-a-running-guest-has", refusals::what_a_running_guest_has),
+    // Physical devices
+    LabTest::new("nvme-works-and-comes-back", passthrough::drive_works_and_comes_back),
+    LabTest::new("e1000e-works-and-comes-back", passthrough::e1000e_works_and_comes_back),
+    LabTest::new("igb-works-and-comes-back", passthrough::igb_works_and_comes_back),
+    LabTest::new("two-devices-in-one-guest", passthrough::two_devices_in_one_guest),
+    // Ends from outside
+    LabTest::new("killed-vmm-is-told-and-undone", endings::killed_vmm_is_told_and_undone),
+    LabTest::new("recover-undoes-a-killed-run", endings::recover_undoes_a_killed_run),
+    LabTest::new("next-run-undoes-a-killed-run", endings::next_run_undoes_a_killed_run),
+    LabTest::new("run-killed-while-claiming-is-undone", endings::run_killed_while_claiming_is_undone),
+    LabTest::new("signals-stop-in-order", endings::signals_stop_in_order),
+    LabTest::new("signal-while-claiming-stops-in-order", endings::signal_while_claiming_stops_in_order),
+    LabTest::new("missing-vmm-takes-nothing", endings::vmm_that_is_missing_takes_nothing),
+    // The cell
+    LabTest::new("cell-is-closed-around-a-guest", cell::is_closed_around_a_running_guest),
+    LabTest::new("cell-hears-its-keep-alone", cell::hears_its_keep_alone),
+    LabTest::new("cell-stops-its-victims", cell::stops_its_victims).deadline_seconds(300),
+];
+
+fn main() -> ExitCode {
+    harness::main(TESTS)
+}

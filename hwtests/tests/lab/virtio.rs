@@ -1,0 +1,97 @@
+//! Emulated devices do their work.
+
+use std::{
+    fs,
+    io::{Read, Write},
+    net::{TcpListener, TcpStream},
+    sync::mpsc,
+    thread,
+    time::Duration,
+};
+
+use casemate_hwtests::{
+    expect,
+    harness::{Ctx, Failure},
+};
+
+pub(crate) fn disk_is_read_and_written(ctx: &mut Ctx) -> Result<(), Failure> {
+    let disk = ctx.directory().join("disk.img");
+    let contents: Vec<u8> = (0..1_u32 << 18).flat_map(u32::to_le_bytes).collect();
+    fs::write(&disk, &contents)?;
+    let digest = ctx.shell("sha256sum disk.img | cut -d' ' -f1")?;
+    let script = "echo digest: $(sha256sum /dev/vda | cut -d' ' -f1)
+        echo serial: $(cat /sys/block/vda/serial)
+        echo written by the guest | dd of=/dev/vda conv=notrunc,fsync";
+    let run = ctx.run_guest(&ctx.guest(script)?.disk(&disk, false))?;
+    let seen = run.success()?.value("digest:")?;
+    expect!(seen == digest, "the disk's digest is {digest}, the guest saw {seen}");
+    expect!(run.value("serial:")? == "disk0", "its serial number is {}", run.value("serial:")?);
+    let after = fs::read(&disk)?;
+    expect!(after.starts_with(b"written by the guest\n"), "what the guest wrote is not in the disk");
+    expect!(after.get(21..) == contents.get(21..), "the guest's write changed more than it wrote");
+    Ok(())
+}
+
+pub(crate) fn read_only_disk_stays(ctx: &mut Ctx) -> Result<(), Failure> {
+    let disks = ["first.img", "second.img"].map(|name| ctx.directory().join(name));
+    for (disk, fill) in disks.iter().zip([b'a', b'b']) {
+        fs::write(disk, vec![fill; 1 << 20])?;
+    }
+    let script = "echo read-only: $(cat /sys/block/vda/ro) $(cat /sys/block/vdb/ro)
+        blockdev --setrw /dev/vda 2>/dev/null
+        echo x | dd of=/dev/vda conv=notrunc,fsync 2>&1 && echo it was written
+        echo first bytes: $(head -c 1 /dev/vda) $(head -c 1 /dev/vdb)";
+    let [first, second] = &disks;
+    let run = ctx.run_guest(&ctx.guest(script)?.disk(first, true).disk(second, false))?;
+    let told = run.success()?.value("read-only:")?;
+    expect!(told == "1 0", "the disks should be read-only 1 0, and are {told}");
+    expect!(!run.stdout.contains("it was written"), "a write to a read-only disk succeeded in the guest");
+    expect!(run.value("first bytes:")? == "a b", "the disks are not in order: {}", run.value("first bytes:")?);
+    expect!(fs::read(first)?.iter().all(|byte| *byte == b'a'), "the read-only disk was changed");
+    Ok(())
+}
+
+pub(crate) fn entropy_is_there(ctx: &mut Ctx) -> Result<(), Failure> {
+    let script = r#"echo "source: $(cat /sys/class/misc/hw_random/rng_current)"
+        for n in 1 2; do echo "bytes$n: $(head -c 4096 /dev/hwrng | sha256sum | cut -d' ' -f1)"; done"#;
+    let run = ctx.run_guest(&ctx.guest(script)?)?;
+    let source = run.success()?.value("source:")?;
+    expect!(source.starts_with("virtio_rng"), "the guest's entropy comes from {source:?}");
+    let zeros = "ad7facb2586fc6e966c004d7d1d16b024f5805ff7cb47c7a85dabd8b48892ca7";
+    let (first, second) = (run.value("bytes1:")?, run.value("bytes2:")?);
+    expect!(first != zeros && first != second, "this is not random: {first}, {second}");
+    Ok(())
+}
+
+/// Bytes of one transfer.
+const TRANSFER: usize = 4 << 20;
+
+pub(crate) fn network_carries_both_ways(ctx: &mut Ctx) -> Result<(), Failure> {
+    let sent: Vec<u8> = (0..TRANSFER as u32 / 4).flat_map(|n| n.wrapping_mul(0x9e37_79b9).to_le_bytes()).collect();
+    let from_host = TcpListener::bind("0.0.0.0:7001")?;
+    let to_host = TcpListener::bind("0.0.0.0:7002")?;
+    let bytes = sent.clone();
+    thread::spawn(move || from_host.accept().and_then(|(mut guest, _)| guest.write_all(&bytes)));
+    let (sender, received) = mpsc::channel();
+    thread::spawn(move || {
+        let mut bytes = Vec::new();
+        let read = to_host.accept().and_then(|(mut guest, _)| guest.read_to_end(&mut bytes));
+        sender.send(read.map(|_| bytes))
+    });
+    let script = "ip addr add 192.0.2.2/24 dev eth0; ip link set eth0 up
+        ping -c 2 -W 5 192.0.2.1 && echo host-answered
+        nc 192.0.2.1 7001 </dev/null >/run/bytes
+        nc 192.0.2.1 7002 </run/bytes
+        echo guest-waits
+        nc -l -p 7003 </dev/null >/dev/null";
+    let running = ctx.start_guest(&ctx.guest(script)?.net("cmtest0", "192.0.2.1/24"))?;
+    running.wait_for_text("guest-waits", Duration::from_secs(80))?;
+    ctx.shell("busybox ping -c 2 -W 5 192.0.2.2")?;
+    drop(TcpStream::connect("192.0.2.2:7003")?);
+    let run = running.wait(Duration::from_secs(30))?;
+    run.success()?.printed("host-answered")?;
+    let back = received.recv_timeout(Duration::from_secs(5))??;
+    expect!(back == sent, "the host sent {TRANSFER} bytes, and got others back: {}", back.len());
+    expect!(!fs::exists("/sys/class/net/cmtest0")?, "the tap is still there");
+    Ok(())
+}

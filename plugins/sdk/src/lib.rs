@@ -1,0 +1,114 @@
+//! What a policy plugin for Casemate is written with.
+//!
+//! A plugin is one type that implements [`Policy`] and one line, `casemate_plugin_sdk::export_policy!(MyPolicy);`. It
+//! is asked with a typed [`Request`] and answers with a [`Verdict`]; its settings are a type of its own that serde
+//! reads. It has no clock, no files, no network and no randomness, it remembers nothing between two calls, and the
+//! only thing it can call is [`log`]. The contract itself, with a word on each field, is `policies/wit`.
+//!
+//! A plugin's rules are ordinary functions: test them with `cargo test`, without any Wasm.
+
+#[allow(missing_docs, reason = "generated from policies/wit, where each item is documented")]
+pub mod bindings {
+    wit_bindgen::generate!({
+        path: "../../policies/wit",
+        world: "admission",
+        additional_derives: [Clone, PartialEq],
+        pub_export_macro: true,
+        export_macro_name: "export_component",
+        default_bindings_module: "casemate_plugin_sdk::bindings",
+    });
+}
+
+mod bytes;
+mod reason;
+
+use std::marker::PhantomData;
+
+pub use bindings::casemate::policy::{
+    log::Level,
+    types::{
+        Allowed, Amounts, Attrs, Denied, Device, Disk, File, GuestSpec, HostState, Neighbour, Net, Operation,
+        Reason, Request, Severity, Tenant, Verdict,
+    },
+};
+use bindings::exports::casemate::policy::{gate, meta};
+pub use bytes::Bytes;
+pub use reason::{allow, deny, verdict};
+pub use serde;
+
+/// A policy: what a plugin's author writes.
+pub trait Policy {
+    /// As the plugin's file is called: `limits`.
+    const NAME: &'static str;
+    /// One line for people.
+    const SUMMARY: &'static str;
+    /// The plugin's version: `env!("CARGO_PKG_VERSION")`.
+    const VERSION: &'static str;
+    /// A JSON Schema of the settings.
+    const SETTINGS_SCHEMA: Option<&'static str> = None;
+
+    /// What the bundle's `settings` table is read into. Let serde refuse unknown fields.
+    type Settings: serde::de::DeserializeOwned;
+
+    /// What serde can't see: two settings that contradict each other.
+    ///
+    /// # Errors
+    /// All that is wrong.
+    fn check(_settings: &Self::Settings) -> Result<(), Vec<Reason>> {
+        Ok(())
+    }
+
+    /// May this be done?
+    fn admit(settings: Self::Settings, request: Request) -> Verdict;
+}
+
+/// Writes a line to the decision's log; nobody's decision depends on it.
+pub fn log(level: Level, message: &str) {
+    bindings::casemate::policy::log::write(level, message);
+}
+
+/// Makes a [`Policy`] the component's exports.
+#[macro_export]
+macro_rules! export_policy {
+    ($policy:ty) => {
+        type CasematePolicy = $crate::Component<$policy>;
+        $crate::bindings::export_component!(CasematePolicy with_types_in $crate::bindings);
+    };
+}
+
+/// A [`Policy`] as the contract's exports. Plugins get it from [`export_policy!`].
+pub struct Component<P>(PhantomData<P>);
+
+impl<P: Policy> meta::Guest for Component<P> {
+    fn describe() -> meta::Description {
+        meta::Description {
+            name: P::NAME.into(),
+            version: P::VERSION.into(),
+            summary: P::SUMMARY.into(),
+            settings_schema: P::SETTINGS_SCHEMA.map(Into::into),
+            attrs: Vec::new(),
+        }
+    }
+
+    fn check_settings(settings: String) -> Result<(), Vec<Reason>> {
+        P::check(&read::<P>(&settings).map_err(|reason| vec![reason])?)
+    }
+}
+
+impl<P: Policy> gate::Guest for Component<P> {
+    fn admit(settings: String, request: Request) -> Verdict {
+        match read::<P>(&settings) {
+            Ok(settings) => P::admit(settings, request),
+            Err(reason) => verdict(vec![reason], Vec::new()),
+        }
+    }
+}
+
+fn read<P: Policy>(settings: &str) -> Result<P::Settings, Reason> {
+    serde_json::from_str(settings).map_err(|error| {
+        // The text is one line that Casemate made from TOML: its line and column would tell the reader nothing.
+        let message = error.to_string();
+        let message = message.rsplit_once(" at line ").map_or(message.as_str(), |(message, _)| message);
+        Reason::new("bad-settings", message).field("settings").remedy("correct the bundle")
+    })
+}

@@ -1,0 +1,143 @@
+//! The DSDT: what the guest finds by name.
+
+use std::ops::Range;
+
+use acpi_tables::{
+    Aml, AmlSink,
+    aml::{
+        AddressSpace, AddressSpaceCacheable, And, Arg, CreateDWordField, Device, EISAName, Else, Equal, IO,
+        If, Interrupt, Local, Method, Name, NotEqual, ONE, Or, Package, Path, ResourceTemplate, Return,
+        Scope, Store, Uuid, ZERO,
+    },
+    sdt::Sdt,
+};
+
+use super::{AcpiSpec, OEM_ID, OEM_REVISION, OEM_TABLE_ID, PciHost};
+use crate::{POWER_PORT, POWER_PORTS, SERIAL_GSI, SERIAL_PORT, SERIAL_PORTS, power::SLEEP_TYPE_S5};
+
+const HEADER_SIZE_BYTES: u32 = 36;
+
+/// What the guest may take over of PCIe by `_OSC` (PCI Firmware 3.3, 4.5.1): native hotplug, PME and the capability
+/// structures. Not AER: no port here reports errors.
+const OSC_GRANTED: u8 = 1 << 0 | 1 << 2 | 1 << 4;
+
+type Space<T> = AddressSpace<T>;
+
+/// The DSDT of `spec`, whose configuration space is at `ecam`.
+pub(super) fn dsdt(spec: &AcpiSpec, ecam: &Range<u64>) -> Sdt {
+    let mut body = Vec::new();
+    Name::new("_S5_".into(), &Package::new(vec![&SLEEP_TYPE_S5, &ZERO, &ZERO, &ZERO]))
+        .to_aml_bytes(&mut body);
+    let mut devices = Vec::new();
+    host_bridge(&spec.pci, &mut devices);
+    motherboard(ecam, &mut devices);
+    serial_port(&mut devices);
+    for id in 0..spec.vcpus {
+        processor(id, &mut devices);
+    }
+    body.extend(Scope::raw("\\_SB_".into(), devices));
+
+    let mut dsdt = Sdt::new(*b"DSDT", HEADER_SIZE_BYTES, 2, OEM_ID, OEM_TABLE_ID, OEM_REVISION);
+    dsdt.append_slice(&body);
+    dsdt
+}
+
+fn host_bridge(pci: &PciHost, sink: &mut dyn AmlSink) {
+    let not_cacheable = AddressSpaceCacheable::NotCacheable;
+    let buses = Space::new_bus_number(u16::from(*pci.buses.start()), u16::from(*pci.buses.end()));
+    // Both ends were checked to be below 4 GiB.
+    let low =
+        Space::new_memory(not_cacheable, true, pci.mmio32.start as u32, (pci.mmio32.end - 1) as u32, None);
+    let high = (!pci.mmio64.is_empty())
+        .then(|| Space::new_memory(not_cacheable, true, pci.mmio64.start, pci.mmio64.end - 1, None));
+    let mut resources: Vec<&dyn Aml> = vec![&buses, &low];
+    if let Some(high) = &high {
+        resources.push(high);
+    }
+    Device::new(
+        "PCI0".into(),
+        vec![
+            &Name::new("_HID".into(), &EISAName::new("PNP0A08")),
+            &Name::new("_CID".into(), &EISAName::new("PNP0A03")),
+            &Name::new("_SEG".into(), &ZERO),
+            &Name::new("_BBN".into(), pci.buses.start()),
+            &Name::new("_UID".into(), &ZERO),
+            &Name::new("_CRS".into(), &ResourceTemplate::new(resources)),
+            &OperatingSystemCapabilities,
+        ],
+    )
+    .to_aml_bytes(sink);
+}
+
+/// `_OSC` of a PCIe host bridge: grants what is in [`OSC_GRANTED`] and masks the rest.
+struct OperatingSystemCapabilities;
+
+impl Aml for OperatingSystemCapabilities {
+    fn to_aml_bytes(&self, sink: &mut dyn AmlSink) {
+        const UNKNOWN_UUID: u8 = 1 << 2;
+        const UNKNOWN_REVISION: u8 = 1 << 3;
+        const MASKED: u8 = 1 << 4;
+        let (status, control) = (Path::new("CDW1"), Path::new("CDW3"));
+        let set = |bit: &'static u8| Or::new(&status, &status, bit);
+        let known = Uuid::new("33db4d5b-1ff7-401c-9657-7441c03dd766");
+        Method::new(
+            "_OSC".into(),
+            4,
+            false,
+            vec![
+                &CreateDWordField::new(&status, &Arg(3), &ZERO),
+                &If::new(
+                    &Equal::new(&Arg(0), &known),
+                    vec![
+                        &CreateDWordField::new(&control, &Arg(3), &8u8),
+                        &If::new(&NotEqual::new(&Arg(1), &ONE), vec![&set(&UNKNOWN_REVISION)]),
+                        &And::new(&Local(0), &control, &OSC_GRANTED),
+                        &If::new(&NotEqual::new(&Local(0), &control), vec![&set(&MASKED)]),
+                        &Store::new(&control, &Local(0)),
+                    ],
+                ),
+                &Else::new(vec![&set(&UNKNOWN_UUID)]),
+                &Return::new(&Arg(3)),
+            ],
+        )
+        .to_aml_bytes(sink);
+    }
+}
+
+/// Reserves what belongs to no other device: configuration space (Linux does not use MCFG without it) and the power
+/// registers.
+fn motherboard(ecam: &Range<u64>, sink: &mut dyn AmlSink) {
+    let ecam = Space::new_memory(AddressSpaceCacheable::NotCacheable, true, ecam.start, ecam.end - 1, None);
+    let power = IO::new(POWER_PORT, POWER_PORT, 1, POWER_PORTS as u8);
+    Device::new(
+        "MBRD".into(),
+        vec![
+            &Name::new("_HID".into(), &EISAName::new("PNP0C02")),
+            &Name::new("_UID".into(), &ZERO),
+            &Name::new("_CRS".into(), &ResourceTemplate::new(vec![&ecam, &power])),
+        ],
+    )
+    .to_aml_bytes(sink);
+}
+
+fn serial_port(sink: &mut dyn AmlSink) {
+    let ports = IO::new(SERIAL_PORT, SERIAL_PORT, 1, SERIAL_PORTS as u8);
+    let interrupt = Interrupt::new(true, true, false, false, u32::from(SERIAL_GSI));
+    Device::new(
+        "COM1".into(),
+        vec![
+            &Name::new("_HID".into(), &EISAName::new("PNP0501")),
+            &Name::new("_UID".into(), &ZERO),
+            &Name::new("_CRS".into(), &ResourceTemplate::new(vec![&ports, &interrupt])),
+        ],
+    )
+    .to_aml_bytes(sink);
+}
+
+fn processor(id: u32, sink: &mut dyn AmlSink) {
+    Device::new(
+        Path::new(&format!("C{id:03X}")),
+        vec![&Name::new("_HID".into(), &"ACPI0007"), &Name::new("_UID".into(), &id)],
+    )
+    .to_aml_bytes(sink);
+}

@@ -1,0 +1,120 @@
+//! `casemate run`.
+
+use std::{io, path::PathBuf, process::ExitCode};
+
+use casemate_keep::{DeviceReport, Paths, Report, RunOptions, Step};
+use casemate_spec::ByteSize;
+use clap::Args;
+
+use crate::output::{self, Failure};
+
+#[derive(Args)]
+pub(crate) struct Options {
+    /// The guest's file.
+    file: PathBuf,
+    /// The bundle of policies that decides.
+    #[arg(long, env = "CASEMATE_POLICY", default_value = "/etc/casemate/policies/default.toml", value_name = "BUNDLE")]
+    policy: PathBuf,
+    /// Report when the console first shows this text.
+    #[arg(long, value_name = "TEXT")]
+    note_line: Option<String>,
+}
+
+pub(crate) fn run(paths: &Paths, options: &Options, json: bool) -> Result<ExitCode, Failure> {
+    let run_options =
+        RunOptions { file: &options.file, policy: &options.policy, line: options.note_line.as_deref() };
+    let report = casemate_keep::run(paths, run_options, &mut io::stdout().lock(), &mut |step| tell(&step, json))?;
+    if json {
+        output::json_aside(&serde_json::json!({ "report": report }));
+    } else {
+        summary(&report);
+    }
+    Ok(match (report.ending.is_orderly(), report.devices.iter().all(|device| device.clean)) {
+        (_, false) => ExitCode::from(4),
+        (false, true) => ExitCode::from(3),
+        (true, true) => ExitCode::SUCCESS,
+    })
+}
+
+/// Tells of a step on stderr.
+pub(crate) fn tell(step: &Step, json: bool) {
+    if json {
+        output::json_aside(step);
+        return;
+    }
+    match step {
+        Step::Recovered { guest, devices, error } => {
+            output::aside(&format!("the keep of guest {guest} was killed; what it had claimed is given back"));
+            devices.iter().for_each(|device| output::aside(&returned(device)));
+            if let Some(error) = error {
+                output::aside(&format!("not all of it: {error}"));
+            }
+        }
+        Step::Admitted { policy } => {
+            let names: Vec<_> = policy.plugins.iter().map(|(name, _)| name.as_str()).collect();
+            output::aside(&format!(
+                "admitted by {} (asked in {} µs)",
+                names.join(", "),
+                policy.ask.as_micros()
+            ));
+            policy.warnings.iter().for_each(|warning| output::aside(&format!("warning: {warning}")));
+        }
+        Step::Claiming { devices } => {
+            let list: Vec<_> = devices.iter().map(ToString::to_string).collect();
+            output::aside(&format!("taking {} from the host", list.join(", ")));
+        }
+        Step::Claimed { devices } => {
+            for (address, driver, reset) in devices {
+                let driver = driver.as_deref().unwrap_or("no driver");
+                output::aside(&format!("{address} left {driver}, was reset ({reset}), and has bus master off"));
+            }
+        }
+        Step::CellClosed { pid, uid, landlock_abi } => {
+            output::aside(&format!("the cell is closed: process {pid}, uid {uid}, Landlock ABI {landlock_abi}"));
+        }
+        Step::Running { elapsed } => {
+            output::aside(&format!("the guest runs, {} ms after its VMM was started", elapsed.as_millis()));
+        }
+        Step::Log { line } => output::aside(&format!("the VMM says: {line}")),
+        Step::Ended { ending } => output::aside(&format!("the guest has ended: {ending}")),
+        Step::Returned { devices } => devices.iter().for_each(|device| output::aside(&returned(device))),
+    }
+}
+
+/// A device's return in a line.
+fn returned(device: &DeviceReport) -> String {
+    let seen = &device.returned;
+    let reset = match &seen.reset {
+        Ok(()) => format!("reset by {} with result 0", seen.reset_method),
+        Err(error) => format!("reset by {} FAILED: {error}", seen.reset_method),
+    };
+    let master = if seen.bus_master_off { "bus master off" } else { "bus master ON" };
+    let config = if seen.config_as_first_seen { "configuration as first seen" } else { "configuration CHANGED" };
+    let to = seen.returned_to.as_deref().map_or("given back to no driver".to_owned(), |to| format!("given back to {to}"));
+    let mut line = format!("{}: {reset}, {master}, {config}; stored data was not scrubbed; {to}", seen.address);
+    if let Some(why) = &seen.quarantined {
+        line.push_str(&format!("; QUARANTINED: {why}"));
+    }
+    if let Some(error) = &seen.error {
+        line.push_str(&format!("; {error}"));
+    }
+    line
+}
+
+fn summary(report: &Report) {
+    if let Some(line) = report.machine.line {
+        output::aside(&format!("the noted line came {} ms after the VMM was started", line.as_millis()));
+    }
+    if let Some(bytes) = report.cell.memory_bytes {
+        let size = ByteSize::from_bytes(bytes.next_multiple_of(1024));
+        output::aside(&format!("the VMM used {size} beside the guest's memory"));
+    }
+    output::aside(&format!(
+        "the filters allow {} system calls to a vCPU's thread and {} to the others",
+        report.cell.vcpu_calls, report.cell.rest_calls
+    ));
+    output::aside(&format!(
+        "exits to the VMM: {} for ports, {} for registers, {} others",
+        report.machine.pio_exits, report.machine.mmio_exits, report.machine.other_exits
+    ));
+}

@@ -1,0 +1,200 @@
+//! Moving a function between drivers, each step within its deadline.
+
+use std::{
+    io,
+    path::Path,
+    process::{Command, Stdio},
+    thread,
+    time::{Duration, Instant},
+};
+
+use casemate_spec::{PciAddress, Refusal};
+
+use crate::{
+    host::{Host, attribute, link_name},
+    ledger::DeviceRecord,
+    sys::child,
+};
+
+/// The driver that hands functions to guests.
+pub(crate) const VFIO: &str = "vfio-pci";
+/// How often a function is taken from VFIO's driver before something else is at work.
+const MOVES_MAX: usize = 3;
+const POLL: Duration = Duration::from_millis(5);
+
+/// The driver that has the function now.
+pub(crate) fn current(host: &Host, address: PciAddress) -> Option<String> {
+    link_name(host.pci(address).join("driver"))
+}
+
+/// What stands in `driver_override`; the kernel shows `(null)` for nothing.
+pub(crate) fn driver_override(host: &Host, address: PciAddress) -> Option<String> {
+    attribute(host.pci(address).join("driver_override")).filter(|name| !name.is_empty() && name != "(null)")
+}
+
+/// Sets `driver_override`, or clears it.
+pub(crate) fn set_driver_override(
+    host: &Host,
+    address: PciAddress,
+    name: Option<&str>,
+) -> Result<(), Refusal> {
+    // The store takes the device's lock, which a hanging unbind holds: this can hang too.
+    let text = format!("{}\n", name.unwrap_or_default());
+    let written =
+        child::write(&host.pci(address).join("driver_override"), text.as_bytes(), host.deadlines.unbind);
+    written.map_err(|error| {
+        failed("device-bind-failed", address, &format!("its driver_override cannot be set: {error}"))
+    })
+}
+
+/// Makes its driver let go of it. No driver is no error.
+pub(crate) fn unbind(host: &Host, address: PciAddress) -> Result<(), Refusal> {
+    let Some(driver) = current(host, address) else { return Ok(()) };
+    let path = host.pci(address).join("driver/unbind");
+    let timeout = || {
+        let cause =
+            format!("driver {driver} did not let go of it within {} s", host.deadlines.unbind.as_secs_f32());
+        Refusal::new(
+            "device-unbind-timeout",
+            address,
+            cause,
+            "end what uses the device; if nothing does, restart the host",
+        )
+    };
+    match child::write(&path, address.to_string().as_bytes(), host.deadlines.unbind) {
+        Ok(()) => {}
+        Err(error) if error.kind() == io::ErrorKind::TimedOut => return Err(timeout()),
+        // It went by itself meanwhile.
+        Err(_) if current(host, address).is_none() => {}
+        Err(error) => {
+            return Err(failed("device-bind-failed", address, &format!("driver {driver} kept it: {error}")));
+        }
+    }
+    wait(host.deadlines.unbind, || current(host, address).is_none()).then_some(()).ok_or_else(timeout)
+}
+
+/// Takes a function from whatever driver has it to VFIO's.
+pub(crate) fn bind_vfio(host: &Host, address: PciAddress) -> Result<(), Refusal> {
+    set_driver_override(host, address, Some(VFIO))?;
+    if current(host, address).as_deref() == Some(VFIO) {
+        return Ok(());
+    }
+    unbind(host, address)?;
+    let probe = host.path("sys/bus/pci/drivers_probe");
+    let probed = child::write(&probe, address.to_string().as_bytes(), host.deadlines.bind);
+    let bound = || current(host, address).as_deref() == Some(VFIO);
+    match probed {
+        _ if bound() => Ok(()),
+        Ok(()) if wait(host.deadlines.bind, bound) => Ok(()),
+        Ok(()) => Err(failed("device-bind-failed", address, &format!("{VFIO} did not take it"))),
+        Err(error) => Err(failed("device-bind-failed", address, &format!("{VFIO} did not take it: {error}"))),
+    }
+}
+
+/// How giving a function back to the host failed.
+#[derive(Debug)]
+pub(crate) struct NotReturned {
+    /// Whether VFIO still has it: then it is not the host's, and has to be tried again.
+    pub(crate) still_ours: bool,
+    pub(crate) why: String,
+}
+
+/// Takes a function out of VFIO's hands, unless it came from there, and restores `driver_override`. The driver that has
+/// it then: none, or its own, or one that somebody else gave it since.
+fn leave_vfio(host: &Host, record: &DeviceRecord) -> Result<Option<String>, Refusal> {
+    // A helper of a process that was killed may be in the middle of a move. The store of driver_override waits for it,
+    // since both take the device's lock: what is seen after it holds.
+    for _ in 0..MOVES_MAX {
+        if record.former_driver.as_deref() != Some(VFIO)
+            && current(host, record.address).as_deref() == Some(VFIO)
+        {
+            unbind(host, record.address)?;
+        }
+        set_driver_override(host, record.address, record.driver_override.as_deref())?;
+        let now = current(host, record.address);
+        if now.as_deref() != Some(VFIO) || now == record.former_driver {
+            return Ok(now);
+        }
+    }
+    Err(failed("device-bind-failed", record.address, &format!("{VFIO} takes it again and again")))
+}
+
+/// Gives a function back to the driver it came from, from whatever state it is in. The name of the driver that has it
+/// then; `None` when it had none before.
+pub(crate) fn give_back(host: &Host, record: &DeviceRecord) -> Result<Option<String>, NotReturned> {
+    let address = record.address;
+    let now = leave_vfio(host, record)
+        .map_err(|refusal| NotReturned { still_ours: true, why: refusal.to_string() })?;
+    let Some(former) = record.former_driver.as_ref().filter(|_| now.is_none()) else { return Ok(now) };
+    let bind = host.path("sys/bus/pci/drivers").join(former).join("bind");
+    let text = address.to_string();
+    let bound = || current(host, address).as_ref() == Some(former);
+    let mut result = child::write(&bind, text.as_bytes(), host.deadlines.bind);
+    if result.is_err() && !bound() {
+        // The driver may match by an ID that it was told, or be loaded anew by now.
+        result = result.or(child::write(
+            &host.path("sys/bus/pci/drivers_probe"),
+            text.as_bytes(),
+            host.deadlines.bind,
+        ));
+    }
+    if bound() || (result.is_ok() && wait(host.deadlines.bind, bound)) {
+        return Ok(Some(former.clone()));
+    }
+    let cause = result.err().map_or_else(|| "it did not say why".into(), |error| error.to_string());
+    Err(NotReturned { still_ours: false, why: format!("driver {former} did not take it back: {cause}") })
+}
+
+/// Loads VFIO's driver when it is not there.
+pub(crate) fn load_vfio(host: &Host) -> Result<(), Refusal> {
+    let driver = host.path("sys/bus/pci/drivers").join(VFIO);
+    if driver.exists() {
+        return Ok(());
+    }
+    if host.is_live() {
+        let modprobe = attribute(host.path("proc/sys/kernel/modprobe")).filter(|path| !path.is_empty());
+        run(Path::new(modprobe.as_deref().unwrap_or("/sbin/modprobe")), &[VFIO], host.deadlines.bind);
+    }
+    driver.exists().then_some(()).ok_or_else(|| {
+        let remedy = "load it: modprobe vfio-pci (Debian's linux-image has it, its cloud image does not)";
+        Refusal::new(
+            "vfio-missing",
+            VFIO,
+            "the kernel's driver that hands devices to guests is not there",
+            remedy,
+        )
+    })
+}
+
+/// Runs a program to its end or its deadline; what it did is seen elsewhere.
+fn run(program: &Path, arguments: &[&str], deadline: Duration) {
+    let quiet = Command::new(program)
+        .args(arguments)
+        .stdin(Stdio::null())
+        .stdout(Stdio::null())
+        .stderr(Stdio::null())
+        .spawn();
+    let Ok(mut child) = quiet else { return };
+    if !wait(deadline, || child.try_wait().is_ok_and(|status| status.is_some())) {
+        let _ = child.kill();
+        thread::spawn(move || child.wait());
+    }
+}
+
+/// Waits until it holds, or the deadline has passed: then `false`.
+pub(crate) fn wait(deadline: Duration, mut holds: impl FnMut() -> bool) -> bool {
+    let until = Instant::now() + deadline;
+    loop {
+        if holds() {
+            return true;
+        }
+        if Instant::now() >= until {
+            return false;
+        }
+        thread::sleep(POLL);
+    }
+}
+
+fn failed(code: &'static str, address: PciAddress, cause: &str) -> Refusal {
+    Refusal::new(code, address, cause, "see the kernel's log for the reason: dmesg")
+}

@@ -1,0 +1,242 @@
+//! Giving functions back: reset, verified, returned to the driver they came from, or put in quarantine.
+//!
+//! Stored data (a drive's blocks, firmware) is not scrubbed: a reset and config space say nothing about it.
+
+use std::os::fd::OwnedFd;
+
+use casemate_spec::PciAddress;
+use serde::Serialize;
+
+use crate::{
+    claim::{read_config, reset},
+    config::{COMMAND, COMMAND_BUS_MASTER},
+    driver,
+    host::Host,
+    ledger::{DeviceRecord, Ledger, Owner, Quarantined},
+    sys::vfio,
+};
+
+/// What became of one function that a guest had.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize)]
+pub struct Returned {
+    /// Where it sits.
+    pub address: PciAddress,
+    /// The method that the kernel tries first.
+    pub reset_method: String,
+    /// The reset's result: `Ok` when the ioctl returned 0, else its error, or why there was none.
+    pub reset: Result<(), String>,
+    /// Whether bus mastering was seen to be off after the reset.
+    pub bus_master_off: bool,
+    /// Whether config space was, in what must not change, as before the claim, with MSI and MSI-X off.
+    pub config_as_first_seen: bool,
+    /// Offsets at which it was not.
+    pub config_differences: Vec<u16>,
+    /// The driver that has it now; `None` too when it had none before.
+    pub returned_to: Option<String>,
+    /// Why it is in quarantine.
+    pub quarantined: Option<String>,
+    /// What else went wrong.
+    pub error: Option<String>,
+}
+
+/// A function after its reset.
+pub(crate) struct Proof {
+    record: DeviceRecord,
+    returned: Returned,
+    next: Next,
+}
+
+/// What is to be done with a function.
+enum Next {
+    /// It is clean: back to the host's driver.
+    GiveBack,
+    /// It is not, and this is why: to nobody.
+    Quarantine(String),
+    /// It is out of our hands already.
+    Leave,
+}
+
+impl Proof {
+    /// Of a function that no guest has had since it was last clean.
+    pub(crate) fn not_needed(record: DeviceRecord, why: &str) -> Self {
+        let returned = Returned {
+            address: record.address,
+            reset_method: record.reset_method.clone(),
+            reset: Err(format!("no reset: {why}")),
+            bus_master_off: false,
+            config_as_first_seen: false,
+            config_differences: Vec::new(),
+            returned_to: None,
+            quarantined: None,
+            error: None,
+        };
+        Self { record, returned, next: Next::GiveBack }
+    }
+
+    /// Of a function that is to be left as it is: the host was restarted, or another device is there.
+    pub(crate) fn left_alone(host: &Host, record: DeviceRecord, why: &str, error: Option<String>) -> Self {
+        let mut proof = Self::not_needed(record, why);
+        proof.returned.returned_to = driver::current(host, proof.record.address);
+        proof.returned.error = error;
+        Self { next: Next::Leave, ..proof }
+    }
+}
+
+/// Silences, resets and looks at a function through VFIO. Its descriptor is still open, so nothing else can have it.
+pub(crate) fn prove(host: &Host, record: DeviceRecord, fd: &OwnedFd) -> Proof {
+    vfio::disable_interrupts(fd);
+    let reset = reset(fd).map_err(|error| error.to_string());
+    // The kernel restores the command register after the reset, with the guest's bus mastering in it.
+    let cleared = vfio::clear_config_bits(fd, COMMAND, COMMAND_BUS_MASTER);
+    let mut returned = Returned { reset, ..Proof::not_needed(record.clone(), "").returned };
+    let unreadable = match read_config(host, record.address) {
+        Ok(config) => {
+            returned.bus_master_off = !config.bus_master();
+            returned.config_differences = record.config.differences(&config);
+            returned.config_as_first_seen = returned.config_differences.is_empty();
+            None
+        }
+        Err(error) => Some(error),
+    };
+    let failed = match &returned {
+        Returned { reset: Err(error), reset_method, .. } => {
+            Some(format!("its reset ({reset_method}) failed: {error}"))
+        }
+        _ if unreadable.is_some() => {
+            unreadable.map(|error| format!("its config space cannot be read: {error}"))
+        }
+        Returned { bus_master_off: false, .. } => {
+            let why = cleared.err().map_or_else(|| "it reads as on".to_owned(), |error| error.to_string());
+            Some(format!("bus mastering cannot be turned off: {why}"))
+        }
+        Returned { config_as_first_seen: false, config_differences, .. } => {
+            Some(format!("config space is not as first seen, at {config_differences:#x?}").replace('\n', ""))
+        }
+        _ => None,
+    };
+    Proof { record, returned, next: failed.map_or(Next::GiveBack, Next::Quarantine) }
+}
+
+/// Writes down what is in quarantine, gives the rest back, and ends the ledger's entry, but for functions that VFIO's
+/// driver does not let go of: those are tried again by [`recover`](crate::recover).
+///
+/// A group goes into quarantine as a whole: an unproven function could reach what the host gives its mates.
+pub(crate) fn settle(host: &Host, ledger: &Ledger, owner: &Owner, proofs: Vec<Proof>) -> Vec<Returned> {
+    let mut proofs = condemn_groups(proofs);
+    let quarantined: Vec<Quarantined> = proofs.iter().filter_map(|proof| proof.quarantine(owner)).collect();
+    let written = ledger.update(|book| {
+        book.quarantined.retain(|old| quarantined.iter().all(|new| new.address != old.address));
+        book.quarantined.extend(quarantined);
+    });
+    let mut kept = Vec::new();
+    for proof in &mut proofs {
+        match (&proof.next, &written) {
+            (Next::Leave, _) => {}
+            (Next::GiveBack, _) => match driver::give_back(host, &proof.record) {
+                Ok(driver) => proof.returned.returned_to = driver,
+                Err(not_returned) => {
+                    kept.extend(not_returned.still_ours.then(|| proof.record.clone()));
+                    proof.returned.error = Some(not_returned.why);
+                }
+            },
+            (Next::Quarantine(why), Ok(())) => proof.returned.quarantined = Some(why.clone()),
+            // Not in quarantine, but not free either: its entry stays.
+            (Next::Quarantine(why), Err(refusal)) => {
+                proof.returned.error =
+                    Some(format!("{why}; and its quarantine could not be written down: {refusal}"));
+                kept.push(proof.record.clone());
+            }
+        }
+    }
+    let ended = ledger.update(|book| book.keep_only(owner, kept));
+    let mut returned: Vec<Returned> = proofs.into_iter().map(|proof| proof.returned).collect();
+    if let Err(refusal) = ended {
+        for returned in returned.iter_mut().filter(|returned| returned.error.is_none()) {
+            returned.error = Some(refusal.to_string());
+        }
+    }
+    returned
+}
+
+impl Proof {
+    fn quarantine(&self, owner: &Owner) -> Option<Quarantined> {
+        let DeviceRecord { address, vendor, device, .. } = self.record;
+        let Next::Quarantine(why) = &self.next else { return None };
+        Some(Quarantined { address, vendor, device, guest: owner.guest.clone(), why: why.clone() })
+    }
+}
+
+fn condemn_groups(mut proofs: Vec<Proof>) -> Vec<Proof> {
+    let failed = proofs.iter().filter(|proof| matches!(proof.next, Next::Quarantine(_)));
+    let bad: Vec<(u32, PciAddress)> =
+        failed.map(|proof| (proof.record.group, proof.record.address)).collect();
+    for proof in proofs.iter_mut().filter(|proof| matches!(proof.next, Next::GiveBack)) {
+        if let Some((group, mate)) = bad.iter().find(|(group, _)| *group == proof.record.group) {
+            proof.next =
+                Next::Quarantine(format!("its mate {mate} in IOMMU group {group} did not prove clean"));
+        }
+    }
+    proofs
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::{
+        fixture::Fixture,
+        ledger::tests::{entry, record},
+    };
+
+    fn proof(record: DeviceRecord, failed: Option<&str>) -> Proof {
+        let next = failed.map_or(Next::GiveBack, |why| Next::Quarantine(why.to_owned()));
+        Proof { next, ..Proof::not_needed(record, "a test") }
+    }
+
+    #[test]
+    fn what_failed_is_quarantined_with_its_mates_and_the_rest_goes_home() {
+        let machine = Fixture::typical();
+        let ledger = machine.ledger();
+        for (address, group) in [("0000:01:00.0", 8), ("0000:01:00.1", 8), ("0000:02:00.0", 9)] {
+            machine.pci(address, &[("class", "0x020000")], None, Some(group));
+            machine.write(&format!("sys/bus/pci/devices/{address}/driver_override"), "vfio-pci\n");
+        }
+        let mut home = record("0000:02:00.0", 9);
+        home.former_driver = None;
+        let records = vec![record("0000:01:00.0", 8), record("0000:01:00.1", 8), home.clone()];
+        let entry = entry("web", records.clone());
+        ledger.update(|book| book.entries.push(entry.clone())).unwrap();
+
+        let proofs = vec![
+            proof(records[0].clone(), Some("its reset failed")),
+            proof(records[1].clone(), None),
+            proof(home, None),
+        ];
+        let returned = settle(&machine.host(), &ledger, &entry.owner, proofs);
+
+        assert_eq!(returned[0].quarantined.as_deref(), Some("its reset failed"));
+        assert!(returned[1].quarantined.as_ref().unwrap().contains("0000:01:00.0"));
+        assert_eq!((&returned[2].quarantined, &returned[2].error), (&None, &None));
+        let book = ledger.read().unwrap();
+        assert_eq!((book.entries.len(), book.quarantined.len()), (0, 2));
+        assert_eq!(book.quarantined[0].guest, "web");
+        // Only the clean one was touched.
+        assert_eq!(machine.read("sys/bus/pci/devices/0000:01:00.0/driver_override"), "vfio-pci\n");
+        assert_eq!(machine.read("sys/bus/pci/devices/0000:02:00.0/driver_override"), "\n");
+    }
+
+    #[test]
+    fn a_driver_that_does_not_take_it_back_is_told() {
+        let machine = Fixture::typical();
+        let ledger = machine.ledger();
+        machine.pci("0000:01:00.0", &[("class", "0x020000")], None, Some(8));
+        machine.write("sys/bus/pci/devices/0000:01:00.0/driver_override", "vfio-pci\n");
+        let each = std::time::Duration::from_millis(50);
+        let host =
+            machine.host().with_deadlines(crate::Deadlines { unbind: each, bind: each, group_free: each });
+        let entry = entry("web", vec![record("0000:01:00.0", 8)]);
+        ledger.update(|book| book.entries.push(entry.clone())).unwrap();
+        let returned = settle(&host, &ledger, &entry.owner, vec![proof(entry.devices[0].clone(), None)]);
+        assert!(returned[0].error.as_ref().unwrap().contains("driver e1000e did not take it back"));
+        assert_eq!(ledger.read().unwrap().entries, [], "it is free all the same");
+    }
+}

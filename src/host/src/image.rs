@@ -1,0 +1,319 @@
+//! Disks, kernels and initrds: opened here, handed over as descriptors.
+
+use std::{
+    fmt::Display,
+    fs::{File, OpenOptions},
+    io::{self, Seek, SeekFrom},
+    os::{
+        fd::OwnedFd,
+        unix::fs::{FileExt, FileTypeExt, OpenOptionsExt},
+    },
+    path::Path,
+};
+
+use casemate_spec::Refusal;
+use rustix::fs::{FlockOperation, OFlags, fcntl_getfl, fcntl_setfl, flock};
+
+/// The unit of a virtio disk (virtio 1.x, 5.2).
+const SECTOR_BYTES: u64 = 512;
+
+/// An open image.
+#[derive(Debug)]
+pub struct Image {
+    /// Carries the lock, if any: it is free when the last copy is closed.
+    pub fd: OwnedFd,
+    /// Size of the file or block device.
+    pub size_bytes: u64,
+}
+
+/// Opens a raw disk: a regular file or a block device, of whole sectors. One guest may write to it, or several may
+/// read: a lock (flock) on the file holds that, which other programs heed only if they lock too.
+///
+/// # Errors
+/// `disk-unreadable`, `disk-not-a-disk`, `disk-empty`, `disk-size`, `disk-in-use`.
+pub fn open_image(path: &Path, read_only: bool) -> Result<Image, Refusal> {
+    let what = What { name: "disk", writes: !read_only };
+    let (file, kind) = what.open(path)?;
+    if kind == Kind::Other {
+        let remedy = "name a raw image file or a block device";
+        return Err(Refusal::new(
+            "disk-not-a-disk",
+            path.display(),
+            "this is neither a file nor a block device",
+            remedy,
+        ));
+    }
+    let size_bytes = size(&file).map_err(|error| what.unreadable(path, error))?;
+    if size_bytes == 0 {
+        return Err(Refusal::new(
+            "disk-empty",
+            path.display(),
+            "this disk has no bytes",
+            "make it larger: truncate -s 1G FILE",
+        ));
+    }
+    if size_bytes % SECTOR_BYTES != 0 {
+        let cause = format!("its size, {size_bytes} bytes, is not a multiple of {SECTOR_BYTES}");
+        let remedy = "raw images only: convert others with qemu-img convert -O raw, or pad the file";
+        return Err(Refusal::new("disk-size", path.display(), cause, remedy));
+    }
+    let lock = if read_only {
+        FlockOperation::NonBlockingLockShared
+    } else {
+        FlockOperation::NonBlockingLockExclusive
+    };
+    flock(&file, lock).map_err(|error| in_use(path, error))?;
+    Ok(Image { fd: file.into(), size_bytes })
+}
+
+/// Opens a guest kernel: an ELF file for x86-64 (`vmlinux`).
+///
+/// # Errors
+/// `kernel-unreadable`, `kernel-not-elf`.
+pub fn open_kernel(path: &Path) -> Result<Image, Refusal> {
+    let image = open_file("kernel", path)?;
+    let mut start = [0u8; 1024];
+    let file = File::from(image.fd);
+    let read = read_start(&file, &mut start)
+        .map_err(|error| What { name: "kernel", writes: false }.unreadable(path, error))?;
+    if let Some(found) = not_a_kernel(start.get(..read).unwrap_or_default()) {
+        let remedy =
+            "name an uncompressed ELF vmlinux for x86-64 (a bzImage holds one: scripts/extract-vmlinux)";
+        return Err(Refusal::new(
+            "kernel-not-elf",
+            path.display(),
+            format!("this is {found}, not an ELF kernel"),
+            remedy,
+        ));
+    }
+    Ok(Image { fd: file.into(), ..image })
+}
+
+/// Opens an initial RAM disk: any file that is not empty.
+///
+/// # Errors
+/// `initrd-unreadable`, `initrd-empty`.
+pub fn open_initrd(path: &Path) -> Result<Image, Refusal> {
+    let image = open_file("initrd", path)?;
+    if image.size_bytes == 0 {
+        return Err(Refusal::new(
+            "initrd-empty",
+            path.display(),
+            "this file has no bytes",
+            "name the initrd that belongs to the kernel",
+        ));
+    }
+    Ok(image)
+}
+
+fn open_file(name: &'static str, path: &Path) -> Result<Image, Refusal> {
+    let what = What { name, writes: false };
+    let (file, kind) = what.open(path)?;
+    if kind != Kind::File {
+        return Err(what.unreadable(path, "it is not a regular file"));
+    }
+    let size_bytes = size(&file).map_err(|error| what.unreadable(path, error))?;
+    Ok(Image { fd: file.into(), size_bytes })
+}
+
+/// What is opened, for messages.
+struct What {
+    name: &'static str,
+    writes: bool,
+}
+
+#[derive(PartialEq, Eq)]
+enum Kind {
+    File,
+    Block,
+    Other,
+}
+
+impl What {
+    fn open(&self, path: &Path) -> Result<(File, Kind), Refusal> {
+        // Without O_NONBLOCK a FIFO would hold us until somebody opens its other end. O_EXCL (on a block device, and
+        // without O_CREAT) fails when the host has it mounted or in a volume.
+        let is_block = path.metadata().is_ok_and(|metadata| metadata.file_type().is_block_device());
+        let exclusive = if is_block && self.writes { libc::O_EXCL } else { 0 };
+        let file = OpenOptions::new()
+            .read(true)
+            .write(self.writes)
+            .custom_flags(libc::O_NONBLOCK | libc::O_NOCTTY | exclusive)
+            .open(path)
+            .map_err(|error| match error.raw_os_error() {
+                Some(libc::EBUSY) => in_use(path, error),
+                Some(libc::EISDIR) => self.unreadable(path, "it is a directory"),
+                _ => self.unreadable(path, error),
+            })?;
+        let kind = file.metadata().map_err(|error| self.unreadable(path, error))?.file_type();
+        let kind = if kind.is_file() {
+            Kind::File
+        } else if kind.is_block_device() {
+            Kind::Block
+        } else {
+            Kind::Other
+        };
+        // io_uring would take O_NONBLOCK for a wish to fail instead of wait.
+        fcntl_getfl(&file)
+            .and_then(|flags| fcntl_setfl(&file, flags - OFlags::NONBLOCK))
+            .map_err(|error| self.unreadable(path, error))?;
+        Ok((file, kind))
+    }
+
+    fn unreadable(&self, path: &Path, cause: impl Display) -> Refusal {
+        let (code, access) = match self.name {
+            "kernel" => ("kernel-unreadable", "read"),
+            "initrd" => ("initrd-unreadable", "read"),
+            _ if self.writes => ("disk-unreadable", "read and written"),
+            _ => ("disk-unreadable", "read"),
+        };
+        let remedy = format!("name a {} that can be {access} by the user who starts the guest", self.name);
+        Refusal::new(code, path.display(), format!("the {} cannot be opened: {cause}", self.name), remedy)
+    }
+}
+
+fn in_use(path: &Path, error: impl Display) -> Refusal {
+    Refusal::new(
+        "disk-in-use",
+        path.display(),
+        format!("a guest or the host uses this disk ({error})"),
+        "stop what uses it (fuser -v FILE; umount), or let all its guests only read it (read_only = true)",
+    )
+}
+
+/// By seeking, which tells a block device's size too.
+fn size(mut file: &File) -> io::Result<u64> {
+    let size_bytes = file.seek(SeekFrom::End(0))?;
+    file.rewind()?;
+    Ok(size_bytes)
+}
+
+fn read_start(file: &File, start: &mut [u8]) -> io::Result<usize> {
+    let mut filled = 0;
+    while let Some(rest) = start.get_mut(filled..).filter(|rest| !rest.is_empty()) {
+        match file.read_at(rest, u64::try_from(filled).unwrap_or(u64::MAX))? {
+            0 => break,
+            read => filled += read,
+        }
+    }
+    Ok(filled)
+}
+
+/// What the file is instead of a 64-bit x86 ELF executable; `None` when it is one.
+fn not_a_kernel(start: &[u8]) -> Option<String> {
+    const ELF_64_LITTLE: [u8; 6] = [0x7f, b'E', b'L', b'F', 2, 1];
+    const EM_X86_64: [u8; 2] = [62, 0];
+    if start.starts_with(&ELF_64_LITTLE) {
+        let machine = start.get(18..20)?;
+        return (machine != EM_X86_64).then(|| format!("an ELF file for machine {machine:?}"));
+    }
+    let magic = |offset: usize, magic: &[u8]| start.get(offset..).is_some_and(|rest| rest.starts_with(magic));
+    let known = [
+        (0, b"\x7fELF".as_slice(), "an ELF file of 32 bits or big-endian"),
+        (0x202, b"HdrS", "a bzImage"),
+        (0, b"\x1f\x8b", "gzip-compressed"),
+        (0, b"\x28\xb5\x2f\xfd", "zstd-compressed"),
+        (0, b"\xfd7zXZ", "xz-compressed"),
+        (0, b"070701", "a cpio archive (an initrd?)"),
+        (0, b"MZ", "an EFI program"),
+        (0, b"QFI\xfb", "a qcow2 disk"),
+        (510, b"\x55\xaa", "a disk with a boot sector"),
+    ];
+    let text = |bytes: &[u8]| bytes.iter().all(|b| b.is_ascii_graphic() || b.is_ascii_whitespace());
+    Some(match known.into_iter().find(|(offset, bytes, _)| magic(*offset, bytes)) {
+        Some((_, _, name)) => name.to_owned(),
+        None if start.is_empty() => "empty".to_owned(),
+        None if text(start) => "text".to_owned(),
+        None => "of no known format".to_owned(),
+    })
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use proptest::prelude::*;
+    use std::{fs, path::PathBuf};
+
+    fn file(directory: &tempfile::TempDir, bytes: &[u8]) -> PathBuf {
+        let path = directory.path().join("file");
+        fs::write(&path, bytes).unwrap();
+        path
+    }
+
+    #[test]
+    fn disks_of_whole_sectors() {
+        let directory = tempfile::tempdir().unwrap();
+        let path = file(&directory, &[0; 1024]);
+        let image = open_image(&path, false).unwrap();
+        assert_eq!(image.size_bytes, 1024);
+        assert!(!fcntl_getfl(&image.fd).unwrap().contains(OFlags::NONBLOCK));
+        drop(image);
+        for (bytes, code) in [(0, "disk-empty"), (511, "disk-size"), (513, "disk-size")] {
+            let path = file(&directory, &vec![0; bytes]);
+            assert_eq!(open_image(&path, true).unwrap_err().code, code);
+        }
+        assert_eq!(open_image(&directory.path().join("none"), true).unwrap_err().code, "disk-unreadable");
+        assert_eq!(open_image(directory.path(), true).unwrap_err().code, "disk-not-a-disk");
+        assert_eq!(open_image(Path::new("/dev/null"), true).unwrap_err().code, "disk-not-a-disk");
+    }
+
+    #[test]
+    fn one_writer_or_many_readers() {
+        let directory = tempfile::tempdir().unwrap();
+        let path = file(&directory, &[0; 512]);
+        let code = |read_only| open_image(&path, read_only).map(|_| ()).map_err(|refusal| refusal.code);
+        let writer = open_image(&path, false).unwrap();
+        let copy = writer.fd.try_clone().unwrap();
+        drop(writer);
+        assert_eq!(
+            (code(false), code(true)),
+            (Err("disk-in-use"), Err("disk-in-use")),
+            "a copy holds the lock"
+        );
+        drop(copy);
+        let _reader = open_image(&path, true).unwrap();
+        assert_eq!((code(false), code(true)), (Err("disk-in-use"), Ok(())));
+    }
+
+    #[test]
+    fn kernels_and_what_is_none() {
+        let directory = tempfile::tempdir().unwrap();
+        let mut elf = vec![0u8; 64];
+        elf[..6].copy_from_slice(&[0x7f, b'E', b'L', b'F', 2, 1]);
+        elf[18] = 62;
+        assert_eq!(open_kernel(&file(&directory, &elf)).unwrap().size_bytes, 64);
+        let mut bz_image = vec![0u8; 1024];
+        bz_image[..2].copy_from_slice(b"MZ");
+        bz_image[0x202..0x206].copy_from_slice(b"HdrS");
+        elf[18] = 183;
+        for (bytes, found) in [
+            (bz_image.as_slice(), "a bzImage"),
+            (elf.as_slice(), "machine [183, 0]"),
+            (b"\x1f\x8b\x08", "gzip"),
+            (b"kernel = 1\n", "text"),
+            (b"", "empty"),
+            (b"\x00\x01", "no known format"),
+        ] {
+            let refusal = open_kernel(&file(&directory, bytes)).unwrap_err();
+            assert_eq!(refusal.code, "kernel-not-elf");
+            assert!(refusal.cause.contains(found), "{refusal}");
+        }
+        assert_eq!(open_kernel(directory.path()).unwrap_err().code, "kernel-unreadable");
+        assert_eq!(open_kernel(Path::new("/nowhere")).unwrap_err().code, "kernel-unreadable");
+    }
+
+    #[test]
+    fn initrds() {
+        let directory = tempfile::tempdir().unwrap();
+        assert_eq!(open_initrd(&file(&directory, b"")).unwrap_err().code, "initrd-empty");
+        assert_eq!(open_initrd(&file(&directory, b"x")).unwrap().size_bytes, 1);
+    }
+
+    proptest! {
+        #[test]
+        fn any_start_is_judged(start in prop::collection::vec(any::<u8>(), 0..600)) {
+            let elf = start.starts_with(b"\x7fELF\x02\x01");
+            prop_assert!(elf || not_a_kernel(&start).is_some());
+        }
+    }
+}

@@ -1,0 +1,364 @@
+//! What has been taken from the host, on disk, so that it can be undone by whoever comes after a crash.
+//!
+//! One file, `ledger.json`, replaced as a whole: written beside, fsync, rename, fsync of the directory. A lock file is
+//! held (flock) for the moments of a change, never while a guest runs or a driver is waited for: an entry in the file
+//! is what keeps others away from its devices.
+
+use std::{
+    fs::{self, DirBuilder, File, OpenOptions},
+    io::{self, Write},
+    os::unix::fs::{DirBuilderExt, OpenOptionsExt},
+    path::{Path, PathBuf},
+    thread,
+    time::{Duration, Instant},
+};
+
+use casemate_spec::{PciAddress, Refusal};
+use rustix::fs::{FlockOperation, flock};
+use serde::{Deserialize, Serialize};
+
+use crate::{Host, config::ConfigSnapshot, host::read_bytes, process::Process};
+
+const VERSION: u32 = 1;
+/// An entry is some 10 KB a device; a host has hundreds of functions at most.
+const BYTES_MAX: u64 = 16 << 20;
+/// A change takes milliseconds.
+const LOCK_WAIT: Duration = Duration::from_secs(10);
+
+/// Whose a claim is.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+pub struct Owner {
+    /// Name of the guest. A guest has one claim at a time.
+    pub guest: String,
+    /// The process that watches over it and gives the devices back.
+    pub keep: Process,
+}
+
+impl Owner {
+    /// This process, for a guest of this name.
+    ///
+    /// # Errors
+    /// `host-unreadable` when /proc does not tell about this process.
+    pub fn this_process(guest: &str) -> Result<Self, Refusal> {
+        Ok(Self { guest: guest.to_owned(), keep: this_process(&Host::live())? })
+    }
+}
+
+/// This process, as the ledger knows it.
+pub(crate) fn this_process(host: &Host) -> Result<Process, Refusal> {
+    Process::with_pid(host, std::process::id())
+        .ok_or_else(|| crate::function::unreadable("proc/self/stat", "this process is not found in it"))
+}
+
+/// A device that failed to prove itself clean. It stays away from guests and host until an operator frees it.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+pub struct Quarantined {
+    /// Where it sits.
+    pub address: PciAddress,
+    /// Vendor ID.
+    pub vendor: u16,
+    /// Device ID.
+    pub device: u16,
+    /// The guest that had it last.
+    pub guest: String,
+    /// What it failed.
+    pub why: String,
+}
+
+/// One taken device: what it was before anything was touched.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+pub(crate) struct DeviceRecord {
+    pub(crate) address: PciAddress,
+    pub(crate) vendor: u16,
+    pub(crate) device: u16,
+    pub(crate) group: u32,
+    pub(crate) former_driver: Option<String>,
+    /// What stood in `driver_override`.
+    pub(crate) driver_override: Option<String>,
+    /// The method that the kernel tries first.
+    pub(crate) reset_method: String,
+    /// Config space as first seen; a host driver may have had bus mastering and messages on.
+    pub(crate) config: ConfigSnapshot,
+}
+
+/// All of one guest's devices.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+pub(crate) struct Entry {
+    pub(crate) owner: Owner,
+    /// The guest's process, once it was started.
+    pub(crate) cell: Option<Process>,
+    /// The owner is not the one who claimed, but one who undoes a dead one's claim.
+    pub(crate) recovering: bool,
+    pub(crate) devices: Vec<DeviceRecord>,
+}
+
+/// The file's content.
+#[derive(Clone, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
+pub(crate) struct Book {
+    version: u32,
+    pub(crate) entries: Vec<Entry>,
+    pub(crate) quarantined: Vec<Quarantined>,
+}
+
+impl Book {
+    pub(crate) fn entry(&mut self, owner: &Owner) -> Option<&mut Entry> {
+        self.entries.iter_mut().find(|entry| entry.owner == *owner)
+    }
+
+    /// Leaves the owner only these devices; no entry when there are none.
+    pub(crate) fn keep_only(&mut self, owner: &Owner, devices: Vec<DeviceRecord>) {
+        if let Some(entry) = self.entry(owner) {
+            entry.devices = devices;
+        }
+        self.entries.retain(|entry| entry.owner != *owner || !entry.devices.is_empty());
+    }
+}
+
+/// The ledger in one directory. Holds nothing open.
+#[derive(Clone, Debug)]
+pub struct Ledger {
+    directory: PathBuf,
+}
+
+impl Ledger {
+    /// The ledger in `directory`, which is made (for its owner only) when it is missing.
+    ///
+    /// # Errors
+    /// `ledger-unusable` when it cannot be made or read, `ledger-damaged` when it is not of our format.
+    pub fn open(directory: &Path) -> Result<Self, Refusal> {
+        let ledger = Self { directory: directory.to_owned() };
+        let made = DirBuilder::new().recursive(true).mode(0o700).create(directory);
+        made.map_err(|error| ledger.unusable(&error))?;
+        ledger.read()?;
+        Ok(ledger)
+    }
+
+    /// Records the guest's process, so that it can be ended should its owner die. To be called as soon as it was started.
+    ///
+    /// # Errors
+    /// `ledger-no-entry` when `owner` has no claim, `ledger-no-process` when there is no such process, `ledger-*`.
+    pub fn note_cell(&self, owner: &Owner, cell_pid: u32) -> Result<(), Refusal> {
+        let missing = |code, cause| Refusal::new(code, &owner.guest, cause, "start the guest again");
+        let cell = Process::with_pid(&Host::live(), cell_pid).ok_or_else(|| {
+            missing("ledger-no-process", format!("its process {cell_pid} has ended already"))
+        })?;
+        self.change(|book| {
+            let entry =
+                book.entry(owner).ok_or_else(|| missing("ledger-no-entry", "it has no claim".to_owned()))?;
+            entry.cell = Some(cell);
+            Ok(())
+        })
+    }
+
+    /// Devices in quarantine.
+    ///
+    /// # Errors
+    /// `ledger-unusable`, `ledger-damaged`.
+    pub fn quarantined(&self) -> Result<Vec<Quarantined>, Refusal> {
+        Ok(self.read()?.quarantined)
+    }
+
+    /// Ends a device's quarantine on an operator's word. `false` when it was not in any.
+    ///
+    /// # Errors
+    /// `ledger-unusable`, `ledger-damaged`, `ledger-busy`.
+    pub fn free_quarantined(&self, address: PciAddress) -> Result<bool, Refusal> {
+        self.change(|book| {
+            let before = book.quarantined.len();
+            book.quarantined.retain(|device| device.address != address);
+            Ok(book.quarantined.len() != before)
+        })
+    }
+
+    /// The content now. No lock is needed: the file is replaced as a whole.
+    pub(crate) fn read(&self) -> Result<Book, Refusal> {
+        let bytes = match read_bytes(&self.file(), BYTES_MAX) {
+            Err(error) if error.kind() == io::ErrorKind::NotFound => {
+                return Ok(Book { version: VERSION, ..Book::default() });
+            }
+            read => read.map_err(|error| self.unusable(&error))?,
+        };
+        let book: Book = serde_json::from_slice(&bytes).map_err(|error| self.damaged(&error))?;
+        if book.version != VERSION {
+            return Err(
+                self.damaged(&format!("it is of version {}, and this program knows {VERSION}", book.version))
+            );
+        }
+        Ok(book)
+    }
+
+    /// Changes the content under the lock. When this returns, the change is on disk; when `change` fails nothing is.
+    pub(crate) fn change<T>(
+        &self,
+        change: impl FnOnce(&mut Book) -> Result<T, Refusal>,
+    ) -> Result<T, Refusal> {
+        let _lock = self.lock()?;
+        let before = self.read()?;
+        let mut book = before.clone();
+        let result = change(&mut book)?;
+        if book != before {
+            self.write(&book).map_err(|error| self.unusable(&error))?;
+        }
+        Ok(result)
+    }
+
+    /// A change that cannot fail by itself.
+    pub(crate) fn update(&self, change: impl FnOnce(&mut Book)) -> Result<(), Refusal> {
+        self.change(|book| {
+            change(book);
+            Ok(())
+        })
+    }
+
+    fn lock(&self) -> Result<File, Refusal> {
+        let path = self.directory.join("lock");
+        let file = OpenOptions::new().create(true).truncate(false).write(true).mode(0o600).open(path);
+        let file = file.map_err(|error| self.unusable(&error))?;
+        let until = Instant::now() + LOCK_WAIT;
+        loop {
+            match flock(&file, FlockOperation::NonBlockingLockExclusive) {
+                Ok(()) => return Ok(file),
+                Err(rustix::io::Errno::WOULDBLOCK | rustix::io::Errno::INTR) if Instant::now() < until => {
+                    thread::sleep(Duration::from_millis(5));
+                }
+                Err(rustix::io::Errno::WOULDBLOCK) => {
+                    let remedy = "try again; if it persists, look for a hanging casemate process";
+                    return Err(Refusal::new(
+                        "ledger-busy",
+                        self.directory.display(),
+                        "another process is changing the ledger",
+                        remedy,
+                    ));
+                }
+                Err(error) => return Err(self.unusable(&error)),
+            }
+        }
+    }
+
+    fn write(&self, book: &Book) -> io::Result<()> {
+        let beside = self.directory.join("ledger.json.new");
+        let mut file =
+            OpenOptions::new().create(true).truncate(true).write(true).mode(0o600).open(&beside)?;
+        serde_json::to_writer_pretty(&mut file, book)?;
+        file.write_all(b"\n")?;
+        file.sync_all()?;
+        fs::rename(&beside, self.file())?;
+        File::open(&self.directory)?.sync_all()
+    }
+
+    fn file(&self) -> PathBuf {
+        self.directory.join("ledger.json")
+    }
+
+    fn unusable(&self, cause: &dyn std::fmt::Display) -> Refusal {
+        let remedy = "run as root, with a state directory on a disk that can be written";
+        Refusal::new(
+            "ledger-unusable",
+            self.directory.display(),
+            format!("the ledger of claimed devices cannot be used: {cause}"),
+            remedy,
+        )
+    }
+
+    fn damaged(&self, cause: &dyn std::fmt::Display) -> Refusal {
+        let remedy = "stop all guests, give the devices bound to vfio-pci back by hand (or restart the host), then remove this file";
+        Refusal::new(
+            "ledger-damaged",
+            self.file().display(),
+            format!("the ledger of claimed devices is not understood: {cause}"),
+            remedy,
+        )
+    }
+}
+
+#[cfg(test)]
+pub(crate) mod tests {
+    use super::*;
+    use crate::fixture::at;
+
+    pub(crate) fn record(address: &str, group: u32) -> DeviceRecord {
+        let config = ConfigSnapshot::new(crate::config::tests::some()).unwrap();
+        DeviceRecord {
+            address: at(address),
+            vendor: 0x8086,
+            device: 0x10d3,
+            group,
+            former_driver: Some("e1000e".into()),
+            driver_override: None,
+            reset_method: "pm".into(),
+            config,
+        }
+    }
+
+    pub(crate) fn entry(guest: &str, devices: Vec<DeviceRecord>) -> Entry {
+        Entry { owner: Owner::this_process(guest).unwrap(), cell: None, recovering: false, devices }
+    }
+
+    #[test]
+    fn what_is_written_is_read_by_the_next() {
+        let directory = tempfile::tempdir().unwrap();
+        let state = directory.path().join("a/b");
+        let ledger = Ledger::open(&state).unwrap();
+        let written = entry("web", vec![record("0000:01:00.0", 8)]);
+        ledger.update(|book| book.entries.push(written.clone())).unwrap();
+        assert_eq!(Ledger::open(&state).unwrap().read().unwrap().entries, std::slice::from_ref(&written));
+
+        ledger.note_cell(&written.owner, std::process::id()).unwrap();
+        assert_eq!(ledger.read().unwrap().entries[0].cell.as_ref(), Some(&written.owner.keep));
+        let another = Owner { guest: "db".into(), ..written.owner };
+        assert_eq!(ledger.note_cell(&another, std::process::id()).unwrap_err().code, "ledger-no-entry");
+        assert_eq!(ledger.note_cell(&another, u32::MAX).unwrap_err().code, "ledger-no-process");
+    }
+
+    #[test]
+    fn a_change_that_fails_changes_nothing() {
+        let directory = tempfile::tempdir().unwrap();
+        let ledger = Ledger::open(directory.path()).unwrap();
+        let failed: Result<(), _> = ledger.change(|book| {
+            book.entries.push(entry("web", vec![]));
+            Err(Refusal::new("no", "", "", ""))
+        });
+        assert_eq!(failed.unwrap_err().code, "no");
+        assert_eq!(ledger.read().unwrap().entries, []);
+    }
+
+    #[test]
+    fn a_half_written_file_is_not_seen_and_a_damaged_one_is_told() {
+        let directory = tempfile::tempdir().unwrap();
+        fs::write(directory.path().join("ledger.json.new"), "{").unwrap();
+        let ledger = Ledger::open(directory.path()).unwrap();
+        ledger.update(|book| book.entries.push(entry("web", vec![]))).unwrap();
+        assert_eq!(ledger.read().unwrap().entries.len(), 1);
+        for text in ["{", "[]", r#"{"version":2,"entries":[],"quarantined":[]}"#] {
+            fs::write(directory.path().join("ledger.json"), text).unwrap();
+            assert_eq!(Ledger::open(directory.path()).unwrap_err().code, "ledger-damaged");
+        }
+    }
+
+    #[test]
+    fn changes_from_many_threads_are_all_kept() {
+        let directory = tempfile::tempdir().unwrap();
+        let ledger = Ledger::open(directory.path()).unwrap();
+        thread::scope(|scope| {
+            for thread in 0..8 {
+                let ledger = &ledger;
+                scope.spawn(move || {
+                    ledger.update(|book| book.entries.push(entry(&format!("guest{thread}"), vec![]))).unwrap()
+                });
+            }
+        });
+        assert_eq!(ledger.read().unwrap().entries.len(), 8);
+    }
+
+    #[test]
+    fn quarantine_ends_by_an_operators_word() {
+        let directory = tempfile::tempdir().unwrap();
+        let ledger = Ledger::open(directory.path()).unwrap();
+        let address = at("0000:01:00.0");
+        let device = Quarantined { address, vendor: 1, device: 2, guest: "web".into(), why: "reset".into() };
+        ledger.update(|book| book.quarantined.push(device.clone())).unwrap();
+        assert_eq!(ledger.quarantined().unwrap(), [device]);
+        assert!(ledger.free_quarantined(address).unwrap());
+        assert!(!ledger.free_quarantined(address).unwrap());
+    }
+}

@@ -1,0 +1,145 @@
+//! VFIO's group and device ioctls (linux/vfio.h), type1 container. Every result is read.
+
+use std::{
+    ffi::CString,
+    fs::OpenOptions,
+    io,
+    mem::size_of,
+    os::fd::{AsFd, AsRawFd, FromRawFd, OwnedFd},
+    path::Path,
+};
+
+use rustix::io::{pread, pwrite};
+use vfio_bindings::bindings::vfio::{
+    VFIO_API_VERSION, VFIO_BASE, VFIO_GROUP_FLAGS_VIABLE, VFIO_IRQ_SET_ACTION_TRIGGER,
+    VFIO_IRQ_SET_DATA_NONE, VFIO_PCI_CONFIG_REGION_INDEX, VFIO_PCI_INTX_IRQ_INDEX, VFIO_PCI_MSI_IRQ_INDEX,
+    VFIO_PCI_MSIX_IRQ_INDEX, VFIO_TYPE, VFIO_TYPE1v2_IOMMU, vfio_group_status, vfio_region_info,
+};
+use vmm_sys_util::ioctl_io_nr;
+
+use super::{ioctl_in, ioctl_in_out, ioctl_none, ioctl_value};
+
+ioctl_io_nr!(VFIO_GET_API_VERSION, VFIO_TYPE as u32, VFIO_BASE);
+ioctl_io_nr!(VFIO_CHECK_EXTENSION, VFIO_TYPE as u32, VFIO_BASE + 1);
+ioctl_io_nr!(VFIO_SET_IOMMU, VFIO_TYPE as u32, VFIO_BASE + 2);
+ioctl_io_nr!(VFIO_GROUP_GET_STATUS, VFIO_TYPE as u32, VFIO_BASE + 3);
+ioctl_io_nr!(VFIO_GROUP_SET_CONTAINER, VFIO_TYPE as u32, VFIO_BASE + 4);
+ioctl_io_nr!(VFIO_GROUP_GET_DEVICE_FD, VFIO_TYPE as u32, VFIO_BASE + 6);
+ioctl_io_nr!(VFIO_DEVICE_GET_REGION_INFO, VFIO_TYPE as u32, VFIO_BASE + 8);
+ioctl_io_nr!(VFIO_DEVICE_SET_IRQS, VFIO_TYPE as u32, VFIO_BASE + 10);
+ioctl_io_nr!(VFIO_DEVICE_RESET, VFIO_TYPE as u32, VFIO_BASE + 11);
+
+/// The front of a `vfio_irq_set` that carries no data.
+#[repr(C)]
+struct IrqSet {
+    argsz: u32,
+    flags: u32,
+    index: u32,
+    start: u32,
+    count: u32,
+}
+
+fn size<T>() -> u32 {
+    u32::try_from(size_of::<T>()).unwrap_or(u32::MAX)
+}
+
+fn open(path: &Path) -> io::Result<OwnedFd> {
+    // std opens with O_CLOEXEC.
+    OpenOptions::new().read(true).write(true).open(path).map(OwnedFd::from)
+}
+
+/// A new container at `path` (`/dev/vfio/vfio`), seen to speak the known version and to have the type1 v2 IOMMU.
+pub(crate) fn open_container(path: &Path) -> io::Result<OwnedFd> {
+    let container = open(path)?;
+    // SAFETY: VFIO_GET_API_VERSION takes no argument.
+    let version = unsafe { ioctl_none(&container, VFIO_GET_API_VERSION())? };
+    if u32::try_from(version) != Ok(VFIO_API_VERSION) {
+        return Err(io::Error::other(format!("VFIO speaks version {version}, not {VFIO_API_VERSION}")));
+    }
+    // SAFETY: VFIO_CHECK_EXTENSION takes the extension's number.
+    let has = unsafe { ioctl_value(&container, VFIO_CHECK_EXTENSION(), VFIO_TYPE1v2_IOMMU.into())? };
+    if has != 1 {
+        return Err(io::Error::other(
+            "VFIO has no type1 v2 IOMMU here (is the module vfio_iommu_type1 loaded?)",
+        ));
+    }
+    Ok(container)
+}
+
+/// The group at `path` (`/dev/vfio/GROUP`). `EBUSY` while another open of it, or of one of its devices, lives.
+pub(crate) fn open_group(path: &Path) -> io::Result<OwnedFd> {
+    open(path)
+}
+
+/// Whether all functions of the group are bound to VFIO or to nothing that uses DMA.
+pub(crate) fn group_is_viable(group: impl AsFd) -> io::Result<bool> {
+    let mut status = vfio_group_status { argsz: size::<vfio_group_status>(), flags: 0 };
+    // SAFETY: VFIO_GROUP_GET_STATUS fills a vfio_group_status whose size stands in argsz.
+    unsafe { ioctl_in_out(group, VFIO_GROUP_GET_STATUS(), &mut status)? };
+    Ok(status.flags & VFIO_GROUP_FLAGS_VIABLE != 0)
+}
+
+/// Puts the group into the container.
+pub(crate) fn set_container(group: impl AsFd, container: impl AsFd) -> io::Result<()> {
+    let container: i32 = container.as_fd().as_raw_fd();
+    // SAFETY: VFIO_GROUP_SET_CONTAINER reads one int, a descriptor, and takes a reference of its own to the file.
+    unsafe { ioctl_in(group, VFIO_GROUP_SET_CONTAINER(), &container).map(drop) }
+}
+
+/// Makes the container a type1 v2 one; it must have a group.
+pub(crate) fn set_iommu(container: impl AsFd) -> io::Result<()> {
+    // SAFETY: VFIO_SET_IOMMU takes the type's number.
+    unsafe { ioctl_value(container, VFIO_SET_IOMMU(), VFIO_TYPE1v2_IOMMU.into()).map(drop) }
+}
+
+/// Opens the device with this name (`0000:03:00.0`) of the group. The kernel enables it, with bus mastering off.
+pub(crate) fn device_fd(group: impl AsFd, name: &str) -> io::Result<OwnedFd> {
+    let name = CString::new(name)?;
+    let Some(first) = name.as_bytes_with_nul().first() else {
+        return Err(io::ErrorKind::InvalidInput.into());
+    };
+    // SAFETY: VFIO_GROUP_GET_DEVICE_FD reads a NUL-terminated string from the address of its first byte; `name` is one
+    // and lives through the call.
+    let fd = unsafe { ioctl_in(group, VFIO_GROUP_GET_DEVICE_FD(), first)? };
+    // SAFETY: the ioctl returned a descriptor (close-on-exec) that nobody else knows of.
+    Ok(unsafe { OwnedFd::from_raw_fd(fd) })
+}
+
+/// Resets the device by the first of its methods that works, and tells the result. The kernel saves config space before
+/// and restores it after; when the device does not come back it waits up to 60 s.
+pub(crate) fn reset(device: impl AsFd) -> io::Result<()> {
+    // SAFETY: VFIO_DEVICE_RESET takes no argument.
+    unsafe { ioctl_none(device, VFIO_DEVICE_RESET()).map(drop) }
+}
+
+/// Takes down whichever of INTx, MSI and MSI-X is up. A kind that the device lacks, or that is not up, is no error.
+pub(crate) fn disable_interrupts(device: impl AsFd) {
+    for index in [VFIO_PCI_INTX_IRQ_INDEX, VFIO_PCI_MSI_IRQ_INDEX, VFIO_PCI_MSIX_IRQ_INDEX] {
+        let flags = VFIO_IRQ_SET_DATA_NONE | VFIO_IRQ_SET_ACTION_TRIGGER;
+        let set = IrqSet { argsz: size::<IrqSet>(), flags, index, start: 0, count: 0 };
+        // SAFETY: VFIO_DEVICE_SET_IRQS reads a vfio_irq_set of argsz bytes; with DATA_NONE no data follows its front.
+        // What it did is seen in config space afterwards.
+        let _ = unsafe { ioctl_in(&device, VFIO_DEVICE_SET_IRQS(), &set) };
+    }
+}
+
+/// Clears `bits` of the 16-bit config register at `register`, through VFIO.
+pub(crate) fn clear_config_bits(device: impl AsFd, register: u64, bits: u16) -> io::Result<()> {
+    let mut region = vfio_region_info {
+        argsz: size::<vfio_region_info>(),
+        index: VFIO_PCI_CONFIG_REGION_INDEX,
+        ..vfio_region_info::default()
+    };
+    // SAFETY: VFIO_DEVICE_GET_REGION_INFO fills a vfio_region_info whose size stands in argsz.
+    unsafe { ioctl_in_out(&device, VFIO_DEVICE_GET_REGION_INFO(), &mut region)? };
+    let offset = region.offset.checked_add(register).ok_or(io::ErrorKind::InvalidData)?;
+    let mut value = [0u8; 2];
+    if pread(&device, &mut value, offset)? != value.len() {
+        return Err(io::ErrorKind::UnexpectedEof.into());
+    }
+    let value = (u16::from_le_bytes(value) & !bits).to_le_bytes();
+    if pwrite(&device, &value, offset)? != value.len() {
+        return Err(io::ErrorKind::WriteZero.into());
+    }
+    Ok(())
+}

@@ -1,0 +1,269 @@
+//! From descriptors to a closed cell with a running machine in it.
+
+use std::{
+    fs::{self, File},
+    os::fd::{AsFd, BorrowedFd, OwnedFd},
+    path::PathBuf,
+};
+
+use casemate_host::{Claim, Tap};
+use casemate_jail::{Cell, CellPlan, CgroupPlan, Program, Rlimits};
+use casemate_spec::{Guest, Refusal};
+use casemate_wire::{Assigned, Channel, Disk, FromCell, Machine, Net, Slot, ToCell, VERSION};
+use rustix::{
+    fs::{FlockOperation, flock},
+    io::Errno,
+    net::{AddressFamily, SocketAddrUnix, SocketFlags, SocketType, bind, connect, listen, socket_with},
+    pipe::{PipeFlags, pipe_with},
+};
+
+use crate::{Paths, admission::Images};
+
+/// uids and gids of cells begin here, above those of users, containers and systemd's dynamic users.
+const FIRST_UID: u32 = 0x4361_0000;
+/// Guests on a host at most.
+const UIDS: u32 = 4096;
+/// What the VMM and the kernel need beside the guest's memory.
+const OVERHEAD_BYTES: u64 = 64 << 20;
+/// The kernel's page tables for a guest's memory take at most this share of it (two levels of paging, 4 KiB pages).
+const PAGE_TABLE_SHARE: u64 = 128;
+
+/// A guest's name and user, reserved while this lives.
+pub(crate) struct Identity {
+    /// The uid and gid.
+    pub(crate) uid: u32,
+    _uid_lock: File,
+    _name_lock: File,
+    socket: PathBuf,
+}
+
+impl Identity {
+    /// Reserves the guest's name, and a uid that no other cell has.
+    pub(crate) fn reserve(paths: &Paths, guest: &Guest) -> Result<Self, Refusal> {
+        paths.make_runtime()?;
+        let name = paths.runtime.join(format!("{}.lock", guest.name));
+        let name_lock = try_lock(&name)?.ok_or_else(|| {
+            let remedy = "stop it first, or give this guest another name";
+            Refusal::new("guest-runs", &guest.name, "a guest of this name runs already", remedy)
+        })?;
+        for number in 0..UIDS {
+            if let Some(lock) = try_lock(&paths.runtime.join(format!("uid-{number}.lock")))? {
+                let socket = paths.runtime.join(format!("{}.socket", guest.name));
+                return Ok(Self { uid: FIRST_UID + number, _uid_lock: lock, _name_lock: name_lock, socket });
+            }
+        }
+        let cause = format!("{UIDS} guests run already");
+        Err(Refusal::new("host-full", &guest.name, cause, "wait until one has ended"))
+    }
+}
+
+impl Drop for Identity {
+    fn drop(&mut self) {
+        let _ = fs::remove_file(&self.socket);
+    }
+}
+
+fn try_lock(path: &PathBuf) -> Result<Option<File>, Refusal> {
+    let refuse = |error: &dyn std::fmt::Display| {
+        Refusal::new("host-folder", path.display(), format_args!("it cannot be locked: {error}"), "run as root")
+    };
+    let file = File::options().create(true).truncate(false).write(true).open(path).map_err(|error| refuse(&error))?;
+    match flock(&file, FlockOperation::NonBlockingLockExclusive) {
+        Ok(()) => Ok(Some(file)),
+        Err(Errno::WOULDBLOCK) => Ok(None),
+        Err(error) => Err(refuse(&error)),
+    }
+}
+
+/// A cell whose machine was handed over.
+pub(crate) struct Started {
+    pub(crate) cell: Cell,
+    pub(crate) channel: Channel,
+    /// The guest's serial port.
+    pub(crate) console: OwnedFd,
+    /// The VMM's own words.
+    pub(crate) log: OwnedFd,
+}
+
+/// What a machine is made of, beside its spec.
+pub(crate) struct Resources<'a> {
+    pub(crate) images: &'a Images,
+    pub(crate) taps: &'a [Tap],
+    pub(crate) claim: Option<&'a Claim>,
+}
+
+/// Starts the VMM in a closed cell and hands it the machine.
+pub(crate) fn start(
+    paths: &Paths,
+    guest: &Guest,
+    identity: &Identity,
+    resources: &Resources<'_>,
+) -> Result<Started, Refusal> {
+    let failed = |what: &str, error: &dyn std::fmt::Display| {
+        Refusal::new("cell-start", &guest.name, format_args!("{what}: {error}"), "see the message of the kernel above")
+    };
+    let program = File::open(&paths.vmm).map_err(|error| {
+        let remedy = "put casemate-vmm beside casemate; `cargo build --release` builds both";
+        Refusal::new("vmm-missing", paths.vmm.display(), format_args!("it cannot be opened: {error}"), remedy)
+    })?;
+    let program = Program::seal(program)?;
+    let (control, peer) = control_socket(&identity.socket).map_err(|error| failed("the control socket", &error))?;
+    let pipe = || pipe_with(PipeFlags::CLOEXEC).map_err(|error| failed("a pipe", &error));
+    let (log, log_write) = pipe()?;
+    let (console, console_write) = pipe()?;
+    let cell = casemate_jail::start(CellPlan {
+        guest: guest.name.to_string(),
+        uid: identity.uid,
+        gid: identity.uid,
+        program,
+        arguments: Vec::new(),
+        control,
+        log: log_write,
+        rlimits: rlimits(guest, resources),
+        cgroup: CgroupPlan {
+            parent: paths.cgroup.clone(),
+            memory_bytes_max: guest.memory.bytes() + guest.memory.bytes() / PAGE_TABLE_SHARE + OVERHEAD_BYTES,
+            pids_max: threads(guest),
+        },
+        tied_to_parent: true,
+    })?;
+    let channel = Channel::new(peer);
+    send_machine(&channel, guest, resources, console_write.as_fd())?;
+    Ok(Started { cell, channel, console, log })
+}
+
+/// A listening socket for the cell, and the keep's connection to it.
+fn control_socket(path: &PathBuf) -> Result<(OwnedFd, OwnedFd), Errno> {
+    let _ = fs::remove_file(path);
+    let make = || socket_with(AddressFamily::UNIX, SocketType::SEQPACKET, SocketFlags::CLOEXEC, None);
+    let address = SocketAddrUnix::new(path)?;
+    let listener = make()?;
+    bind(&listener, &address)?;
+    listen(&listener, 1)?;
+    let peer = make()?;
+    connect(&peer, &address)?;
+    Ok((listener, peer))
+}
+
+/// Threads of the VMM, and the kernel's own on its behalf (KVM's page recovery, VFIO's).
+fn threads(guest: &Guest) -> u64 {
+    let devices = guest.disks.len() + guest.nets.len() + guest.devices.len() + 2;
+    u64::from(guest.vcpus) * 2 + devices as u64 + 8
+}
+
+fn rlimits(guest: &Guest, resources: &Resources<'_>) -> Rlimits {
+    // VFIO pins the guest's memory, and counts it here.
+    let pinned = if resources.claim.is_some() { guest.memory.bytes() } else { 0 };
+    Rlimits {
+        memlock_bytes: pinned + (1 << 20),
+        // An event for each vector (up to 2048 a function, twice: here and at the device), and what each device has.
+        descriptors_max: 512 + 4096 * guest.devices.len() as u64,
+        threads_max: threads(guest),
+        file_size_bytes_max: resources.images.disks.iter().map(|image| image.size_bytes).max().unwrap_or(0),
+    }
+}
+
+/// Descriptors to be sent, each named by its slot.
+#[derive(Default)]
+struct Descriptors<'a>(Vec<BorrowedFd<'a>>);
+
+impl<'a> Descriptors<'a> {
+    fn add(&mut self, fd: BorrowedFd<'a>) -> Slot {
+        self.0.push(fd);
+        // The spec's limits keep this far below 255; the channel refuses more than it can carry.
+        Slot(u8::try_from(self.0.len() - 1).unwrap_or(u8::MAX))
+    }
+}
+
+fn send_machine(
+    channel: &Channel,
+    guest: &Guest,
+    resources: &Resources<'_>,
+    console: BorrowedFd<'_>,
+) -> Result<(), Refusal> {
+    let kvm = File::options().read(true).write(true).open("/dev/kvm").map_err(|error| {
+        let remedy = "load kvm_amd or kvm_intel, or turn virtualisation on in the firmware; see `casemate doctor`";
+        Refusal::new("kvm-missing", "/dev/kvm", format_args!("it cannot be opened: {error}"), remedy)
+    })?;
+    let mut fds = Descriptors::default();
+    let claim = resources.claim;
+    let machine = Machine {
+        vcpus: guest.vcpus,
+        memory_bytes: guest.memory.bytes(),
+        command_line: guest.boot.command_line.clone(),
+        kvm: fds.add(kvm.as_fd()),
+        kernel: fds.add(resources.images.kernel.fd.as_fd()),
+        initrd: resources.images.initrd.as_ref().map(|image| fds.add(image.fd.as_fd())),
+        console: fds.add(console),
+        disks: (guest.disks.iter().zip(&resources.images.disks).enumerate())
+            .map(|(number, (disk, image))| Disk {
+                image: fds.add(image.fd.as_fd()),
+                size_bytes: image.size_bytes,
+                read_only: disk.read_only,
+                serial: format!("disk{number}"),
+            })
+            .collect(),
+        nets: (guest.nets.iter().zip(resources.taps).enumerate())
+            .map(|(number, (net, tap))| Net {
+                tap: fds.add(tap.fd.as_fd()),
+                mac: net.mac.unwrap_or_else(|| mac(guest.name.as_str(), number)),
+            })
+            .collect(),
+        container: claim.map(|claim| fds.add(claim.container.as_fd())),
+        groups: claim.iter().flat_map(|claim| &claim.groups).map(|group| fds.add(group.fd.as_fd())).collect(),
+        devices: (claim.iter().flat_map(|claim| &claim.devices))
+            .map(|device| Assigned { device: fds.add(device.fd.as_fd()), address: device.address.to_string() })
+            .collect(),
+    };
+    let message = ToCell::Start { version: VERSION, machine: Box::new(machine) };
+    channel.send(&message, &fds.0).map_err(|error| {
+        Refusal::new("cell-start", &guest.name, format_args!("the machine cannot be handed over: {error}"), "try again")
+    })
+}
+
+/// A MAC address that stays the same for a guest's card: locally administered, made from name and slot (FNV-1a).
+fn mac(guest: &str, card: usize) -> [u8; 6] {
+    let mut hash: u64 = 0xcbf2_9ce4_8422_2325;
+    for byte in guest.bytes().chain([b'/', card as u8]) {
+        hash = (hash ^ u64::from(byte)).wrapping_mul(0x0100_0000_01b3);
+    }
+    let [a, b, c, d, e, ..] = hash.to_be_bytes();
+    [0x02, a, b, c, d, e]
+}
+
+/// The first word of a cell: it runs, or why it does not.
+pub(crate) fn first_word(message: FromCell) -> Result<(), Refusal> {
+    match message {
+        FromCell::Running => Ok(()),
+        FromCell::Refused { code, message } => {
+            let remedy = "see `casemate doctor` for what this host has";
+            Err(Refusal::new("cell-refused", printable(&code), printable(&message), remedy))
+        }
+        FromCell::Ended { .. } => Err(Refusal::new("cell-refused", "", "the cell ended before it began", "try again")),
+    }
+}
+
+/// A cell's words, made fit for a terminal and bounded.
+pub(crate) fn printable(text: &str) -> String {
+    text.chars().filter(|c| !c.is_control()).take(casemate_wire::TEXT_BYTES).collect()
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn macs_are_local_unicast_stable_and_apart() {
+        let first = mac("web", 0);
+        assert_eq!(first, mac("web", 0));
+        assert_eq!(first[0], 2);
+        assert_ne!(first, mac("web", 1));
+        assert_ne!(first, mac("db", 0));
+    }
+
+    #[test]
+    fn a_cell_cannot_paint_the_terminal() {
+        assert_eq!(printable("a\x1b[2Jb\nc"), "a[2Jbc");
+        assert_eq!(printable(&"x".repeat(9999)).len(), casemate_wire::TEXT_BYTES);
+    }
+}

@@ -1,0 +1,260 @@
+//! One guest without a daemon: read, judge, authorise, act, watch, give back.
+
+use std::{fmt, fs::File, io::{Read, Write}, path::Path};
+
+use casemate_filters::Role;
+use casemate_host::{
+    Claim, ClaimRequest, Host, Ledger, Owner, PciFunction, Tap, TapRequest, assignable, claim, open_image, open_initrd,
+    open_kernel,
+};
+use casemate_spec::{LIMITS, Located, PciAddress, Refusal, parse_guest};
+
+use crate::{
+    CellReport, DeviceReport, MachineReport, Paths, PolicyReport, Report, Step,
+    admission::{self, Images},
+    cell::{self, Identity, Resources},
+    watch,
+};
+
+/// Why a guest was not run: at least one refusal, each a line.
+#[derive(Debug)]
+pub struct Refusals(pub Vec<Refusal>);
+
+impl From<Refusal> for Refusals {
+    fn from(refusal: Refusal) -> Self {
+        Self(vec![refusal])
+    }
+}
+
+impl fmt::Display for Refusals {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        for (index, refusal) in self.0.iter().enumerate() {
+            if index > 0 {
+                writeln!(f)?;
+            }
+            write!(f, "{refusal}")?;
+        }
+        Ok(())
+    }
+}
+
+impl std::error::Error for Refusals {}
+
+/// What to run, and how.
+#[derive(Clone, Copy, Debug)]
+pub struct RunOptions<'a> {
+    /// The guest's file.
+    pub file: &'a Path,
+    /// The bundle of policies that is asked.
+    pub policy: &'a Path,
+    /// A text on the console whose time is reported.
+    pub line: Option<&'a str>,
+}
+
+/// Runs a guest until its end. Its console goes to `console`; `tell` hears of each step.
+///
+/// # Errors
+/// When the guest was refused; the host is as it was before.
+pub fn run(
+    paths: &Paths,
+    options: RunOptions<'_>,
+    console: &mut dyn Write,
+    tell: &mut dyn FnMut(Step),
+) -> Result<Report, Refusals> {
+    // Read.
+    let located = parse_guest(options.file, &read_guest_file(options.file)?)?;
+    require_root()?;
+    let host = Host::live();
+    let ledger = Ledger::open(&paths.state)?;
+    for recovered in casemate_host::recover(&host, &ledger)? {
+        tell(recovered.into());
+    }
+    let images = open_images(&located)?;
+    let functions = host.functions()?;
+
+    // Judge.
+    let addresses: Vec<PciAddress> = located.guest.devices.iter().map(|device| device.address).collect();
+    judge_devices(&located, &host, &functions, &ledger, &addresses)?;
+
+    // Authorise.
+    let policy = admission::ask(paths, options.policy, &located, &images, &functions)?;
+    tell(Step::Admitted { policy: policy.clone() });
+
+    // Act.
+    let identity = Identity::reserve(paths, &located.guest)?;
+    let claim = take_devices(&located, &host, &ledger, addresses, tell)?;
+    let prepared = Prepared { paths, options, located: &located, identity: &identity, images: &images, policy };
+    let outcome = prepared.run(claim.as_ref(), &ledger, console, tell);
+
+    // Give back, whatever happened.
+    let devices: Vec<DeviceReport> = claim
+        .map(|claim| claim.release(&host, &ledger).into_iter().map(DeviceReport::from).collect())
+        .unwrap_or_default();
+    if !devices.is_empty() {
+        tell(Step::Returned { devices: devices.clone() });
+    }
+    outcome.map(|report| Report { devices, ..report }).map_err(Refusals::from)
+}
+
+/// Gives back what a keep that was killed left behind.
+///
+/// # Errors
+/// When the ledger cannot be read.
+pub fn recover(paths: &Paths) -> Result<Vec<Step>, Refusal> {
+    require_root()?;
+    let ledger = Ledger::open(&paths.state)?;
+    Ok(casemate_host::recover(&Host::live(), &ledger)?.into_iter().map(Step::from).collect())
+}
+
+/// A guest that may run, with all it needs.
+struct Prepared<'a> {
+    paths: &'a Paths,
+    options: RunOptions<'a>,
+    located: &'a Located,
+    identity: &'a Identity,
+    images: &'a Images,
+    policy: PolicyReport,
+}
+
+impl Prepared<'_> {
+    fn run(
+        self,
+        claim: Option<&Claim>,
+        ledger: &Ledger,
+        console: &mut dyn Write,
+        tell: &mut dyn FnMut(Step),
+    ) -> Result<Report, Refusal> {
+        let guest = &self.located.guest;
+        let taps = make_taps(self.located)?;
+        let resources = Resources { images: self.images, taps: &taps, claim };
+        let started = cell::start(self.paths, guest, self.identity, &resources)?;
+        if claim.is_some() {
+            ledger.note_cell(&Owner::this_process(guest.name.as_str())?, started.cell.pid())?;
+        }
+        tell(Step::CellClosed {
+            pid: started.cell.pid(),
+            uid: self.identity.uid,
+            landlock_abi: started.cell.landlock().abi,
+        });
+        // The cell has its own; a tap is gone with its last descriptor.
+        drop(taps);
+        let seen = watch::until_end(started, guest, &self.options, console, tell)?;
+        tell(Step::Ended { ending: seen.ending.clone() });
+        Ok(Report {
+            guest: guest.name.to_string(),
+            ending: seen.ending,
+            policy: self.policy,
+            cell: CellReport {
+                memory_bytes: seen.memory_bytes,
+                vcpu_calls: calls(Role::Vcpu),
+                rest_calls: calls(Role::Rest),
+            },
+            machine: MachineReport {
+                line: seen.line,
+                pio_exits: seen.counters.pio_exits,
+                mmio_exits: seen.counters.mmio_exits,
+                other_exits: seen.counters.other_exits,
+            },
+            devices: Vec::new(),
+        })
+    }
+}
+
+/// Different system calls that a role's filter allows.
+fn calls(role: Role) -> usize {
+    let mut calls: Vec<_> =
+        casemate_filters::rules(role).iter().filter(|rule| rule.fails_with.is_none()).map(|rule| rule.call).collect();
+    calls.sort_unstable();
+    calls.dedup();
+    calls.len()
+}
+
+fn read_guest_file(path: &Path) -> Result<String, Refusal> {
+    let refuse = |cause: &dyn fmt::Display| {
+        Refusal::new("file-unreadable", path.display(), cause, "name a guest file; examples/ has some")
+    };
+    let mut text = String::new();
+    let file = File::open(path).map_err(|error| refuse(&error))?;
+    if !file.metadata().map_err(|error| refuse(&error))?.is_file() {
+        return Err(refuse(&"it is not a regular file"));
+    }
+    // One byte past the limit, for parse_guest to refuse.
+    file.take(LIMITS.file_bytes as u64 + 1).read_to_string(&mut text).map_err(|error| refuse(&error))?;
+    Ok(text)
+}
+
+fn require_root() -> Result<(), Refusal> {
+    if rustix::process::geteuid().is_root() {
+        return Ok(());
+    }
+    let cause = "cells, taps and devices can only be made by root";
+    Err(Refusal::new("not-root", "casemate", cause, "run it with sudo"))
+}
+
+fn open_images(located: &Located) -> Result<Images, Refusal> {
+    let guest = &located.guest;
+    let at = |key: &str| located.location(key);
+    let kernel = open_kernel(&located.resolve(&guest.boot.kernel)).map_err(|refusal| refusal.at(at("boot.kernel")))?;
+    let initrd = guest.boot.initrd.as_deref().map(|path| {
+        open_initrd(&located.resolve(path)).map_err(|refusal| refusal.at(at("boot.initrd")))
+    });
+    let disks = guest.disks.iter().enumerate().map(|(index, disk)| {
+        open_image(&located.resolve(&disk.path), disk.read_only)
+            .map_err(|refusal| refusal.at(at(&format!("disk[{index}].path"))))
+    });
+    Ok(Images { kernel, initrd: initrd.transpose()?, disks: disks.collect::<Result<_, _>>()? })
+}
+
+fn judge_devices(
+    located: &Located,
+    host: &Host,
+    functions: &[PciFunction],
+    ledger: &Ledger,
+    addresses: &[PciAddress],
+) -> Result<(), Refusal> {
+    if addresses.is_empty() {
+        return Ok(());
+    }
+    assignable(host, functions, Some(ledger), addresses).map_err(|refusal| at_device(located, refusal))
+}
+
+/// A device's refusal, told where the device stands in the guest's file.
+fn at_device(located: &Located, refusal: Refusal) -> Refusal {
+    let devices = &located.guest.devices;
+    let named = devices.iter().position(|device| refusal.subject.contains(&device.address.to_string()));
+    // A refusal that names none of them, as one of the whole host's, stands at the first.
+    let key = format!("device[{}].address", named.unwrap_or(0));
+    refusal.at(located.location(&key))
+}
+
+fn take_devices(
+    located: &Located,
+    host: &Host,
+    ledger: &Ledger,
+    addresses: Vec<PciAddress>,
+    tell: &mut dyn FnMut(Step),
+) -> Result<Option<Claim>, Refusal> {
+    if addresses.is_empty() {
+        return Ok(None);
+    }
+    tell(Step::Claiming { devices: addresses.clone() });
+    let owner = Owner::this_process(located.guest.name.as_str())?;
+    let claim = claim(host, ledger, ClaimRequest { owner, addresses }).map_err(|refusal| at_device(located, refusal))?;
+    let devices = claim.devices.iter();
+    tell(Step::Claimed {
+        devices: devices
+            .map(|device| (device.address, device.former_driver.clone(), device.reset_method.clone()))
+            .collect(),
+    });
+    Ok(Some(claim))
+}
+
+fn make_taps(located: &Located) -> Result<Vec<Tap>, Refusal> {
+    let nets = located.guest.nets.iter().enumerate();
+    nets.map(|(index, net)| {
+        let host_address = net.host_address.map(|(address, length)| (address.into(), length));
+        let request = TapRequest { name: net.tap.clone(), host_address, bridge: None };
+        Tap::create(&request).map_err(|refusal| refusal.at(located.location(&format!("net[{index}].tap"))))
+    })
+    .collect()
+}

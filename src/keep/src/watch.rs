@@ -1,0 +1,322 @@
+//! A running cell, watched until its end.
+
+use std::{
+    io::{Read, Write},
+    os::{
+        fd::{AsFd, BorrowedFd, OwnedFd},
+        unix::net::UnixStream,
+    },
+    time::{Duration, Instant},
+};
+
+use casemate_jail::Cell;
+use casemate_spec::{Guest, Refusal};
+use casemate_wire::{Counters, End, FromCell, ToCell, WireError};
+use rustix::{
+    event::{PollFd, PollFlags, Timespec, poll},
+    io::Errno,
+};
+use signal_hook::consts::{SIGINT, SIGTERM};
+
+use crate::{
+    Ending, RunOptions, Step,
+    cell::{Started, first_word, printable},
+};
+
+/// How often the cell's memory is measured.
+const SAMPLE: Duration = Duration::from_millis(500);
+/// A cell that was told to stop, or said that it ends, is killed after this.
+const LAST_WORDS: Duration = Duration::from_secs(5);
+/// Most of one line of the VMM's log.
+const LOG_LINE_BYTES: usize = 1024;
+/// Most of the VMM's log that is told.
+const LOG_BYTES: usize = 64 << 10;
+
+/// What was seen of a cell.
+pub(crate) struct Seen {
+    pub(crate) ending: Ending,
+    pub(crate) counters: Counters,
+    pub(crate) memory_bytes: Option<u64>,
+    pub(crate) line: Option<Duration>,
+}
+
+/// Watches the cell until its process has ended. The console's bytes go to `console`, steps to `tell`.
+///
+/// # Errors
+/// When the machine was refused by the cell before it ran.
+pub(crate) fn until_end(
+    started: Started,
+    guest: &Guest,
+    options: &RunOptions<'_>,
+    console: &mut dyn Write,
+    tell: &mut dyn FnMut(Step),
+) -> Result<Seen, Refusal> {
+    let signals = stop_signals(guest)?;
+    let Started { mut cell, channel, console: console_pipe, log: log_pipe } = started;
+    let mut watch = Watch {
+        begun: Instant::now(),
+        running: false,
+        ended: None,
+        deadline: None,
+        memory_bytes: None,
+        line: options.line.map(LineWatch::new),
+        log: LogLines::default(),
+    };
+    let mut console_pipe = Some(console_pipe);
+    let mut log_pipe = Some(log_pipe);
+    let mut talking = true;
+    loop {
+        let ready = wait(&[
+            Some(cell.pidfd()),
+            talking.then(|| channel.as_fd()),
+            console_pipe.as_ref().map(AsFd::as_fd),
+            log_pipe.as_ref().map(AsFd::as_fd),
+            Some(signals.as_fd()),
+        ]);
+        let [ended, message, console_ready, log_ready, signalled] = ready;
+        if console_ready {
+            watch.console(&mut console_pipe, console);
+        }
+        if log_ready {
+            watch.log(&mut log_pipe, tell);
+        }
+        if message {
+            match channel.receive::<FromCell>() {
+                Ok((message, _)) => watch.hear(message, tell)?,
+                Err(WireError::Closed) => talking = false,
+                // Nonsense from a cell is no reason to listen on.
+                Err(_) => {
+                    talking = false;
+                    let _ = cell.kill();
+                }
+            }
+        } else if signalled {
+            drain(&signals);
+            if channel.send(&ToCell::Stop, &[]).is_err() || watch.deadline.is_some() {
+                let _ = cell.kill();
+            }
+            watch.deadline = Some(Instant::now() + LAST_WORDS);
+        } else if ended && !console_ready && !log_ready {
+            break;
+        }
+        if watch.deadline.is_some_and(|deadline| Instant::now() > deadline) {
+            let _ = cell.kill();
+        }
+        watch.sample(&cell, guest);
+    }
+    let how = cell.wait().map_or_else(|error| error.to_string(), |end| end.to_string());
+    cell.close()?;
+    watch.log.flush(tell);
+    watch.seen(guest, how)
+}
+
+/// A socket that becomes readable when the user or the system asks this program to stop.
+fn stop_signals(guest: &Guest) -> Result<UnixStream, Refusal> {
+    let make = || {
+        let (read, write) = UnixStream::pair()?;
+        read.set_nonblocking(true)?;
+        for signal in [SIGINT, SIGTERM] {
+            signal_hook::low_level::pipe::register(signal, write.try_clone()?)?;
+        }
+        Ok(read)
+    };
+    make().map_err(|error: std::io::Error| {
+        Refusal::new("keep-failed", &guest.name, format_args!("signals cannot be watched: {error}"), "try again")
+    })
+}
+
+/// Which of the descriptors have something to say, at the latest after [`SAMPLE`].
+fn wait<const N: usize>(fds: &[Option<BorrowedFd<'_>>; N]) -> [bool; N] {
+    let mut ready = [false; N];
+    let present: Vec<(usize, BorrowedFd<'_>)> =
+        fds.iter().enumerate().filter_map(|(index, fd)| fd.map(|fd| (index, fd))).collect();
+    let mut polled: Vec<PollFd<'_>> = present.iter().map(|(_, fd)| PollFd::new(fd, PollFlags::IN)).collect();
+    let timeout = Timespec { tv_sec: 0, tv_nsec: SAMPLE.as_nanos() as i64 };
+    if poll(&mut polled, Some(&timeout)).is_ok() {
+        for ((index, _), poll) in present.iter().zip(&polled) {
+            if let Some(flag) = ready.get_mut(*index) {
+                *flag = !poll.revents().is_empty();
+            }
+        }
+    }
+    ready
+}
+
+fn drain(mut signals: &UnixStream) {
+    let mut bytes = [0; 16];
+    while signals.read(&mut bytes).is_ok_and(|count| count > 0) {}
+}
+
+/// Reads once from a pipe; closes it at its end.
+fn read_pipe(pipe: &mut Option<OwnedFd>, buffer: &mut [u8]) -> usize {
+    let Some(fd) = pipe else { return 0 };
+    match rustix::io::read(&*fd, buffer) {
+        Err(Errno::INTR | Errno::AGAIN) => 0,
+        Ok(0) | Err(_) => {
+            *pipe = None;
+            0
+        }
+        Ok(count) => count,
+    }
+}
+
+struct Watch {
+    begun: Instant,
+    running: bool,
+    ended: Option<(End, Counters)>,
+    deadline: Option<Instant>,
+    memory_bytes: Option<u64>,
+    line: Option<LineWatch>,
+    log: LogLines,
+}
+
+impl Watch {
+    fn console(&mut self, pipe: &mut Option<OwnedFd>, out: &mut dyn Write) {
+        let mut buffer = [0; 4096];
+        let count = read_pipe(pipe, &mut buffer);
+        let bytes = buffer.get(..count).unwrap_or_default();
+        // A reader that went away does not stop the guest.
+        let _ = out.write_all(bytes).and_then(|()| out.flush());
+        if let Some(line) = &mut self.line {
+            line.see(bytes, self.begun);
+        }
+    }
+
+    fn log(&mut self, pipe: &mut Option<OwnedFd>, tell: &mut dyn FnMut(Step)) {
+        let mut buffer = [0; 4096];
+        let count = read_pipe(pipe, &mut buffer);
+        self.log.take(buffer.get(..count).unwrap_or_default(), tell);
+    }
+
+    fn hear(&mut self, message: FromCell, tell: &mut dyn FnMut(Step)) -> Result<(), Refusal> {
+        match message {
+            FromCell::Ended { end, counters } if self.running => {
+                self.ended = Some((end, counters));
+                self.deadline = Some(Instant::now() + LAST_WORDS);
+            }
+            message if !self.running => {
+                first_word(message)?;
+                self.running = true;
+                tell(Step::Running { elapsed: self.begun.elapsed() });
+            }
+            // A cell that says twice that it runs is not listened to.
+            _ => {}
+        }
+        Ok(())
+    }
+
+    fn sample(&mut self, cell: &Cell, guest: &Guest) {
+        if self.running && self.ended.is_none() {
+            if let Ok(memory) = cell.memory(guest.memory.bytes()) {
+                self.memory_bytes = Some(memory.pss_bytes_less_guest);
+            }
+        }
+    }
+
+    fn seen(self, guest: &Guest, how: String) -> Result<Seen, Refusal> {
+        if !self.running && self.ended.is_none() {
+            let remedy = "see its log above; a call stopped by seccomp is named in the kernel's log too";
+            return Err(Refusal::new("cell-died", &guest.name, format_args!("the VMM {how}"), remedy));
+        }
+        let (ending, counters) = match self.ended {
+            None => (Ending::CellDied { how }, Counters::default()),
+            Some((end, counters)) => (
+                match end {
+                    End::PowerOff => Ending::PowerOff,
+                    End::Reset => Ending::Reset,
+                    End::TripleFault => Ending::TripleFault,
+                    End::Stopped => Ending::Stopped,
+                    End::Fault(why) => Ending::Fault { why: printable(&why) },
+                },
+                counters,
+            ),
+        };
+        Ok(Seen { ending, counters, memory_bytes: self.memory_bytes, line: self.line.and_then(|line| line.seen) })
+    }
+}
+
+/// Notes when the console first showed a text.
+struct LineWatch {
+    text: Vec<u8>,
+    tail: Vec<u8>,
+    seen: Option<Duration>,
+}
+
+impl LineWatch {
+    fn new(text: &str) -> Self {
+        Self { text: text.as_bytes().to_vec(), tail: Vec::new(), seen: None }
+    }
+
+    fn see(&mut self, bytes: &[u8], begun: Instant) {
+        if self.seen.is_some() || self.text.is_empty() {
+            return;
+        }
+        self.tail.extend_from_slice(bytes);
+        if self.tail.windows(self.text.len()).any(|window| window == self.text) {
+            self.seen = Some(begun.elapsed());
+        }
+        let keep = self.text.len() - 1;
+        let cut = self.tail.len().saturating_sub(keep);
+        self.tail.drain(..cut);
+    }
+}
+
+/// The VMM's log in lines, bounded.
+#[derive(Default)]
+struct LogLines {
+    line: Vec<u8>,
+    told_bytes: usize,
+}
+
+impl LogLines {
+    fn take(&mut self, bytes: &[u8], tell: &mut dyn FnMut(Step)) {
+        for byte in bytes {
+            if *byte == b'\n' || self.line.len() == LOG_LINE_BYTES {
+                self.flush(tell);
+            }
+            if *byte != b'\n' {
+                self.line.push(*byte);
+            }
+        }
+    }
+
+    fn flush(&mut self, tell: &mut dyn FnMut(Step)) {
+        let line = std::mem::take(&mut self.line);
+        if !line.is_empty() && self.told_bytes < LOG_BYTES {
+            self.told_bytes += line.len();
+            tell(Step::Log { line: printable(&String::from_utf8_lossy(&line)) });
+        }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn a_line_is_seen_across_reads() {
+        let mut watch = LineWatch::new("INIT");
+        let begun = Instant::now();
+        watch.see(b"boot IN", begun);
+        assert!(watch.seen.is_none());
+        watch.see(b"IT\n", begun);
+        assert!(watch.seen.is_some());
+    }
+
+    #[test]
+    fn the_log_is_cut_into_bounded_lines_and_ends() {
+        let mut told = Vec::new();
+        let mut log = LogLines::default();
+        let mut tell = |step| {
+            if let Step::Log { line } = step {
+                told.push(line);
+            }
+        };
+        log.take(b"one\ntw", &mut tell);
+        log.take(b"o\n", &mut tell);
+        log.take(&vec![b'x'; 10 * LOG_BYTES], &mut tell);
+        assert_eq!(told.get(..2), Some(&["one".to_owned(), "two".to_owned()][..]));
+        let bytes: usize = told.iter().map(String::len).sum();
+        assert!(bytes <= LOG_BYTES + LOG_LINE_BYTES, "{bytes}");
+    }
+}

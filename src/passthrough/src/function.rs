@@ -1,0 +1,167 @@
+//! An assigned function behind the guest's PCI root.
+
+use std::sync::Arc;
+
+use casemate_pci::{
+    BarRequest, Config, ConfigError, DecodedBars, Function, Msix, MsixTransition, VectorSink, regs,
+};
+use vfio_bindings::bindings::vfio::VFIO_PCI_CONFIG_REGION_INDEX;
+use vmm_sys_util::eventfd::EventFd;
+
+use crate::{
+    filter,
+    mapping::Mapping,
+    probe::Probe,
+    seam::{Region, Vfio, VfioError},
+};
+
+/// What an assigned function is made of.
+pub struct Parts<V, S> {
+    /// The device.
+    pub vfio: V,
+    /// What was found of it.
+    pub probe: Probe,
+    /// Who routes its vectors into the guest: an irqfd for each eventfd of `triggers`.
+    pub sink: S,
+    /// The eventfds that its vectors trigger, [`Probe::vectors`] of them.
+    pub triggers: Arc<[EventFd]>,
+}
+
+/// One function that a guest owns.
+pub struct AssignedFunction<V, S> {
+    vfio: V,
+    sink: S,
+    triggers: Arc<[EventFd]>,
+    config: Config,
+    msix: Option<Msix>,
+    regions: [Region; casemate_pci::BAR_COUNT],
+    mappings: Vec<Mapping>,
+    /// What each forwarded register of the device was set to last, in the filter's order.
+    forwarded: Vec<u16>,
+}
+
+impl<V: Vfio, S: VectorSink + Send> AssignedFunction<V, S> {
+    /// The function as a guest first meets it: bus master off, memory decoding on at the device, INTx and MSI-X off.
+    ///
+    /// # Errors
+    /// When there are more or fewer eventfds than vectors, or the device can't be brought to that state.
+    pub fn new(parts: Parts<V, S>) -> Result<Self, VfioError> {
+        let Parts { mut vfio, probe, sink, triggers } = parts;
+        if triggers.len() != usize::from(probe.vectors()) {
+            let problem =
+                format!("{} eventfds were made for {} MSI-X vectors", triggers.len(), probe.vectors());
+            return Err(VfioError::Unexpected(problem));
+        }
+        let mut forwarded = Vec::new();
+        for (offset, _, always) in filter::forwarded() {
+            write_config(&mut vfio, offset, always)?;
+            forwarded.push(always);
+        }
+        let Probe { config, msix, regions, mappings } = probe;
+        Ok(Self { vfio, sink, triggers, config, msix, regions, mappings, forwarded })
+    }
+
+    /// The parts of its BARs to be mapped from the device's file into the guest. Accesses to the rest are to be
+    /// trapped, and brought to [`Function::bar_read`] and [`Function::bar_write`].
+    pub fn mappings(&self) -> &[Mapping] {
+        &self.mappings
+    }
+
+    /// Writes those registers of the device whose forwarded bits the guest has changed. An error is with whoever
+    /// implements [`Vfio`]; the next change tries again.
+    fn forward(&mut self) {
+        for ((offset, guest, always), last) in filter::forwarded().zip(&mut self.forwarded) {
+            let value = self.config.u16_at(offset) & guest | always;
+            if value != *last && write_config(&mut self.vfio, offset, value).is_ok() {
+                *last = value;
+            }
+        }
+    }
+
+    /// The region of `bar`, when an access of `len` bytes at `offset` is aligned and inside it.
+    fn region(&self, bar: u8, offset: u64, len: usize) -> Option<&Region> {
+        let len = u64::try_from(len).ok().filter(|len| matches!(len, 1 | 2 | 4 | 8))?;
+        let region = self.regions.get(usize::from(bar))?;
+        let inside = offset.checked_add(len).is_some_and(|end| end <= region.size);
+        (inside && offset.is_multiple_of(len)).then_some(region)
+    }
+}
+
+fn write_config<V: Vfio>(vfio: &mut V, offset: u16, value: u16) -> Result<(), VfioError> {
+    vfio.region_write(VFIO_PCI_CONFIG_REGION_INDEX, u64::from(offset), &value.to_le_bytes())
+}
+
+impl<V: Vfio, S: VectorSink + Send> Function for AssignedFunction<V, S> {
+    fn config_read(&mut self, offset: u16, data: &mut [u8]) {
+        self.config.read(offset, data);
+    }
+
+    fn config_write(&mut self, offset: u16, data: &[u8]) {
+        self.config.write(offset, data);
+        let transition =
+            self.msix.as_mut().and_then(|msix| msix.config_written(&self.config, &mut self.sink));
+        // The sink was told before, so the irqfds stand when the device begins to trigger. A failure is with whoever
+        // implements Vfio.
+        let _ = match transition {
+            Some(MsixTransition::Enabled) => self.vfio.set_msix(Some(&self.triggers)),
+            Some(MsixTransition::Disabled) => self.vfio.set_msix(None),
+            None => Ok(()),
+        };
+        self.forward();
+    }
+
+    fn bar_read(&mut self, bar: u8, offset: u64, data: &mut [u8]) {
+        if self.msix.as_ref().is_some_and(|msix| msix.bar_read(bar, offset, data, &self.sink)) {
+            return;
+        }
+        let readable = self.region(bar, offset, data.len()).is_some_and(|region| region.readable);
+        if !readable || self.vfio.region_read(u32::from(bar), offset, data).is_err() {
+            data.fill(0xff);
+        }
+    }
+
+    fn bar_write(&mut self, bar: u8, offset: u64, data: &[u8]) {
+        if self.msix.as_mut().is_some_and(|msix| msix.bar_write(bar, offset, data, &mut self.sink)) {
+            return;
+        }
+        if self.region(bar, offset, data.len()).is_some_and(|region| region.writable) {
+            // A failure is with whoever implements Vfio; to the guest, a posted write never fails.
+            let _ = self.vfio.region_write(u32::from(bar), offset, data);
+        }
+    }
+
+    fn bars(&self) -> Vec<BarRequest> {
+        self.config.bars().collect()
+    }
+
+    fn place_bar(&mut self, bar: u8, base: u64) -> Result<(), ConfigError> {
+        self.config.place_bar(bar, base)
+    }
+
+    fn decoded(&self) -> DecodedBars {
+        self.config.decoded()
+    }
+}
+
+/// Brings a device to rest, before a guest gets it and after one had it: MSI-X off, bus master off, reset, and bus
+/// master found off afterwards. Stored data is not scrubbed.
+///
+/// # Errors
+/// The first step that failed. The device must go to nobody then.
+pub fn quiesce(vfio: &mut dyn Vfio) -> Result<(), VfioError> {
+    let command = u64::from(regs::COMMAND);
+    let rest = regs::COMMAND_MEMORY | regs::COMMAND_INTX_DISABLE;
+    vfio.set_msix(None)?;
+    vfio.region_write(VFIO_PCI_CONFIG_REGION_INDEX, command, &rest.to_le_bytes())?;
+    vfio.reset()?;
+    let mut after = [0xff; 2];
+    vfio.region_read(VFIO_PCI_CONFIG_REGION_INDEX, command, &mut after)?;
+    if u16::from_le_bytes(after) & regs::COMMAND_MASTER != 0 {
+        return Err(VfioError::Unexpected("bus master is still on after the reset".into()));
+    }
+    Ok(())
+}
+
+#[cfg(test)]
+#[path = "function_tests.rs"]
+mod tests;

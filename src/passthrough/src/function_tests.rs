@@ -1,0 +1,234 @@
+use super::*;
+use crate::mock::{Event, Mock};
+use casemate_pci::MsiMessage;
+use proptest::prelude::*;
+use std::collections::BTreeMap;
+use std::sync::Mutex;
+
+#[derive(Clone, Default)]
+struct Sink(Arc<Mutex<BTreeMap<u16, MsiMessage>>>);
+
+impl VectorSink for Sink {
+    fn set(&mut self, vector: u16, message: Option<MsiMessage>) {
+        let mut open = self.0.lock().unwrap();
+        match message {
+            Some(message) => open.insert(vector, message),
+            None => open.remove(&vector),
+        };
+    }
+    fn is_pending(&self, vector: u16) -> bool {
+        vector == 3
+    }
+}
+
+fn assign(mut mock: Mock) -> (AssignedFunction<Mock, Sink>, Mock, Sink) {
+    let sink = Sink::default();
+    let probe = Probe::read(&mut mock).unwrap();
+    let triggers = (0..probe.vectors()).map(|_| EventFd::new(0).unwrap()).collect();
+    let parts = Parts { vfio: mock.clone(), probe, sink: sink.clone(), triggers };
+    let function = AssignedFunction::new(parts).unwrap();
+    (function, mock, sink)
+}
+
+fn command(value: u16) -> Event {
+    Event::Write { index: 7, offset: 4, data: value.to_le_bytes().to_vec() }
+}
+
+#[test]
+fn bus_master_is_the_guests_and_off_before() {
+    let (mut function, mock, _) = assign(Mock::nvme());
+    assert_eq!(mock.take_events(), [command(0x0402)]);
+    function.config_write(4, &0x0006u16.to_le_bytes());
+    assert_eq!(mock.take_events(), [command(0x0406)]);
+    function.config_write(4, &0x0546u16.to_le_bytes());
+    assert_eq!(mock.take_events(), [], "no other bit is forwarded");
+    function.config_write(4, &[0]);
+    assert_eq!(mock.take_events(), [command(0x0402)]);
+}
+
+#[test]
+fn answers_where_the_guest_put_it() {
+    let (mut function, mock, _) = assign(Mock::nvme());
+    let sizes: Vec<_> = function.bars().iter().map(|bar| (bar.index, bar.size, bar.prefetchable)).collect();
+    assert_eq!(sizes, [(0, 0x4000, false), (3, 0x100, true)]);
+    function.place_bar(0, 0x40_0000_0000).unwrap();
+    function.place_bar(3, 0xc000_1000).unwrap();
+    function.config_write(4, &[2, 0]);
+    assert_eq!(function.decoded().len(), 2);
+    function.config_write(0x10, &0x8000_0000u32.to_le_bytes());
+    assert_eq!(function.decoded()[0].base, 0x40_8000_0000);
+    assert_eq!(mock.take_events(), [command(0x0402)], "the device's own BARs stay");
+}
+
+#[test]
+fn msix_goes_on_and_off_with_all_vectors() {
+    let (mut function, mock, sink) = assign(Mock::nvme());
+    mock.take_events();
+    function.config_write(0x42, &0xc000u16.to_le_bytes());
+    assert_eq!(mock.take_events(), [Event::Msix(Some(65))]);
+    function.bar_write(0, 0x2010, &0xfee0_0000u64.to_le_bytes());
+    function.bar_write(0, 0x2018, &0x41u64.to_le_bytes());
+    function.config_write(0x42, &0x8000u16.to_le_bytes());
+    assert_eq!(*sink.0.lock().unwrap(), [(1, MsiMessage { address: 0xfee0_0000, data: 0x41 })].into());
+    let mut pending = [0; 8];
+    function.bar_read(0, 0x3000, &mut pending);
+    assert_eq!(pending, [8, 0, 0, 0, 0, 0, 0, 0]);
+    assert_eq!(mock.take_events(), [], "table and mask are no business of the device");
+    function.config_write(0x42, &[0, 0]);
+    assert_eq!((mock.take_events(), sink.0.lock().unwrap().len()), (vec![Event::Msix(None)], 0));
+}
+
+#[test]
+fn trapped_parts_reach_the_device_when_well_shaped() {
+    let (mut function, mock, _) = assign(Mock::nvme());
+    mock.take_events();
+    let read = |function: &mut AssignedFunction<Mock, Sink>, bar, offset, len| {
+        let mut data = vec![0; len];
+        function.bar_read(bar, offset, &mut data);
+        data
+    };
+    for (bar, offset, len) in [(3, 0xfc, 4), (3, 0xff, 1), (0, 0x2410, 8), (0, 0x3010, 2)] {
+        assert_eq!(read(&mut function, bar, offset, len), vec![0x5a; len]);
+        function.bar_write(bar, offset, &vec![7; len]);
+        let written = Event::Write { index: bar.into(), offset, data: vec![7; len] };
+        assert_eq!(mock.take_events(), [written]);
+    }
+    // Past the end, unaligned, odd, I/O, absent, ROM, configuration space by its region's number.
+    for (bar, offset, len) in
+        [(3, 0x100, 1), (3, 0xfe, 4), (3, 0, 3), (3, 0, 16), (2, 0, 4), (1, 0, 4), (6, 0, 4), (7, 4, 2)]
+    {
+        assert_eq!(read(&mut function, bar, offset, len), vec![0xff; len], "{bar} {offset:#x} {len}");
+        function.bar_write(bar, offset, &vec![7; len]);
+        assert_eq!(mock.take_events(), [], "{bar} {offset:#x} {len}");
+    }
+}
+
+#[test]
+fn power_state_is_kept_from_the_device() {
+    let (mut function, mock, _) = assign(Mock::nvme());
+    mock.take_events();
+    function.config_write(0xf4, &[0xff; 4]);
+    let mut state = [0; 4];
+    function.config_read(0xf4, &mut state);
+    assert_eq!(state, [0x0b, 0, 0, 0]);
+    assert_eq!(mock.take_events(), []);
+}
+
+#[test]
+fn a_failing_device_reads_ones_and_is_tried_again() {
+    let (mut function, mock, _) = assign(Mock::nvme());
+    function.vfio.failing = true;
+    let mut data = [0; 4];
+    function.bar_read(3, 0, &mut data);
+    assert_eq!(data, [0xff; 4]);
+    function.config_write(4, &[4, 0]);
+    function.vfio.failing = false;
+    mock.take_events();
+    function.config_write(0x0c, &[0]);
+    assert_eq!(mock.take_events(), [command(0x0406)]);
+}
+
+#[test]
+fn eventfds_must_match_the_vectors() {
+    let mut mock = Mock::nvme();
+    let probe = Probe::read(&mut mock).unwrap();
+    let parts = Parts { vfio: mock, probe, sink: Sink::default(), triggers: Arc::new([]) };
+    assert!(AssignedFunction::new(parts).is_err());
+}
+
+#[test]
+fn quiesce_reads_the_result_and_looks_again() {
+    let mut mock = Mock::nvme();
+    quiesce(&mut mock).unwrap();
+    assert_eq!(mock.take_events(), [Event::Msix(None), command(0x0402), Event::Reset]);
+    mock.failing = true;
+    assert!(quiesce(&mut mock).is_err());
+
+    /// Comes out of a reset as a bus master.
+    struct Stubborn(Mock);
+    impl Vfio for Stubborn {
+        fn region_info(&mut self, index: u32) -> Result<Region, VfioError> {
+            self.0.region_info(index)
+        }
+        fn region_read(&mut self, index: u32, offset: u64, data: &mut [u8]) -> Result<(), VfioError> {
+            self.0.region_read(index, offset, data)
+        }
+        fn region_write(&mut self, index: u32, offset: u64, data: &[u8]) -> Result<(), VfioError> {
+            self.0.region_write(index, offset, data)
+        }
+        fn irq_info(&mut self, index: u32) -> Result<crate::IrqInfo, VfioError> {
+            self.0.irq_info(index)
+        }
+        fn set_msix(&mut self, triggers: Option<&Arc<[EventFd]>>) -> Result<(), VfioError> {
+            self.0.set_msix(triggers)
+        }
+        fn reset(&mut self) -> Result<(), VfioError> {
+            self.0.space[4] |= 4;
+            Ok(())
+        }
+    }
+    assert!(quiesce(&mut Stubborn(Mock::nvme())).unwrap_err().to_string().contains("bus master is still on"));
+}
+
+/// Every write of every width to every byte of configuration space, with patterns that set all and clear all.
+#[test]
+fn no_write_reaches_the_device_but_bus_master() {
+    let (mut function, mock, _) = assign(Mock::nvme());
+    mock.take_events();
+    for pattern in [[0xff; 4], [0; 4], [0xa5; 4]] {
+        for offset in 0..=0x1004u16 {
+            for width in 0..=4 {
+                function.config_write(offset, &pattern[..width]);
+                for event in mock.take_events() {
+                    let inside_command = (4..6).contains(&offset);
+                    let inside_msix = (0x40..0x44).contains(&offset);
+                    match event {
+                        Event::Write { .. } => {
+                            assert!(inside_command && (event == command(0x0402) || event == command(0x0406)));
+                        }
+                        Event::Msix(_) => assert!(inside_msix, "{offset:#x} {width}"),
+                        Event::Reset => panic!("a guest has reset the device"),
+                    }
+                }
+            }
+        }
+    }
+}
+
+proptest! {
+    #[test]
+    fn a_hostile_guest_reaches_what_the_filter_names(
+        accesses in proptest::collection::vec((
+            any::<bool>(),
+            0u8..9,
+            prop_oneof![0u64..0x110, 0x1ff0u64..0x3020, any::<u64>()],
+            proptest::collection::vec(any::<u8>(), 0..=9),
+        ), 0..64),
+    ) {
+        let (mut function, mock, _) = assign(Mock::nvme());
+        mock.take_events();
+        for (is_config, bar, offset, mut data) in accesses {
+            if is_config {
+                function.config_write(offset as u16, &data);
+                function.config_read(offset as u16, &mut data);
+            } else {
+                function.bar_write(bar, offset, &data);
+                function.bar_read(bar, offset, &mut data);
+            }
+            for event in mock.take_events() {
+                match event {
+                    Event::Write { index: 7, .. } => {
+                        prop_assert!(is_config && (event == command(0x0402) || event == command(0x0406)));
+                    }
+                    Event::Write { index, offset: at, data: written } => {
+                        prop_assert!(!is_config && index == u32::from(bar) && at == offset && written.len() == data.len());
+                        prop_assert!(index == 0 || index == 3);
+                        prop_assert!(index != 0 || !(0x2000..0x2410).contains(&at) && !(0x3000..0x3010).contains(&at));
+                    }
+                    Event::Msix(on) => prop_assert!(is_config && on.is_none_or(|count| count == 65)),
+                    Event::Reset => prop_assert!(false, "a guest has reset the device"),
+                }
+            }
+        }
+    }
+}

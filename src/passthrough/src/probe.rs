@@ -1,0 +1,285 @@
+//! What a physical function is, read and judged before a guest sees it.
+
+use casemate_pci::{
+    BAR_COUNT, BarKind, BarOffset, BarRequest, Capability, CapabilityError, Config, ConfigError,
+    FoundCapability, Identity, Msix, MsixLayout, capabilities, regs,
+};
+use vfio_bindings::bindings::vfio::{VFIO_PCI_CONFIG_REGION_INDEX, VFIO_PCI_MSIX_IRQ_INDEX};
+
+use crate::{
+    filter,
+    mapping::{Mapping, exposed},
+    seam::{Region, Vfio, VfioError},
+};
+
+/// What is read of configuration space: nothing past it is let through.
+const HEADER_BYTES: usize = 256;
+/// Bytes of the capabilities that are built here, with ID and link.
+const PM_BYTES: u16 = 8;
+const MSIX_BYTES: u16 = 12;
+const EXPRESS_V1_BYTES: u16 = 0x14;
+/// A version 2 capability of a root complex integrated endpoint ends with the second device registers.
+const EXPRESS_V2_BYTES: u16 = 0x2c;
+
+/// Why a physical function can't be given to a guest.
+#[derive(Debug, thiserror::Error)]
+pub enum ProbeError {
+    /// VFIO failed.
+    #[error(transparent)]
+    Vfio(#[from] VfioError),
+    /// Configuration space reads as all ones.
+    #[error("the device does not answer: its configuration space reads as all ones")]
+    Absent,
+    /// A bridge, or nonsense.
+    #[error("header type {0:#04x} is not an endpoint's")]
+    HeaderType(u8),
+    /// The capability list is broken.
+    #[error(transparent)]
+    Capabilities(#[from] CapabilityError),
+    /// A capability is longer than the space up to the next one.
+    #[error("capability {id:#04x} at {offset:#04x} runs into the next one")]
+    CapabilityOverlap {
+        /// Capability ID.
+        id: u8,
+        /// Where it stands.
+        offset: u8,
+    },
+    /// A BAR's type is reserved or obsolete.
+    #[error("BAR {index} is of unknown type ({register:#010x})")]
+    BarType {
+        /// Register number.
+        index: u8,
+        /// What the register reads.
+        register: u32,
+    },
+    /// A BAR or capability contradicts another, or can't be.
+    #[error(transparent)]
+    Config(#[from] ConfigError),
+    /// The kernel and the device don't agree on the vectors.
+    #[error("the device has {device} MSI-X vectors, and the kernel says {kernel}")]
+    Vectors {
+        /// By its capability.
+        device: u16,
+        /// By VFIO.
+        kernel: u32,
+    },
+}
+
+/// A physical function that was found sound: the guest's view of it, with all that an [`AssignedFunction`] is made
+/// of.
+///
+/// [`AssignedFunction`]: crate::AssignedFunction
+#[derive(Debug)]
+pub struct Probe {
+    pub(crate) config: Config,
+    pub(crate) msix: Option<Msix>,
+    pub(crate) regions: [Region; BAR_COUNT],
+    pub(crate) mappings: Vec<Mapping>,
+}
+
+impl Probe {
+    /// Reads configuration space and regions, and builds the guest's view by [`FILTER`](crate::FILTER).
+    ///
+    /// # Errors
+    /// When VFIO fails, or the device is broken or of a kind that can't be assigned.
+    pub fn read(vfio: &mut dyn Vfio) -> Result<Self, ProbeError> {
+        let mut space = [0; HEADER_BYTES];
+        vfio.region_read(VFIO_PCI_CONFIG_REGION_INDEX, 0, &mut space)?;
+        let space = Space(space);
+        if space.u16(regs::VENDOR_ID) == 0xffff {
+            return Err(ProbeError::Absent);
+        }
+        // Which functions are beside it is not the guest's to know: the bit for "more than one" is left out.
+        let header = space.u8(regs::HEADER_TYPE) & 0x7f;
+        if header != 0 {
+            return Err(ProbeError::HeaderType(header));
+        }
+
+        let mut config = Config::new(Identity::default());
+        for (offset, size) in filter::snapshots() {
+            config.set(offset, space.slice(offset, size));
+        }
+        let regions = add_bars(vfio, &space, &mut config)?;
+        let msix = add_capabilities(vfio, &space, &mut config)?;
+        let mappings = mappings(&regions, msix.as_ref());
+        Ok(Self { config, msix, regions, mappings })
+    }
+
+    /// How many MSI-X vectors the function has, and so how many eventfds it wants; 0 without MSI-X.
+    pub fn vectors(&self) -> u16 {
+        self.msix.as_ref().map_or(0, |msix| msix.layout().vectors)
+    }
+}
+
+/// The first 256 bytes as the device says them; what lies past the end reads as 0.
+struct Space([u8; HEADER_BYTES]);
+
+impl Space {
+    fn u8(&self, offset: u16) -> u8 {
+        self.0.get(usize::from(offset)).copied().unwrap_or(0)
+    }
+    fn u16(&self, offset: u16) -> u16 {
+        u16::from_le_bytes([self.u8(offset), self.u8(offset.saturating_add(1))])
+    }
+    fn u32(&self, offset: u16) -> u32 {
+        u32::from(self.u16(offset)) | u32::from(self.u16(offset.saturating_add(2))) << 16
+    }
+    fn slice(&self, offset: u16, size: u16) -> &[u8] {
+        let start = usize::from(offset);
+        self.0.get(start..start + usize::from(size)).unwrap_or_default()
+    }
+}
+
+/// Adds each memory BAR: its type from the device, its size from the kernel.
+fn add_bars(
+    vfio: &mut dyn Vfio,
+    space: &Space,
+    config: &mut Config,
+) -> Result<[Region; BAR_COUNT], ProbeError> {
+    let mut regions: [Region; BAR_COUNT] = Default::default();
+    let mut upper_half = false;
+    for (index, slot) in (0u8..).zip(&mut regions) {
+        if std::mem::take(&mut upper_half) {
+            continue;
+        }
+        let region = vfio.region_info(u32::from(index))?;
+        let register = space.u32(regs::BASE_ADDRESS_0 + 4 * u16::from(index));
+        let is_io = register & 1 != 0;
+        if region.size == 0 || is_io {
+            continue;
+        }
+        let kind = match register >> 1 & 3 {
+            0 => BarKind::Memory32,
+            2 => BarKind::Memory64,
+            _ => return Err(ProbeError::BarType { index, register }),
+        };
+        config.add_bar(BarRequest { index, size: region.size, kind, prefetchable: register & 8 != 0 })?;
+        upper_half = kind == BarKind::Memory64;
+        *slot = region;
+    }
+    Ok(regions)
+}
+
+/// Adds each capability that the filter names, where the device has it.
+fn add_capabilities(
+    vfio: &mut dyn Vfio,
+    space: &Space,
+    config: &mut Config,
+) -> Result<Option<Msix>, ProbeError> {
+    let mut msix = None;
+    for found in capabilities(&space.0)? {
+        let at = u16::from(found.offset);
+        match filter::capability_rule(found.id).map(|_| found.id) {
+            Some(regs::CAP_ID_PM) => {
+                require(found, PM_BYTES)?;
+                let body = power_management(space.u16(at + 2));
+                add(config, found, &body, &[0, 0, 0x03])?;
+            }
+            Some(regs::CAP_ID_EXP) => {
+                if let Some(body) = express(space, found)? {
+                    add(config, found, &body, &[])?;
+                }
+            }
+            Some(regs::CAP_ID_MSIX) if msix.is_none() => {
+                require(found, MSIX_BYTES)?;
+                let layout = msix_layout(space, found.offset);
+                let kernel = vfio.irq_info(VFIO_PCI_MSIX_IRQ_INDEX)?.count;
+                if kernel != u32::from(layout.vectors) {
+                    return Err(ProbeError::Vectors { device: layout.vectors, kernel });
+                }
+                msix = Some(Msix::add(config, layout)?);
+            }
+            _ => {}
+        }
+    }
+    Ok(msix)
+}
+
+fn require(found: FoundCapability, bytes: u16) -> Result<(), ProbeError> {
+    if found.room < bytes {
+        return Err(ProbeError::CapabilityOverlap { id: found.id, offset: found.offset });
+    }
+    Ok(())
+}
+
+fn add(config: &mut Config, found: FoundCapability, body: &[u8], writable: &[u8]) -> Result<(), ProbeError> {
+    config.add_capability(Capability { id: found.id, at: Some(found.offset), body, writable, clear: &[] })?;
+    Ok(())
+}
+
+/// Power Management without PME, D1 and D2, in D0. Body: capabilities, then control and status (PCI Bus Power
+/// Management Interface Specification 1.2, section 3.2).
+fn power_management(capabilities: u16) -> [u8; 6] {
+    let [low, high] = (capabilities & 0x0007).to_le_bytes();
+    let no_soft_reset = 1 << 3;
+    [low, high, no_soft_reset, 0, 0, 0]
+}
+
+/// PCI Express as a root complex integrated endpoint: as much of the device registers as does no harm, no link
+/// (PCI Express Base Specification 5.0, section 7.5.3). `None` for what can't sit on a root bus.
+fn express(space: &Space, found: FoundCapability) -> Result<Option<Vec<u8>>, ProbeError> {
+    const ENDPOINT: u16 = 0;
+    const INTEGRATED_ENDPOINT: u16 = 9;
+    const ROLE_BASED_ERRORS: u32 = 1 << 15;
+    /// Payload size, read request size, relaxed ordering, no snoop.
+    const CONTROL_SHOWN: u16 = 0x78f0;
+
+    require(found, 4)?;
+    let at = u16::from(found.offset);
+    let flags = space.u16(at + 2);
+    let version = flags & 0xf;
+    if !matches!(flags >> 4 & 0xf, ENDPOINT | INTEGRATED_ENDPOINT) || version == 0 {
+        return Ok(None);
+    }
+    let size = if version == 1 { EXPRESS_V1_BYTES } else { EXPRESS_V2_BYTES };
+    require(found, size)?;
+
+    let control = space.u16(at + 8) & CONTROL_SHOWN;
+    // It supports the payload that it is set to, so that the guest has no reason to change it.
+    let payload = u32::from(control >> 5 & 7);
+    let device = space.u32(at + 4) & ROLE_BASED_ERRORS | payload;
+    let mut body = Vec::with_capacity(usize::from(size));
+    body.extend((version.min(2) | INTEGRATED_ENDPOINT << 4).to_le_bytes());
+    body.extend(device.to_le_bytes());
+    body.extend(control.to_le_bytes());
+    body.resize(usize::from(size - 2), 0);
+    Ok(Some(body))
+}
+
+/// MSI-X as the capability at `offset` says it.
+fn msix_layout(space: &Space, offset: u8) -> MsixLayout {
+    let at = u16::from(offset);
+    let place = |register: u32| BarOffset { bar: (register & 7) as u8, offset: register & !7 };
+    MsixLayout {
+        vectors: (space.u16(at + 2) & 0x7ff) + 1,
+        table: place(space.u32(at + 4)),
+        pba: place(space.u32(at + 8)),
+        capability_at: Some(offset),
+    }
+}
+
+fn mappings(regions: &[Region; BAR_COUNT], msix: Option<&Msix>) -> Vec<Mapping> {
+    let mut all = Vec::new();
+    for (bar, region) in (0u8..).zip(regions) {
+        let mut trapped = Vec::new();
+        if let Some(layout) = msix.map(Msix::layout) {
+            trapped.extend((layout.table.bar == bar).then(|| layout.table_range()));
+            trapped.extend((layout.pba.bar == bar).then(|| layout.pba_range()));
+        }
+        let clipped: Vec<_> =
+            region.mappable.iter().map(|area| area.start..area.end.min(region.size)).collect();
+        all.extend(exposed(&clipped, &trapped).into_iter().filter_map(|pages| {
+            Some(Mapping {
+                bar,
+                offset_in_bar: pages.start,
+                size: pages.end - pages.start,
+                file_offset: region.offset.checked_add(pages.start)?,
+            })
+        }));
+    }
+    all
+}
+
+#[cfg(test)]
+#[path = "probe_tests.rs"]
+mod tests;

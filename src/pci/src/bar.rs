@@ -1,0 +1,67 @@
+//! What base address registers ask for and what they answer to.
+
+use std::ops::Deref;
+
+/// Base address registers of a type 0 header.
+pub const BAR_COUNT: usize = 6;
+
+/// How wide the addresses of a memory BAR are.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum BarKind {
+    /// Below 4 GiB; one register.
+    Memory32,
+    /// Anywhere; two registers, of which `index` names the lower.
+    Memory64,
+}
+
+/// One BAR that a function implements.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct BarRequest {
+    /// Register number, 0 to 5.
+    pub index: u8,
+    /// Bytes: a power of two, at least 16; at most 2 GiB for [`BarKind::Memory32`], 2^63 for [`BarKind::Memory64`].
+    pub size: u64,
+    /// Width of its addresses.
+    pub kind: BarKind,
+    /// Reads have no side effects.
+    pub prefetchable: bool,
+}
+
+/// A range of guest-physical memory that a function answers to. `base` is a multiple of `size` and not 0, and
+/// `base + size` does not overflow; nothing more is promised: where it lies was chosen by the guest.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+pub struct DecodedBar {
+    /// Register number, 0 to 5.
+    pub index: u8,
+    /// First guest-physical address.
+    pub base: u64,
+    /// Bytes.
+    pub size: u64,
+}
+
+/// All that a function answers to, in the order of the registers. Derefs to a slice.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+pub struct DecodedBars {
+    bars: [DecodedBar; BAR_COUNT],
+    count: usize,
+}
+
+impl Deref for DecodedBars {
+    type Target = [DecodedBar];
+
+    fn deref(&self) -> &[DecodedBar] {
+        self.bars.get(..self.count).unwrap_or_default()
+    }
+}
+
+impl FromIterator<DecodedBar> for DecodedBars {
+    /// What comes after the sixth is left out: a function has no more.
+    fn from_iter<I: IntoIterator<Item = DecodedBar>>(all: I) -> Self {
+        let mut decoded = Self::default();
+        for (slot, bar) in decoded.bars.iter_mut().zip(all) {
+            *slot = bar;
+            decoded.count += 1;
+        }
+        decoded
+    }
+}

@@ -1,0 +1,28 @@
+//! What the PCI root holds.
+
+use crate::{BarRequest, ConfigError, DecodedBars};
+
+/// One PCI function behind the root: emulated or assigned.
+///
+/// Accesses come as the guest made them, little-endian, of any width and offset. One that a function does not
+/// understand reads as all ones and writes nothing.
+pub trait Function: Send {
+    /// A read of the 4 KiB configuration space.
+    fn config_read(&mut self, offset: u16, data: &mut [u8]);
+    /// A write to it. [`Function::decoded`] may differ afterwards.
+    fn config_write(&mut self, offset: u16, data: &[u8]);
+    /// A read of BAR `bar`, `offset` bytes from its base.
+    fn bar_read(&mut self, bar: u8, offset: u64, data: &mut [u8]);
+    /// A write to BAR `bar`, `offset` bytes from its base.
+    fn bar_write(&mut self, bar: u8, offset: u64, data: &[u8]);
+    /// Every BAR it implements, for the VMM to place before the guest starts.
+    fn bars(&self) -> Vec<BarRequest>;
+    /// Writes a BAR as firmware would. It answers there once the guest turns memory decoding on.
+    ///
+    /// # Errors
+    /// When there is no such BAR, or `base` is not a multiple of its size or does not fit its registers.
+    fn place_bar(&mut self, bar: u8, base: u64) -> Result<(), ConfigError>;
+    /// What it answers to right now. The root compares it around each configuration write and moves the maps; ranges
+    /// that overlap others or leave the root's memory windows are the guest's doing, and the root's to leave unmapped.
+    fn decoded(&self) -> DecodedBars;
+}

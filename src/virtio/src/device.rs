@@ -1,0 +1,121 @@
+//! What a virtio device is to its transport and to its worker.
+
+use std::os::fd::BorrowedFd;
+
+use virtio_bindings::virtio_ids::{VIRTIO_ID_BLOCK, VIRTIO_ID_NET, VIRTIO_ID_RNG};
+use vm_memory::GuestMemoryError;
+
+use crate::active::Active;
+
+/// The kinds of devices (virtio 1.3, 5).
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Kind {
+    /// Network card.
+    Net,
+    /// Block device.
+    Block,
+    /// Entropy source.
+    Entropy,
+}
+
+impl Kind {
+    /// The virtio device id.
+    pub fn id(self) -> u16 {
+        let id = match self {
+            Self::Net => VIRTIO_ID_NET,
+            Self::Block => VIRTIO_ID_BLOCK,
+            Self::Entropy => VIRTIO_ID_RNG,
+        };
+        // All ids are small.
+        id as u16
+    }
+
+    /// The PCI class code: class, subclass, interface.
+    pub(crate) fn pci_class(self) -> u32 {
+        match self {
+            Self::Net => 0x02_00_00,
+            Self::Block => 0x01_80_00,
+            Self::Entropy => 0xff_00_00,
+        }
+    }
+
+    /// Name of the device and of its worker's thread.
+    pub fn name(self) -> &'static str {
+        match self {
+            Self::Net => "virtio-net",
+            Self::Block => "virtio-blk",
+            Self::Entropy => "virtio-rng",
+        }
+    }
+}
+
+/// A virtio device. The first four methods describe it and are asked once, before its thread starts; the others
+/// run on that thread, and only while the driver has the device active.
+pub trait Device: Send {
+    /// What it is.
+    fn kind(&self) -> Kind;
+    /// The device's own feature bits (0 to 23); those of queues and transport are the transport's to offer.
+    fn features(&self) -> u64;
+    /// The largest size of each queue: powers of two, 1 to 32768.
+    fn queue_sizes(&self) -> &[u16];
+    /// The device-specific configuration, which no driver can write.
+    fn config(&self) -> &[u8];
+    /// A descriptor whose readiness to be read is a [`Device::backend_ready`].
+    fn backend(&self) -> Option<BorrowedFd<'_>> {
+        None
+    }
+
+    /// The driver made buffers available in queue `index`, perhaps.
+    ///
+    /// # Errors
+    /// When the driver broke the rules; the device is then stopped until reset.
+    fn queue_ready(&mut self, active: &mut Active, index: usize) -> Result<Progress, Fault>;
+
+    /// The backend has something to read, perhaps.
+    ///
+    /// # Errors
+    /// As for [`Device::queue_ready`].
+    fn backend_ready(&mut self, _active: &mut Active) -> Result<Progress, Fault> {
+        Ok(Progress::Idle)
+    }
+}
+
+/// How a turn of work ended.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Progress {
+    /// Nothing to do until the next event.
+    Idle,
+    /// Its share is used up and there may be more; to be called again after the others had their turn.
+    More,
+}
+
+/// A rule that the driver broke; the device needs a reset.
+#[derive(Debug, thiserror::Error)]
+pub enum Fault {
+    /// The ring itself.
+    #[error("the ring is broken: {0}")]
+    Ring(#[from] virtio_queue::Error),
+    /// A chain of descriptors.
+    #[error("a descriptor chain {0}")]
+    Chain(&'static str),
+    /// A buffer that is not in memory.
+    #[error("a buffer is not in memory: {0}")]
+    Memory(#[from] GuestMemoryError),
+    /// A request that cannot even be answered with an error.
+    #[error("a request {0}")]
+    Request(&'static str),
+    /// A queue that was enabled with a size or addresses that cannot be.
+    #[error("queue {0} lies outside memory, or is not aligned")]
+    Queue(usize),
+    /// The worker's thread is not there.
+    #[error("the device's thread has ended")]
+    Worker,
+}
+
+/// Why a device cannot be made of what it was given.
+#[derive(Debug, thiserror::Error)]
+pub enum DeviceError {
+    /// A disk that cannot be told in sectors.
+    #[error("a disk of {0} bytes; the size must be a multiple of 512 and not 0")]
+    DiskSize(u64),
+}

@@ -1,0 +1,138 @@
+use std::os::unix::net::UnixDatagram;
+
+use proptest::prelude::*;
+
+use super::*;
+use crate::testing::{Ring, active, attack, bytes, descriptor, fill, memory, run, signals};
+
+const MAC: [u8; 6] = [2, 0, 0, 0, 0, 7];
+const BUFFER: u64 = 0x20000;
+
+/// A card whose tap is a socket, and the other end of that: both keep frames apart.
+fn card() -> (Net, UnixDatagram) {
+    let (tap, wire) = UnixDatagram::pair().unwrap();
+    tap.set_nonblocking(true).unwrap();
+    wire.set_nonblocking(true).unwrap();
+    (Net::new(tap.into(), MAC), wire)
+}
+
+fn frame(content: &[u8]) -> Vec<u8> {
+    [&[0; HEADER_BYTES], content].concat()
+}
+
+#[test]
+fn describes_itself() {
+    let (net, _wire) = card();
+    assert_eq!(net.config(), [2, 0, 0, 0, 0, 7, 1, 0]);
+    assert_eq!(net.features(), 1 << 5 | 1 << 16);
+}
+
+#[test]
+fn sends_frames_under_a_header_of_its_own() {
+    let memory = memory();
+    let (mut net, wire) = card();
+    let (receive, mut transmit) = (Ring::new(&memory, 0x1000, 16), Ring::new(&memory, 0x8000, 16));
+    fill(&memory, BUFFER, &[0xff; HEADER_BYTES]);
+    fill(&memory, BUFFER + 12, b"first ");
+    fill(&memory, BUFFER + 100, b"frame");
+    let head = transmit.offer(&[(BUFFER, 18, false), (BUFFER + 100, 5, false)]);
+    let (mut active, events) = active(&memory, &[&receive, &transmit], 0);
+    run(&mut net, &mut active, TRANSMIT).unwrap();
+    let mut got = [0xaa; 100];
+    let length = wire.recv(&mut got).unwrap();
+    assert_eq!(got[..length], frame(b"first frame"));
+    assert_eq!((transmit.take(), signals(&events[TRANSMIT])), (Some((head, 0)), 1));
+}
+
+#[test]
+fn a_frame_that_the_tap_does_not_take_is_dropped() {
+    let memory = memory();
+    let (mut net, wire) = card();
+    drop(wire);
+    let (receive, mut transmit) = (Ring::new(&memory, 0x1000, 16), Ring::new(&memory, 0x8000, 16));
+    let head = transmit.offer(&[(BUFFER, 100, false)]);
+    let (mut active, _events) = active(&memory, &[&receive, &transmit], 0);
+    run(&mut net, &mut active, TRANSMIT).unwrap();
+    assert_eq!(transmit.take(), Some((head, 0)));
+}
+
+#[test]
+fn received_frames_wait_for_buffers() {
+    let memory = memory();
+    let (mut net, wire) = card();
+    let (mut receive, transmit) = (Ring::new(&memory, 0x1000, 16), Ring::new(&memory, 0x8000, 16));
+    let (mut active, events) = active(&memory, &[&receive, &transmit], 0);
+    wire.send(&frame(b"one")).unwrap();
+    wire.send(&frame(b"two")).unwrap();
+    assert_eq!(net.backend_ready(&mut active).unwrap(), Progress::Idle);
+    assert_eq!(receive.take(), None);
+
+    fill(&memory, BUFFER, &[0xff; 2048]);
+    let heads = [
+        receive.offer(&[(BUFFER, 1526, true)]),
+        receive.offer(&[(BUFFER + 2048, 12, true), (BUFFER, 1514, true)]),
+    ];
+    run(&mut net, &mut active, RECEIVE).unwrap();
+    assert_eq!([receive.take(), receive.take()], heads.map(|head| Some((head, 15))));
+    let header = [0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 1, 0];
+    assert_eq!(bytes(&memory, BUFFER + 2048, 12), header);
+    assert_eq!(bytes(&memory, BUFFER, 3), b"two");
+    assert_eq!(signals(&events[RECEIVE]), 1, "the driver had not looked at the first");
+
+    // A buffer that got nothing stays for the next frame.
+    let head = receive.offer(&[(BUFFER, 1526, true)]);
+    run(&mut net, &mut active, RECEIVE).unwrap();
+    assert_eq!(receive.take(), None);
+    wire.send(&frame(b"three")).unwrap();
+    assert_eq!(net.backend_ready(&mut active).unwrap(), Progress::Idle);
+    assert_eq!(receive.take(), Some((head, 17)));
+    assert_eq!(bytes(&memory, BUFFER, 17), [&header[..], b"three"].concat());
+}
+
+#[test]
+fn a_flood_is_received_in_turns() {
+    let memory = memory();
+    let (mut net, wire) = card();
+    let (mut receive, transmit) = (Ring::new(&memory, 0x1000, 128), Ring::new(&memory, 0x8000, 16));
+    for _ in 0..128 {
+        receive.offer(&[(BUFFER, 1526, true)]);
+    }
+    let (mut active, _events) = active(&memory, &[&receive, &transmit], 0);
+    let mut sent = 0;
+    while wire.send(&frame(b"flood")).is_ok() {
+        sent += 1;
+        if sent % 8 == 0 {
+            run(&mut net, &mut active, RECEIVE).unwrap();
+        }
+        if sent == 120 {
+            break;
+        }
+    }
+    assert_eq!((sent, std::iter::from_fn(|| receive.take()).count()), (120, 120));
+}
+
+#[test]
+fn buffers_without_room_stop_the_device() {
+    let memory = memory();
+    let (mut net, _wire) = card();
+    let (mut receive, mut transmit) = (Ring::new(&memory, 0x1000, 16), Ring::new(&memory, 0x8000, 16));
+    receive.offer(&[(BUFFER, 12, true)]);
+    transmit.offer(&[(BUFFER, 12, false)]);
+    let (mut active, _events) = active(&memory, &[&receive, &transmit], 0);
+    assert!(matches!(run(&mut net, &mut active, RECEIVE), Err(Fault::Request(_))));
+    assert!(matches!(run(&mut net, &mut active, TRANSMIT), Err(Fault::Request(_))));
+}
+
+proptest! {
+    #[test]
+    fn survives_any_driver(
+        table in prop::collection::vec(descriptor(), 16),
+        heads in prop::collection::vec(0u16..18, 1..16),
+    ) {
+        let (mut net, wire) = card();
+        for _ in 0..4 {
+            wire.send(&frame(&[7; 1514])).unwrap();
+        }
+        attack(&mut net, &table, &heads, 0);
+    }
+}

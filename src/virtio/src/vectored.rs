@@ -1,0 +1,125 @@
+//! System calls that move bytes between a file and guest memory, without a copy in between.
+//!
+//! The one module of the crate with unsafe code: safe wrappers want references, and there must be none to memory that
+//! a guest changes at any time.
+#![allow(unsafe_code)]
+
+use std::{
+    io,
+    ops::Range,
+    os::fd::{AsRawFd, BorrowedFd},
+};
+
+use libc::{c_int, iovec, off64_t};
+
+use crate::request::Buffers;
+
+/// Parts that one call takes: the kernel's UIO_MAXIOV.
+const PARTS_MAX: usize = 1024;
+
+/// Fills bytes `range` of `buffers` from `file`, from byte `offset` of it on.
+///
+/// # Errors
+/// What the kernel says, or [`io::ErrorKind::UnexpectedEof`]; an unknown part of the buffers is then written.
+pub(crate) fn read_at(
+    file: BorrowedFd<'_>,
+    buffers: &Buffers<'_>,
+    range: Range<usize>,
+    offset: u64,
+) -> io::Result<()> {
+    transfer(range, offset, io::ErrorKind::UnexpectedEof, |range, offset| {
+        let parts = parts(buffers, range);
+        // SAFETY: `parts` point to guest memory that `buffers` borrows, mapped and as long as they say; the kernel
+        // writes there as the guest itself might, and no reference to that memory exists. The count fits.
+        unsafe { libc::preadv64(file.as_raw_fd(), parts.as_ptr(), parts.len() as c_int, offset) }
+    })
+}
+
+/// Writes bytes `range` of `buffers` to `file`, from byte `offset` of it on.
+///
+/// # Errors
+/// What the kernel says, or [`io::ErrorKind::WriteZero`]; an unknown part of the file is then written.
+pub(crate) fn write_at(
+    file: BorrowedFd<'_>,
+    buffers: &Buffers<'_>,
+    range: Range<usize>,
+    offset: u64,
+) -> io::Result<()> {
+    transfer(range, offset, io::ErrorKind::WriteZero, |range, offset| {
+        let parts = parts(buffers, range);
+        // SAFETY: `parts` point to guest memory that `buffers` borrows, mapped and as long as they say; the kernel
+        // only reads it. The count fits.
+        unsafe { libc::pwritev64(file.as_raw_fd(), parts.as_ptr(), parts.len() as c_int, offset) }
+    })
+}
+
+/// Receives one message from `file` into `buffers`; returns its length, cut to what they hold.
+///
+/// # Errors
+/// What the kernel says; [`io::ErrorKind::WouldBlock`] when there is none.
+pub(crate) fn receive(file: BorrowedFd<'_>, buffers: &Buffers<'_>) -> io::Result<usize> {
+    let parts = parts(buffers, 0..buffers.bytes());
+    retry(|| {
+        // SAFETY: as in `read_at`.
+        unsafe { libc::readv(file.as_raw_fd(), parts.as_ptr(), parts.len() as c_int) }
+    })
+}
+
+/// Sends `header` and then bytes `range` of `buffers` to `file` as one message.
+///
+/// # Errors
+/// What the kernel says; [`io::ErrorKind::WouldBlock`] when it would have to wait.
+pub(crate) fn send(
+    file: BorrowedFd<'_>,
+    header: &[u8],
+    buffers: &Buffers<'_>,
+    range: Range<usize>,
+) -> io::Result<usize> {
+    // The kernel does not write through this pointer.
+    let mut all = vec![iovec { iov_base: header.as_ptr().cast_mut().cast(), iov_len: header.len() }];
+    all.extend(parts(buffers, range));
+    retry(|| {
+        // SAFETY: the first part is `header`, the others are as in `write_at`; `writev` only reads them.
+        unsafe { libc::writev(file.as_raw_fd(), all.as_ptr(), all.len() as c_int) }
+    })
+}
+
+/// Repeats `call` until all of `range` is moved.
+fn transfer(
+    mut range: Range<usize>,
+    mut offset: u64,
+    none: io::ErrorKind,
+    mut call: impl FnMut(Range<usize>, off64_t) -> isize,
+) -> io::Result<()> {
+    while !range.is_empty() {
+        let at = off64_t::try_from(offset).map_err(|_| io::ErrorKind::InvalidInput)?;
+        let moved = retry(|| call(range.clone(), at))?;
+        if moved == 0 {
+            return Err(none.into());
+        }
+        range.start = range.start.saturating_add(moved);
+        offset = offset.saturating_add(moved as u64);
+    }
+    Ok(())
+}
+
+fn retry(mut call: impl FnMut() -> isize) -> io::Result<usize> {
+    loop {
+        match usize::try_from(call()) {
+            Ok(moved) => return Ok(moved),
+            Err(_) => match io::Error::last_os_error() {
+                error if error.kind() == io::ErrorKind::Interrupted => {}
+                error => return Err(error),
+            },
+        }
+    }
+}
+
+/// The first parts of bytes `range` of `buffers`, as the kernel takes them.
+fn parts(buffers: &Buffers<'_>, range: Range<usize>) -> Vec<iovec> {
+    let part = |slice: vm_memory::VolatileSlice<'_>| iovec {
+        iov_base: slice.ptr_guard_mut().as_ptr().cast(),
+        iov_len: slice.len(),
+    };
+    buffers.range(range).take(PARTS_MAX).map(part).collect()
+}

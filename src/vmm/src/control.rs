@@ -1,0 +1,352 @@
+//! The control thread: it alone changes the machine.
+//!
+//! Interrupt routes, irqfds, ioeventfds, memory slots and VFIO's interrupts are changed here and nowhere else; a vCPU
+//! thread whose guest writes to an MSI-X table or moves a BAR asks, and waits for the answer. So the filters of the
+//! other threads need none of those calls. Control never takes a device's lock: who holds one may wait for it.
+
+use std::{
+    collections::BTreeMap,
+    sync::{
+        Arc,
+        mpsc::{self, Receiver, Sender, SyncSender},
+    },
+};
+
+use casemate_passthrough::VfioDevice;
+use casemate_pci::{DecodedBar, MsiMessage};
+use casemate_wire::End;
+use kvm_bindings::{
+    KVM_IRQ_ROUTING_MSI, KvmIrqRouting, kvm_irq_routing_entry, kvm_irq_routing_entry__bindgen_ty_1,
+    kvm_irq_routing_msi, kvm_irq_routing_msi__bindgen_ty_1,
+};
+use kvm_ioctls::{IoEventAddress, NoDatamatch, VmFd};
+use vmm_sys_util::eventfd::EventFd;
+
+use crate::{
+    error::{During, Error},
+    memory::{self, MemorySlot},
+};
+
+/// Interrupt lines that the IOAPIC has; message-signalled interrupts are numbered from here.
+pub(crate) const FIRST_MSI_GSI: u32 = 24;
+/// Routes that KVM takes (`KVM_MAX_IRQ_ROUTES`).
+const ROUTES_MOST: u32 = 4096;
+
+/// A change that a vCPU thread asks for.
+pub(crate) enum Change {
+    /// The interrupt `gsi` delivers this message from now on, or is held back.
+    Route {
+        /// Global system interrupt number.
+        gsi: u32,
+        /// `None` holds events back until the next route.
+        message: Option<MsiMessage>,
+    },
+    /// A function's BARs answer elsewhere.
+    Move {
+        /// Its device number on the root bus.
+        function: usize,
+        /// No longer answered.
+        gone: Vec<DecodedBar>,
+        /// Answered from now on.
+        come: Vec<DecodedBar>,
+    },
+    /// An assigned function's MSI-X is turned on with these events, or off.
+    Msix {
+        /// Its number among the assigned ones.
+        device: usize,
+        /// One event a vector.
+        events: Option<Arc<[EventFd]>>,
+    },
+    /// An assigned function is to be reset.
+    Reset {
+        /// Its number among the assigned ones.
+        device: usize,
+    },
+}
+
+enum Request {
+    Change(Change, SyncSender<Result<(), String>>),
+    End(End),
+}
+
+/// How other threads reach the control thread.
+pub(crate) struct Requests {
+    sender: Sender<Request>,
+    wake: EventFd,
+}
+
+impl Requests {
+    /// Asks for a change and waits until it is made.
+    pub(crate) fn change(&self, change: Change) -> Result<(), String> {
+        let (reply, answer) = mpsc::sync_channel(1);
+        self.send(Request::Change(change, reply));
+        answer.recv().unwrap_or_else(|_| Err("the control thread has gone".into()))
+    }
+
+    /// A control that does nothing but tell `see` of every change, for tests of those who ask.
+    #[cfg(test)]
+    pub(crate) fn answered_by(see: impl Fn(Change) + Send + 'static) -> Arc<Self> {
+        let (sender, receiver) = mpsc::channel();
+        std::thread::spawn(move || {
+            while let Ok(request) = receiver.recv() {
+                if let Request::Change(change, reply) = request {
+                    see(change);
+                    let _ = reply.send(Ok(()));
+                }
+            }
+        });
+        let wake = EventFd::new(libc::EFD_NONBLOCK).expect("an eventfd");
+        Arc::new(Self { sender, wake })
+    }
+
+    /// Says that the guest has ended. The process ends soon after.
+    pub(crate) fn end(&self, end: End) {
+        self.send(Request::End(end));
+    }
+
+    fn send(&self, request: Request) {
+        // Both fail only when the control thread has gone, and the process with it.
+        let _ = self.sender.send(request);
+        let _ = self.wake.write(1);
+    }
+}
+
+/// A place in a BAR that rings an eventfd when the guest writes to it.
+pub(crate) struct Doorbell {
+    /// Which BAR.
+    pub(crate) bar: u8,
+    /// Where in it.
+    pub(crate) offset: u64,
+    /// What rings.
+    pub(crate) event: EventFd,
+}
+
+/// A piece of an assigned function's BAR that the guest reaches without an exit.
+pub(crate) struct DirectRegion {
+    /// Which BAR.
+    pub(crate) bar: u8,
+    /// Where in it.
+    pub(crate) offset: u64,
+    /// The mapping of the device's registers in this process.
+    pub(crate) registers: crate::assigned::Registers,
+}
+
+/// What of a function follows its BARs around.
+#[derive(Default)]
+pub(crate) struct Attachments {
+    /// Doorbells.
+    pub(crate) doorbells: Vec<Doorbell>,
+    /// Mapped registers.
+    pub(crate) regions: Vec<DirectRegion>,
+}
+
+/// All that the control thread holds.
+pub(crate) struct Control {
+    vm: Arc<VmFd>,
+    receiver: Receiver<Request>,
+    wake: EventFd,
+    routes: BTreeMap<u32, MsiMessage>,
+    events: BTreeMap<u32, EventFd>,
+    attachments: Vec<Attachments>,
+    devices: Vec<Arc<VfioDevice>>,
+    slots: Slots,
+}
+
+/// Memory slots in use by mapped registers: numbers are reused.
+struct Slots {
+    next: u32,
+    free: Vec<u32>,
+    taken: BTreeMap<(usize, usize), MemorySlot>,
+}
+
+impl Control {
+    /// A control without devices, and a handle to it. Memory slots below `first_slot` are RAM.
+    pub(crate) fn new(vm: Arc<VmFd>, first_slot: u32) -> Result<(Self, Arc<Requests>), Error> {
+        let (sender, receiver) = mpsc::channel();
+        let wake = EventFd::new(libc::EFD_NONBLOCK | libc::EFD_CLOEXEC).during("making an eventfd")?;
+        let requests = Arc::new(Requests { sender, wake: wake.try_clone().during("duplicating an eventfd")? });
+        let slots = Slots { next: first_slot, free: Vec::new(), taken: BTreeMap::new() };
+        let control = Self {
+            vm,
+            receiver,
+            wake,
+            routes: BTreeMap::new(),
+            events: BTreeMap::new(),
+            attachments: Vec::new(),
+            devices: Vec::new(),
+            slots,
+        };
+        Ok((control, requests))
+    }
+
+    /// Readable when somebody asks for something.
+    pub(crate) fn wake(&self) -> &EventFd {
+        &self.wake
+    }
+
+    /// Reserves a GSI for each of these events. They are connected once the guest routes them.
+    pub(crate) fn add_vectors(&mut self, events: &[EventFd]) -> Result<u32, Error> {
+        let first = FIRST_MSI_GSI + self.events.len() as u32;
+        if first + events.len() as u32 > ROUTES_MOST {
+            return Err(Error::Layout(format!("more than {ROUTES_MOST} interrupt vectors")));
+        }
+        for (event, gsi) in events.iter().zip(first..) {
+            self.events.insert(gsi, event.try_clone().during("duplicating an eventfd")?);
+        }
+        Ok(first)
+    }
+
+    /// Adds what follows the BARs of the next function on the root bus.
+    pub(crate) fn add_function(&mut self, attachments: Attachments) {
+        self.attachments.push(attachments);
+    }
+
+    /// Takes over an assigned function's VFIO device; returns its number.
+    pub(crate) fn add_device(&mut self, device: Arc<VfioDevice>) -> usize {
+        self.devices.push(device);
+        self.devices.len() - 1
+    }
+
+    /// Does what was asked since the last call. Returns how the guest ended, once it has.
+    pub(crate) fn serve(&mut self) -> Option<End> {
+        let _ = self.wake.read();
+        while let Ok(request) = self.receiver.try_recv() {
+            match request {
+                Request::Change(change, reply) => {
+                    let _ = reply.send(self.apply(change).map_err(|error| error.to_string()));
+                }
+                Request::End(end) => return Some(end),
+            }
+        }
+        None
+    }
+
+    fn apply(&mut self, change: Change) -> Result<(), Error> {
+        match change {
+            Change::Route { gsi, message } => self.route(gsi, message),
+            Change::Move { function, gone, come } => self.move_bars(function, &gone, &come),
+            Change::Msix { device, events } => {
+                let device = self.devices.get(device).ok_or(Error::Lacks("such a device"))?;
+                device.set_msix(events.as_deref()).map_err(|error| Error::device("MSI-X", error))
+            }
+            Change::Reset { device } => {
+                let device = self.devices.get(device).ok_or(Error::Lacks("such a device"))?;
+                device.reset().map_err(|error| Error::device("reset", error))
+            }
+        }
+    }
+
+    /// Routes an interrupt before its irqfd is connected, and disconnects it before its route is dropped: an eventfd
+    /// without an irqfd keeps its count, and KVM delivers it when the irqfd comes back.
+    fn route(&mut self, gsi: u32, message: Option<MsiMessage>) -> Result<(), Error> {
+        let Some(event) = self.events.get(&gsi) else { return Err(Error::Lacks("such an interrupt")) };
+        let connected = self.routes.contains_key(&gsi);
+        match message {
+            Some(message) => {
+                self.routes.insert(gsi, message);
+                self.write_routes()?;
+                if !connected {
+                    self.vm.register_irqfd(event, gsi).during("connecting an interrupt")?;
+                }
+            }
+            None if connected => {
+                self.vm.unregister_irqfd(event, gsi).during("disconnecting an interrupt")?;
+                self.routes.remove(&gsi);
+                self.write_routes()?;
+            }
+            None => {}
+        }
+        Ok(())
+    }
+
+    fn write_routes(&self) -> Result<(), Error> {
+        let entries: Vec<_> = self.routes.iter().map(|(gsi, message)| msi_route(*gsi, *message)).collect();
+        let table = KvmIrqRouting::from_entries(&entries).map_err(|_| Error::Lacks("room for interrupt routes"))?;
+        self.vm.set_gsi_routing(&table).during("routing interrupts")
+    }
+
+    fn move_bars(&mut self, function: usize, gone: &[DecodedBar], come: &[DecodedBar]) -> Result<(), Error> {
+        let Some(attachments) = self.attachments.get(function) else { return Ok(()) };
+        for bar in gone {
+            for doorbell in attachments.doorbells.iter().filter(|doorbell| doorbell.bar == bar.index) {
+                let address = IoEventAddress::Mmio(bar.base + doorbell.offset);
+                self.vm.unregister_ioevent(&doorbell.event, &address, NoDatamatch).during("moving a doorbell")?;
+            }
+            for (index, _) in attachments.regions.iter().enumerate().filter(|(_, region)| region.bar == bar.index) {
+                if let Some(slot) = self.slots.taken.remove(&(function, index)) {
+                    self.slots.free.push(slot.slot);
+                    // SAFETY: deleting a slot needs no mapping.
+                    unsafe { memory::set_slot(&self.vm, MemorySlot { size_bytes: 0, ..slot }, false) }
+                        .during("unmapping a device's registers")?;
+                }
+            }
+        }
+        for bar in come {
+            for doorbell in attachments.doorbells.iter().filter(|doorbell| doorbell.bar == bar.index) {
+                let address = IoEventAddress::Mmio(bar.base + doorbell.offset);
+                self.vm.register_ioevent(&doorbell.event, &address, NoDatamatch).during("moving a doorbell")?;
+            }
+            for (index, region) in attachments.regions.iter().enumerate().filter(|(_, region)| region.bar == bar.index) {
+                let number = self.slots.free.pop().unwrap_or_else(|| {
+                    self.slots.next += 1;
+                    self.slots.next - 1
+                });
+                let slot = MemorySlot {
+                    slot: number,
+                    guest_address: bar.base + region.offset,
+                    size_bytes: region.registers.size_bytes(),
+                    host_address: region.registers.host_address(),
+                };
+                self.slots.taken.insert((function, index), slot);
+                // SAFETY: the mapping belongs to `region`, which lives as long as this control, and control ends with
+                // the process.
+                unsafe { memory::set_slot(&self.vm, slot, false) }.during("mapping a device's registers")?;
+            }
+        }
+        Ok(())
+    }
+}
+
+fn msi_route(gsi: u32, message: MsiMessage) -> kvm_irq_routing_entry {
+    let msi = kvm_irq_routing_msi {
+        address_lo: message.address as u32,
+        address_hi: (message.address >> 32) as u32,
+        data: message.data,
+        __bindgen_anon_1: kvm_irq_routing_msi__bindgen_ty_1::default(),
+    };
+    kvm_irq_routing_entry {
+        gsi,
+        type_: KVM_IRQ_ROUTING_MSI,
+        u: kvm_irq_routing_entry__bindgen_ty_1 { msi },
+        ..Default::default()
+    }
+}
+
+/// The vectors of one function: events, and the GSIs they are numbered by.
+pub(crate) struct Vectors {
+    /// GSI of vector 0.
+    pub(crate) first_gsi: u32,
+    /// One event a vector.
+    pub(crate) events: Arc<[EventFd]>,
+    /// Who makes the routes.
+    pub(crate) requests: Arc<Requests>,
+}
+
+impl casemate_pci::VectorSink for Vectors {
+    fn set(&mut self, vector: u16, message: Option<MsiMessage>) {
+        if usize::from(vector) < self.events.len() {
+            // A route that KVM refuses is a message that only the guest could have made wrong: it gets no interrupt.
+            let _ = self.requests.change(Change::Route { gsi: self.first_gsi + u32::from(vector), message });
+        }
+    }
+
+    fn is_pending(&self, vector: u16) -> bool {
+        use rustix::event::{PollFd, PollFlags, poll};
+        self.events.get(usize::from(vector)).is_some_and(|event| {
+            // SAFETY: the descriptor is open for as long as `event`, which outlives this borrow.
+            let fd = unsafe { std::os::fd::BorrowedFd::borrow_raw(std::os::fd::AsRawFd::as_raw_fd(event)) };
+            let now = rustix::time::Timespec { tv_sec: 0, tv_nsec: 0 };
+            poll(&mut [PollFd::new(&fd, PollFlags::IN)], Some(&now)).is_ok_and(|ready| ready == 1)
+        })
+    }
+}

@@ -1,0 +1,199 @@
+//! From the first instruction to the last: filter, socket, machine, and the control thread's loop.
+
+use std::{
+    fs::File,
+    os::fd::{AsFd, AsRawFd, BorrowedFd, FromRawFd, OwnedFd},
+    process::ExitCode,
+};
+
+use casemate_filters::Role;
+use casemate_wire::{Channel, End, FromCell, Machine, ToCell, VERSION, WireError, peer_is_listener};
+use rustix::{
+    event::epoll,
+    net::{SocketFlags, accept_with},
+};
+
+use crate::{
+    error::{During, Error},
+    machine::{Built, Running},
+};
+
+/// The listening control socket, by agreement with the keep.
+const CONTROL: i32 = 3;
+
+/// Runs one guest from start to end. Called once, first thing in `main`.
+///
+/// Exit codes: 0 when the guest ended and the keep was told how, 1 when the machine was refused and the keep was told
+/// why, 2 when the keep could not be told.
+pub fn enter() -> ExitCode {
+    if let Err(error) = casemate_filters::install(Role::Build) {
+        eprintln!("casemate-vmm: the filter cannot be installed: {error}");
+        return ExitCode::from(2);
+    }
+    // SAFETY: the keep puts the control socket there before it executes this program, and nothing else here has
+    // taken a descriptor yet. If it is missing, the first call on it says so.
+    let listener = unsafe { OwnedFd::from_raw_fd(CONTROL) };
+    match conversation(listener) {
+        Ok(code) => code,
+        Err(error) => {
+            eprintln!("casemate-vmm: {error}");
+            ExitCode::from(2)
+        }
+    }
+}
+
+fn conversation(listener: OwnedFd) -> Result<ExitCode, Error> {
+    let channel = loop {
+        if let Some(channel) = accept(&listener)? {
+            break channel;
+        }
+    };
+    // Before the filter narrows.
+    let poll = epoll::create(epoll::CreateFlags::CLOEXEC).during("making an epoll set")?;
+    let running = match receive_machine(&channel).and_then(|built| built.start()) {
+        Ok(running) => running,
+        Err(error) => {
+            let refused = FromCell::Refused { code: error.code().to_owned(), message: bounded(error.to_string()) };
+            channel.send(&refused, &[])?;
+            return Ok(ExitCode::from(1));
+        }
+    };
+    channel.send(&FromCell::Running, &[])?;
+    Control { poll, listener, channel: Some(channel), running }.run()
+}
+
+fn bounded(mut text: String) -> String {
+    let end = (0..=casemate_wire::TEXT_BYTES.min(text.len())).rev().find(|end| text.is_char_boundary(*end));
+    text.truncate(end.unwrap_or(0));
+    text
+}
+
+/// Takes the next peer; one that is not the keep is hung up on.
+fn accept(listener: &OwnedFd) -> Result<Option<Channel>, Error> {
+    let peer = accept_with(listener, SocketFlags::CLOEXEC).during("accepting the keep's connection")?;
+    let keep = peer_is_listener(listener.as_fd(), peer.as_fd()).during("asking who connected")?;
+    Ok(keep.then(|| Channel::new(peer)))
+}
+
+fn receive_machine(channel: &Channel) -> Result<Built, Error> {
+    let (message, descriptors) = channel.receive::<ToCell>()?;
+    let ToCell::Start { version: VERSION, machine } = message else {
+        return Err(Error::Message("the first message must be Start, of this version".into()));
+    };
+    check(&machine)?;
+    Built::new(*machine, descriptors)
+}
+
+/// The keep is trusted more than this process, and yet its message is checked: what follows relies on it.
+fn check(machine: &Machine) -> Result<(), Error> {
+    let wrong = |what: &str| Err(Error::Message(what.to_owned()));
+    if !(1..=64).contains(&machine.vcpus) {
+        return wrong("there must be 1 to 64 vCPUs");
+    }
+    if !(64 << 20..=1 << 40).contains(&machine.memory_bytes) || !machine.memory_bytes.is_multiple_of(2 << 20) {
+        return wrong("memory must be 64 MiB to 1 TiB, in steps of 2 MiB");
+    }
+    if machine.command_line.len() > 2047 || machine.command_line.contains('\0') {
+        return wrong("the command line must have at most 2047 bytes and no NUL");
+    }
+    if machine.disks.iter().any(|disk| disk.size_bytes == 0 || !disk.size_bytes.is_multiple_of(512)) {
+        return wrong("a disk's size must be a multiple of 512 and not 0");
+    }
+    if machine.container.is_none() != machine.devices.is_empty() {
+        return wrong("assigned devices and a container go together");
+    }
+    Ok(())
+}
+
+/// The control thread's loop.
+struct Control {
+    poll: OwnedFd,
+    listener: OwnedFd,
+    channel: Option<Channel>,
+    running: Running,
+}
+
+/// What woke the control thread.
+const REQUEST: u64 = 0;
+const KEEP: u64 = 1;
+const CONNECTION: u64 = 2;
+
+impl Control {
+    fn run(mut self) -> Result<ExitCode, Error> {
+        // SAFETY: the eventfd lives in `self.running`, which this function owns until it returns.
+        self.watch(unsafe { BorrowedFd::borrow_raw(self.running.control.wake().as_raw_fd()) }, REQUEST)?;
+        self.watch(self.listener.as_fd(), CONNECTION)?;
+        if let Some(channel) = &self.channel {
+            self.watch(channel.as_fd(), KEEP)?;
+        }
+        let mut events = Vec::with_capacity(4);
+        loop {
+            events.clear();
+            match epoll::wait(&self.poll, rustix::buffer::spare_capacity(&mut events), None) {
+                Err(rustix::io::Errno::INTR) => continue,
+                result => result.during("waiting for events")?,
+            };
+            for event in &events {
+                let end = match event.data.u64() {
+                    REQUEST => self.running.control.serve(),
+                    KEEP => self.hear(),
+                    _ => {
+                        if let Some(channel) = accept(&self.listener)? {
+                            self.watch(channel.as_fd(), KEEP)?;
+                            self.channel = Some(channel);
+                        }
+                        None
+                    }
+                };
+                if let Some(end) = end {
+                    return self.end(end);
+                }
+            }
+        }
+    }
+
+    fn watch(&self, fd: BorrowedFd<'_>, token: u64) -> Result<(), Error> {
+        let data = epoll::EventData::new_u64(token);
+        epoll::add(&self.poll, fd, data, epoll::EventFlags::IN).during("watching a descriptor")
+    }
+
+    /// Takes a message from the keep. A keep that has gone leaves the guest running; another may connect.
+    fn hear(&mut self) -> Option<End> {
+        match self.channel.as_ref()?.receive::<ToCell>() {
+            Ok((ToCell::Stop, _)) => Some(End::Stopped),
+            Ok((ToCell::Start { .. }, _)) => None,
+            Err(WireError::Malformed | WireError::TooLarge) => None,
+            Err(_) => {
+                self.channel = None;
+                None
+            }
+        }
+    }
+
+    /// Tells the keep how the guest ended. The other threads end with the process.
+    fn end(self, end: End) -> Result<ExitCode, Error> {
+        let end = match end {
+            End::Fault(text) => End::Fault(bounded(text)),
+            end => end,
+        };
+        let Some(channel) = self.channel else { return Ok(ExitCode::from(2)) };
+        channel.send(&FromCell::Ended { end, counters: self.running.platform.counters() }, &[])?;
+        Ok(ExitCode::SUCCESS)
+    }
+}
+
+/// A descriptor as a file.
+pub(crate) fn file(fd: OwnedFd) -> File {
+    File::from(fd)
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn texts_are_cut_at_a_character() {
+        assert_eq!(bounded("é".repeat(2000)).len(), casemate_wire::TEXT_BYTES);
+        assert_eq!(bounded("ab".into()), "ab");
+    }
+}

@@ -1,0 +1,127 @@
+//! The guest's physical address space.
+//!
+//! ```text
+//! 0                 640 KiB RAM, with the boot structures below
+//! 0x000E_0000       ACPI tables (reserved)
+//! 0x0010_0000       RAM, up to 3 GiB
+//! 0xC000_0000       window for 32-bit BARs, 512 MiB
+//! 0xE000_0000       ECAM, one bus of 1 MiB
+//! 0xFEC0_0000       IOAPIC
+//! 0xFEE0_0000       local APICs, and where MSIs go: never RAM, so no DMA map can touch it
+//! 0xFFFB_C000       KVM's own pages (Intel real mode)
+//! 0x1_0000_0000     RAM beyond 3 GiB
+//! then              window for 64-bit BARs
+//! ```
+
+/// The kernel reads how it was started here (`struct hvm_start_info`, Xen's `arch-x86/hvm/start_info.h`).
+pub(crate) const START_INFO: u64 = 0x6000;
+/// The memory map that the start info names.
+pub(crate) const MEMORY_MAP: u64 = 0x7000;
+/// The module list (the initrd) that the start info names.
+pub(crate) const MODULES: u64 = 0x8000;
+/// The kernel's command line, at most 64 KiB.
+pub(crate) const COMMAND_LINE: u64 = 0x2_0000;
+/// End of the RAM below the legacy hole.
+pub(crate) const LOW_END: u64 = 0x9_FC00;
+/// ACPI tables.
+pub(crate) const ACPI: u64 = 0xE_0000;
+/// Where the ACPI tables end at the latest and RAM goes on.
+pub(crate) const HIGH_RAM: u64 = 0x10_0000;
+/// RAM below 4 GiB ends here at the latest.
+pub(crate) const LOW_RAM_MOST: u64 = 0xC000_0000;
+/// 32-bit BARs.
+pub(crate) const WINDOW32: Range = Range { start: 0xC000_0000, size: 0x2000_0000 };
+/// ECAM of bus 0.
+pub(crate) const ECAM: Range = Range { start: 0xE000_0000, size: 1 << 20 };
+/// The IOAPIC's registers.
+pub(crate) const IOAPIC: Range = Range { start: 0xFEC0_0000, size: 0x1000 };
+/// KVM's identity map page on Intel.
+pub(crate) const KVM_IDENTITY_MAP: u64 = 0xFFFB_C000;
+/// KVM's three task-state pages on Intel.
+pub(crate) const KVM_TSS: usize = 0xFFFB_D000;
+/// The first address past 32 bits.
+pub(crate) const FOUR_GIB: u64 = 1 << 32;
+/// Alignment of the 64-bit window, so that large BARs find a place.
+const WINDOW64_ALIGN: u64 = 1 << 30;
+/// Size of the 64-bit window where the address width allows it.
+const WINDOW64_MOST: u64 = 1 << 38;
+/// AMD keeps 12 GiB below 1 TiB for HyperTransport; no guest address goes there.
+const HYPERTRANSPORT: u64 = 0xFD_0000_0000;
+
+/// A piece of the guest's physical address space.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(crate) struct Range {
+    /// First address.
+    pub(crate) start: u64,
+    /// Length in bytes.
+    pub(crate) size: u64,
+}
+
+impl Range {
+    /// The first address past it.
+    pub(crate) const fn end(self) -> u64 {
+        self.start + self.size
+    }
+    /// Whether `size` bytes at `start` lie in it wholly.
+    pub(crate) fn holds(self, start: u64, size: u64) -> bool {
+        start >= self.start && start.checked_add(size).is_some_and(|end| end <= self.end())
+    }
+    /// Where in it the `length` bytes at `address` lie, if wholly.
+    pub(crate) fn offset(self, address: u64, length: usize) -> Option<u64> {
+        self.holds(address, length as u64).then(|| address - self.start)
+    }
+}
+
+/// Where RAM of `memory_bytes` lies: one piece, or two around the hole below 4 GiB.
+pub(crate) fn ram(memory_bytes: u64) -> Vec<Range> {
+    let low = memory_bytes.min(LOW_RAM_MOST);
+    let mut pieces = vec![Range { start: 0, size: low }];
+    if memory_bytes > low {
+        pieces.push(Range { start: FOUR_GIB, size: memory_bytes - low });
+    }
+    pieces
+}
+
+/// The window for 64-bit BARs of a guest with `memory_bytes`, within an address width of `bits`; `None` when RAM
+/// leaves no room.
+pub(crate) fn window64(memory_bytes: u64, bits: u32) -> Option<Range> {
+    let ram_end = ram(memory_bytes).last()?.end().max(FOUR_GIB);
+    let start = ram_end.checked_next_multiple_of(WINDOW64_ALIGN)?;
+    let end = 1u64.checked_shl(bits)?.min(HYPERTRANSPORT);
+    let size = end.checked_sub(start)?.min(WINDOW64_MOST);
+    (size > 0).then_some(Range { start, size })
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn small_guests_have_one_piece() {
+        assert_eq!(ram(64 << 20), [Range { start: 0, size: 64 << 20 }]);
+        assert_eq!(ram(3 << 30).len(), 1);
+    }
+
+    #[test]
+    fn large_guests_go_around_the_hole() {
+        assert_eq!(ram(5 << 30)[1], Range { start: FOUR_GIB, size: 2 << 30 });
+    }
+
+    #[test]
+    fn the_window_is_above_ram_and_within_the_width() {
+        for memory in [64 << 20, 3 << 30, 5 << 30, 100 << 30] {
+            let window = window64(memory, 40).unwrap();
+            assert!(ram(memory).iter().all(|piece| piece.end() <= window.start));
+            assert!(window.end() <= 1 << 40 && window.start.is_multiple_of(1 << 30));
+        }
+        assert_eq!(window64(1 << 40, 40), None);
+        assert_eq!(window64(64 << 20, 32), None);
+    }
+
+    #[test]
+    fn pieces_do_not_overlap() {
+        let order = [WINDOW32, ECAM, IOAPIC];
+        assert!(order.windows(2).all(|pair| pair[0].end() <= pair[1].start));
+        assert!(LOW_RAM_MOST <= WINDOW32.start);
+    }
+}

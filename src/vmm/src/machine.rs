@@ -1,0 +1,285 @@
+//! From the keep's message to a running machine.
+
+use std::{
+    os::fd::{FromRawFd, IntoRawFd, OwnedFd},
+    sync::{Arc, Barrier},
+    thread,
+};
+
+use casemate_chipset::{AcpiSpec, PciHost, RESET_CODE, RESET_VECTOR, tables};
+use casemate_filters::Role;
+use casemate_passthrough::{AssignedFunction, Container, Probe, VfioDevice};
+use casemate_pci::{Function, HostBridge};
+use casemate_virtio::{Blk, BlkBackend, Device, Net, PciParts, PciTransport, Rng, Worker, vector_count};
+use casemate_wire::{Descriptors, End, Machine};
+use kvm_bindings::{CpuId, KVM_CAP_SPLIT_IRQCHIP, kvm_enable_cap};
+use kvm_ioctls::{Cap, DeviceFd, Kvm, VcpuFd, VmFd};
+use vm_memory::GuestMemoryMmap;
+use vmm_sys_util::eventfd::EventFd;
+
+use crate::{
+    assigned::{self, Registers, RemoteVfio},
+    boot::{self, Images},
+    control::{Attachments, Control, DirectRegion, Doorbell, FIRST_MSI_GSI, Requests, Vectors},
+    cpu::{self, Halt},
+    entry::file,
+    error::{During, Error},
+    layout, memory,
+    platform::{Platform, Processor},
+    root::RootBus,
+};
+
+/// A machine whose parts are all there, before the first instruction.
+pub(crate) struct Built {
+    vcpus: Vec<VcpuFd>,
+    workers: Vec<Worker>,
+    control: Control,
+    platform: Arc<Platform>,
+    held: Held,
+}
+
+/// What must live as long as the machine, though nobody calls it any more.
+pub(crate) struct Held {
+    /// KVM's memory slots and the IOMMU's maps point into it.
+    _memory: Arc<GuestMemoryMmap>,
+    _passthrough: Option<Passthrough>,
+}
+
+struct Passthrough {
+    _container: Container,
+    _groups: Vec<OwnedFd>,
+    _kvm_device: DeviceFd,
+}
+
+/// A machine that runs.
+pub(crate) struct Running {
+    /// What changes it.
+    pub(crate) control: Control,
+    /// What its processors reach.
+    pub(crate) platform: Arc<Platform>,
+    /// What it stands on.
+    pub(crate) _held: Held,
+}
+
+impl Built {
+    /// Builds the machine out of the descriptors that came with it.
+    pub(crate) fn new(machine: Machine, mut descriptors: Descriptors) -> Result<Self, Error> {
+        let (kvm, vm) = open_kvm(descriptors.take(machine.kvm)?)?;
+        let cpuid = cpu::supported_cpuid(&kvm)?;
+        let window64 = layout::window64(machine.memory_bytes, cpu::physical_bits(&cpuid))
+            .ok_or_else(|| Error::Layout("the memory leaves no room for devices' registers".into()))?;
+        let memory = memory::allocate(machine.memory_bytes)?;
+        let first_slot = memory::give_to_kvm(&vm, &memory)?;
+        let (control, requests) = Control::new(Arc::clone(&vm), first_slot)?;
+        let mut parts = Parts {
+            control,
+            requests: Arc::clone(&requests),
+            memory: Arc::clone(&memory),
+            functions: Vec::new(),
+            workers: Vec::new(),
+        };
+        parts.add(Box::new(HostBridge::new()), Attachments::default());
+        parts.add_virtio(Box::new(Rng::new()))?;
+        for disk in machine.disks {
+            let file = descriptors.take(disk.image)?;
+            let backend =
+                BlkBackend { file, size_bytes: disk.size_bytes, read_only: disk.read_only, serial: disk.serial };
+            parts.add_virtio(Box::new(Blk::new(backend).map_err(|error| Error::device("disk", error))?))?;
+        }
+        for net in machine.nets {
+            parts.add_virtio(Box::new(Net::new(descriptors.take(net.tap)?, net.mac)))?;
+        }
+        let passthrough = match machine.container {
+            Some(container) => {
+                let container = Container::from_fd(descriptors.take(container)?)
+                    .map_err(|error| Error::device("the VFIO container", error))?;
+                let groups = machine.groups.into_iter().map(|slot| descriptors.take(slot));
+                let groups = groups.collect::<Result<Vec<OwnedFd>, _>>()?;
+                let kvm_device = assigned::tell_kvm(&vm, &groups)?;
+                for device in machine.devices {
+                    parts.add_assigned(descriptors.take(device.device)?, &device.address)?;
+                }
+                assigned::map_memory(&container, &memory)?;
+                Some(Passthrough { _container: container, _groups: groups, _kvm_device: kvm_device })
+            }
+            None => None,
+        };
+        let images = Images {
+            kernel: descriptors.take(machine.kernel)?,
+            initrd: machine.initrd.map(|slot| descriptors.take(slot)).transpose()?,
+            command_line: machine.command_line,
+        };
+        let console = file(descriptors.take(machine.console)?);
+        descriptors.finish()?;
+        let rsdp = write_acpi(&memory, machine.vcpus, window64)?;
+        let entry = boot::load(&memory, images, rsdp)?;
+        let vcpus = make_vcpus(&vm, &cpuid, machine.vcpus, entry)?;
+        let root = RootBus::new(parts.functions, window64, Arc::clone(&requests))?;
+        let platform = Arc::new(Platform::new(vm, root, console, requests));
+        Ok(Self { vcpus, workers: parts.workers, control: parts.control, platform, held: Held { _memory: memory, _passthrough: passthrough } })
+    }
+
+    /// Makes the threads, narrows every filter, and lets the processors go.
+    pub(crate) fn start(self) -> Result<Running, Error> {
+        let Self { vcpus, workers, control, platform, held } = self;
+        // Every thread passes here with its narrow filter on before the first guest instruction.
+        let ready = Arc::new(Barrier::new(vcpus.len() + workers.len() + 1));
+        for (id, vcpu) in vcpus.into_iter().enumerate() {
+            let (platform, ready) = (Arc::clone(&platform), Arc::clone(&ready));
+            spawn(format!("vcpu{id}"), move || {
+                narrow(Role::Vcpu);
+                ready.wait();
+                run_vcpu(vcpu, platform);
+            })?;
+        }
+        for (number, worker) in workers.into_iter().enumerate() {
+            let ready = Arc::clone(&ready);
+            spawn(format!("{}{number}", worker.name()), move || {
+                narrow(Role::Rest);
+                ready.wait();
+                worker.run();
+            })?;
+        }
+        narrow(Role::Rest);
+        ready.wait();
+        Ok(Running { control, platform, _held: held })
+    }
+}
+
+/// The functions of the root bus as they are made.
+struct Parts {
+    control: Control,
+    requests: Arc<Requests>,
+    memory: Arc<GuestMemoryMmap>,
+    functions: Vec<Box<dyn Function>>,
+    workers: Vec<Worker>,
+}
+
+impl Parts {
+    fn add(&mut self, function: Box<dyn Function>, attachments: Attachments) {
+        self.functions.push(function);
+        self.control.add_function(attachments);
+    }
+
+    /// Vectors with an event each, which the control thread connects when the guest routes them.
+    fn vectors(&mut self, count: u16) -> Result<Vectors, Error> {
+        let make = |_| EventFd::new(libc::EFD_NONBLOCK | libc::EFD_CLOEXEC).during("making an eventfd");
+        let events: Arc<[EventFd]> = (0..count).map(make).collect::<Result<_, _>>()?;
+        let first_gsi = self.control.add_vectors(&events)?;
+        Ok(Vectors { first_gsi, events, requests: Arc::clone(&self.requests) })
+    }
+
+    fn add_assigned(&mut self, device: OwnedFd, address: &str) -> Result<(), Error> {
+        let refuse = |error: &dyn std::fmt::Display| Error::device(address, error);
+        let device = Arc::new(VfioDevice::from_fd(device).map_err(|error| refuse(&error))?);
+        let number = self.control.add_device(Arc::clone(&device));
+        let mut vfio = RemoteVfio { device: Arc::clone(&device), number, requests: Arc::clone(&self.requests) };
+        let probe = Probe::read(&mut vfio).map_err(|error| refuse(&error))?;
+        let sink = self.vectors(probe.vectors())?;
+        let triggers = Arc::clone(&sink.events);
+        let parts = casemate_passthrough::Parts { vfio, probe, sink, triggers };
+        let function = AssignedFunction::new(parts).map_err(|error| refuse(&error))?;
+        let mut regions = Vec::new();
+        for mapping in function.mappings() {
+            let registers = Registers::map(&device, mapping)?;
+            regions.push(DirectRegion { bar: mapping.bar, offset: mapping.offset_in_bar, registers });
+        }
+        self.add(Box::new(function), Attachments { doorbells: Vec::new(), regions });
+        Ok(())
+    }
+
+    fn add_virtio(&mut self, device: Box<dyn Device>) -> Result<(), Error> {
+        let vectors = self.vectors(vector_count(device.as_ref()))?;
+        let duplicate = |event: &EventFd| event.try_clone().during("duplicating an eventfd");
+        let events = vectors.events.iter().map(duplicate).collect::<Result<_, _>>()?;
+        let parts = PciParts { device, memory: Arc::clone(&self.memory), events, vectors: Box::new(vectors) };
+        let (transport, worker) =
+            PciTransport::new(parts).map_err(|error| Error::device("a virtio device", error))?;
+        let ring = |bell: casemate_virtio::Doorbell<'_>| {
+            Ok(Doorbell { bar: bell.bar, offset: bell.offset, event: duplicate(bell.event)? })
+        };
+        let doorbells = transport.doorbells().map(ring).collect::<Result<_, Error>>()?;
+        self.workers.push(worker);
+        self.add(Box::new(transport), Attachments { doorbells, regions: Vec::new() });
+        Ok(())
+    }
+}
+
+fn spawn(name: String, body: impl FnOnce() + Send + 'static) -> Result<(), Error> {
+    thread::Builder::new().name(name).spawn(body).map(drop).during("making a thread")
+}
+
+/// Puts a narrow filter on this thread. Without it nothing may run: the process ends.
+fn narrow(role: Role) {
+    if let Err(error) = casemate_filters::install(role) {
+        eprintln!("casemate-vmm: the {role:?} filter cannot be installed: {error}");
+        std::process::exit(2);
+    }
+}
+
+fn run_vcpu(mut vcpu: VcpuFd, platform: Arc<Platform>) {
+    let mut processor = Processor(Arc::clone(&platform));
+    match cpu::run(&mut vcpu, &mut processor) {
+        Halt::TripleFault => platform.end(End::TripleFault),
+        Halt::Fault(what) => platform.end(End::Fault(what)),
+    }
+    loop {
+        // The control thread ends the process.
+        thread::park();
+    }
+}
+
+fn open_kvm(kvm: OwnedFd) -> Result<(Kvm, Arc<VmFd>), Error> {
+    // SAFETY: the descriptor is owned and given away whole; Kvm closes it.
+    let kvm = unsafe { Kvm::from_raw_fd(kvm.into_raw_fd()) };
+    if kvm.get_api_version() != 12 {
+        return Err(Error::Lacks("the stable API (or the descriptor is not /dev/kvm)"));
+    }
+    for (capability, name) in [
+        (Cap::SplitIrqchip, "a split interrupt controller"),
+        (Cap::ImmediateExit, "immediate exit"),
+        (Cap::Ioeventfd, "ioeventfd"),
+        (Cap::Irqfd, "irqfd"),
+        (Cap::SignalMsi, "message-signalled interrupts"),
+        (Cap::UserMemory, "memory slots"),
+    ] {
+        if !kvm.check_extension(capability) {
+            return Err(Error::Lacks(name));
+        }
+    }
+    let vm = kvm.create_vm().during("making a virtual machine")?;
+    vm.set_identity_map_address(layout::KVM_IDENTITY_MAP).during("placing KVM's pages")?;
+    vm.set_tss_address(layout::KVM_TSS).during("placing KVM's pages")?;
+    let mut split = kvm_enable_cap { cap: KVM_CAP_SPLIT_IRQCHIP, ..Default::default() };
+    split.args[0] = u64::from(FIRST_MSI_GSI);
+    vm.enable_cap(&split).during("splitting the interrupt controller")?;
+    Ok((kvm, Arc::new(vm)))
+}
+
+fn write_acpi(memory: &GuestMemoryMmap, vcpus: u8, window64: layout::Range) -> Result<u64, Error> {
+    let pci = PciHost {
+        ecam_base: layout::ECAM.start,
+        buses: 0..=0,
+        mmio32: layout::WINDOW32.start..layout::WINDOW32.end(),
+        mmio64: window64.start..window64.end(),
+    };
+    let spec = AcpiSpec { address: layout::ACPI, vcpus: u32::from(vcpus), pci };
+    let tables = tables(&spec).map_err(|error| Error::Layout(error.to_string()))?;
+    if tables.bytes.len() as u64 > layout::HIGH_RAM - layout::ACPI {
+        return Err(Error::Layout(format!("{} bytes of ACPI tables", tables.bytes.len())));
+    }
+    boot::put(memory, layout::ACPI, &tables.bytes)?;
+    // Where Linux jumps to when it resets "by BIOS": a few instructions that write the reset register.
+    boot::put(memory, RESET_VECTOR, &RESET_CODE)?;
+    Ok(tables.rsdp)
+}
+
+fn make_vcpus(vm: &VmFd, cpuid: &CpuId, count: u8, entry: u64) -> Result<Vec<VcpuFd>, Error> {
+    (0..count)
+        .map(|id| {
+            let vcpu = vm.create_vcpu(u64::from(id)).during("making a processor")?;
+            cpu::prepare(&vcpu, cpuid, id, count, entry)?;
+            Ok(vcpu)
+        })
+        .collect()
+}
