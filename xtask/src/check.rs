@@ -81,7 +81,9 @@ fn documented_commands() -> (bool, Counts) {
             continue;
         }
         for (line, words) in tidy::commands(&text) {
-            let ["casemate", rest @ ..] = &words.iter().map(String::as_str).collect::<Vec<_>>()[..] else { continue };
+            let ["casemate", rest @ ..] = &words.iter().map(String::as_str).collect::<Vec<_>>()[..] else {
+                continue;
+            };
             let mut casemate = Command::new(programs().join("casemate"));
             casemate.args(rest).arg("--help").stdin(Stdio::null()).stdout(Stdio::null());
             if casemate.status().is_ok_and(|status| status.success()) {

@@ -6,12 +6,7 @@
 mod stage;
 mod watch;
 
-use std::{
-    env, fs,
-    path::{Path, PathBuf},
-    process::ExitCode,
-    time::Duration,
-};
+use std::{env, fs, path::PathBuf, process::ExitCode, time::Duration};
 
 use casemate_hwtests::{
     Console, Lab, LabError, Layout,

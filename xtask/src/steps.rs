@@ -142,7 +142,8 @@ pub(crate) fn cargo(arguments: &[&str]) -> Command {
 /// The commands that build every program a user runs. The policy compiler is a workspace of its own: in one with the
 /// others, cargo would give them its code generator too. It goes beside them all the same.
 pub(crate) fn build_programs() -> [Command; 2] {
-    let mut compiler = cargo(&["build", "--release", "--locked", "--manifest-path", "src/policy-compiler/Cargo.toml"]);
+    let mut compiler =
+        cargo(&["build", "--release", "--locked", "--manifest-path", "src/policy-compiler/Cargo.toml"]);
     compiler.env("CARGO_TARGET_DIR", target_directory());
     [cargo(&["build", "--release", "--workspace", "--bins", "--exclude", "xtask"]), compiler]
 }

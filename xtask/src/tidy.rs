@@ -133,7 +133,8 @@ fn leaves_nothing_to_do(file: &File) -> Vec<String> {
         return Vec::new();
     }
     let words = [concat!("todo", "!("), concat!("unimplemented", "!(")];
-    let lines = file.text.lines().enumerate().filter(|(_, line)| words.iter().any(|word| line.contains(word)));
+    let lines =
+        file.text.lines().enumerate().filter(|(_, line)| words.iter().any(|word| line.contains(word)));
     lines.map(|(n, _)| format!("{}:{}: leaves something undone", file.path.display(), n + 1)).collect()
 }
 
@@ -152,7 +153,10 @@ mod tests {
             let found = names_no_path_of_a_machine(&File { path: Path::new("a.md"), text: &text });
             assert_eq!(found.len(), 1, "{text}");
         }
-        assert_eq!(names_no_path_of_a_machine(&File { path: Path::new("a.md"), text: "/var/lib/casemate" }).len(), 0);
+        assert_eq!(
+            names_no_path_of_a_machine(&File { path: Path::new("a.md"), text: "/var/lib/casemate" }).len(),
+            0
+        );
     }
 
     #[test]

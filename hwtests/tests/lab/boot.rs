@@ -29,7 +29,11 @@ pub(crate) fn sees_what_its_file_says(ctx: &mut Ctx) -> Result<(), Failure> {
     // Without what the kernel keeps to itself.
     let kib: u64 = run.value("memory:")?.parse()?;
     expect!((140 << 10..=200 << 10).contains(&kib), "the guest has 200 MiB and sees {kib} KiB");
-    expect!(run.value("words:")? == words, "the command line is {words}, the guest sees {}", run.value("words:")?);
+    expect!(
+        run.value("words:")? == words,
+        "the command line is {words}, the guest sees {}",
+        run.value("words:")?
+    );
     Ok(())
 }
 

@@ -8,9 +8,7 @@ use casemate_hwtests::{
 };
 use casemate_jail::{Descriptor, inspect};
 use rustix::{
-    net::{
-        AddressFamily, SendFlags, SocketAddrUnix, SocketFlags, SocketType, connect, send, socket_with,
-    },
+    net::{AddressFamily, SendFlags, SocketAddrUnix, SocketFlags, SocketType, connect, send, socket_with},
     process::Signal,
     thread::set_thread_uid,
 };
@@ -44,7 +42,10 @@ pub(crate) fn is_closed_around_a_running_guest(ctx: &mut Ctx) -> Result<(), Fail
     expect!(has_thread("vcpu0") && has_thread("vcpu1"), "threads are missing: {:?}", view.threads);
     let network = fs::read_to_string(format!("/proc/{pid}/net/dev"))?;
     let interfaces: Vec<&str> = network.lines().skip(2).filter_map(|line| line.split(':').next()).collect();
-    expect!(interfaces.len() == 1 && interfaces.iter().all(|name| name.trim() == "lo"), "interfaces: {interfaces:?}");
+    expect!(
+        interfaces.len() == 1 && interfaces.iter().all(|name| name.trim() == "lo"),
+        "interfaces: {interfaces:?}"
+    );
     for descriptor in &view.descriptors {
         println!("{descriptor:?}");
         if !is_expected(descriptor, &disk) {
@@ -117,7 +118,13 @@ pub(crate) fn stops_its_victims(ctx: &mut Ctx) -> Result<(), Failure> {
     let text = |row: &Value, key: &str| row.get(key).and_then(Value::as_str).unwrap_or_default().to_owned();
     for row in &rows {
         let name = if row.get("attempt").is_some() { "attempt" } else { "check" };
-        println!("{:24} {:6} {:44} {}", text(row, name), text(row, "role"), text(row, "stopped_by"), text(row, "expected"));
+        println!(
+            "{:24} {:6} {:44} {}",
+            text(row, name),
+            text(row, "role"),
+            text(row, "stopped_by"),
+            text(row, "expected")
+        );
     }
     let through: Vec<String> =
         rows.iter().filter(|row| row.get("ok") != Some(&Value::Bool(true))).map(Value::to_string).collect();
@@ -126,9 +133,14 @@ pub(crate) fn stops_its_victims(ctx: &mut Ctx) -> Result<(), Failure> {
     for attempt in ["open-passwd", "connect-loopback", "mmap-exec", "kvm-create-vm"] {
         let stopped = rows.iter().filter(|row| text(row, "attempt") == attempt).collect::<Vec<_>>();
         let by_seccomp = |role: &str| {
-            stopped.iter().any(|row| text(row, "role") == role && text(row, "stopped_by").starts_with("seccomp"))
+            stopped
+                .iter()
+                .any(|row| text(row, "role") == role && text(row, "stopped_by").starts_with("seccomp"))
         };
-        expect!(by_seccomp("vcpu") && by_seccomp("rest"), "{attempt} was not stopped in both roles: {stopped:?}");
+        expect!(
+            by_seccomp("vcpu") && by_seccomp("rest"),
+            "{attempt} was not stopped in both roles: {stopped:?}"
+        );
     }
     Ok(())
 }

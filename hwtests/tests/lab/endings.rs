@@ -21,7 +21,9 @@ const SOON: Duration = Duration::from_secs(60);
 pub(crate) fn ending(run: &Finished) -> Result<String, Failure> {
     let report = run.report()?;
     let ending = report.pointer("/ending/ending").and_then(Value::as_str);
-    ending.map(str::to_owned).ok_or_else(|| Failure::new(format_args!("the report tells no ending: {report}")))
+    ending
+        .map(str::to_owned)
+        .ok_or_else(|| Failure::new(format_args!("the report tells no ending: {report}")))
 }
 
 /// The process and the uid of a running guest's cell.
@@ -51,7 +53,11 @@ pub(crate) fn killed_vmm_is_told_and_undone(ctx: &mut Ctx) -> Result<(), Failure
     send_signal(cell, Signal::KILL)?;
     let run = running.wait(SOON)?;
     expect!(ending(&run)? == "cell-died", "the guest ended by {}", ending(&run)?);
-    expect!(run.report()?.to_string().contains("killed by signal 9"), "how it died is not told: {}", run.report()?);
+    expect!(
+        run.report()?.to_string().contains("killed by signal 9"),
+        "how it died is not told: {}",
+        run.report()?
+    );
     expect!(run.status.code() == Some(3), "the exit code is {:?}, not 3", run.status.code());
     came_back(&run, devices::NVME, Some("nvme"))?;
     before.expect_unchanged()

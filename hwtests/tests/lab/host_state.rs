@@ -17,7 +17,8 @@ impl HostState {
         for function in names("/sys/bus/pci/devices") {
             let path = Path::new("/sys/bus/pci/devices").join(&function);
             let driver = fs::read_link(path.join("driver")).ok();
-            let driver = driver.as_deref().and_then(Path::file_name).map(|name| name.to_string_lossy().into_owned());
+            let driver =
+                driver.as_deref().and_then(Path::file_name).map(|name| name.to_string_lossy().into_owned());
             let read = |name: &str| fs::read_to_string(path.join(name)).unwrap_or_default().trim().to_owned();
             let (forced, enabled) = (read("driver_override"), read("enable"));
             lines.insert(format!("{function}: driver {driver:?}, override {forced}, enabled {enabled}"));
@@ -29,7 +30,8 @@ impl HostState {
             ("in /run/casemate:", "/run/casemate"),
         ] {
             // A cgroup's control files are no cgroups; locks are files that stay, and hold nothing when nobody has them.
-            let is_meant = |name: &String| !name.ends_with(".lock") && (what != "cgroup" || !name.contains('.'));
+            let is_meant =
+                |name: &String| !name.ends_with(".lock") && (what != "cgroup" || !name.contains('.'));
             lines.extend(names(directory).into_iter().filter(is_meant).map(|name| format!("{what} {name}")));
         }
         lines.extend(claims().into_iter().map(|claim| format!("claim {claim}")));

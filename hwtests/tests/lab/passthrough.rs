@@ -96,7 +96,8 @@ pub(crate) fn two_devices_in_one_guest(ctx: &mut Ctx) -> Result<(), Failure> {
     have_drive(ctx)?;
     ctx.load_driver("igb")?;
     let before = HostState::now();
-    let script = "for f in /sys/bus/pci/devices/*; do echo \"function: $(cat $f/vendor) $(cat $f/device)\"; done
+    let script =
+        "for f in /sys/bus/pci/devices/*; do echo \"function: $(cat $f/vendor) $(cat $f/device)\"; done
         echo drive: $(cat /sys/block/nvme0n1/size)";
     let guest = ctx.guest(script)?.vcpus(1).device(devices::NVME).device(devices::IGB);
     let run = ctx.run_guest(&guest)?;
@@ -119,11 +120,15 @@ pub(crate) fn came_back(run: &Finished, address: &str, driver: Option<&str>) -> 
     let report = run.report()?;
     let devices = report.get("devices").and_then(Value::as_array).into_iter().flatten();
     let mut devices = devices.filter(|device| device.get("address").and_then(Value::as_str) == Some(address));
-    let device = devices.next().ok_or_else(|| Failure::new(format_args!("no word of {address} in {report}")))?;
+    let device =
+        devices.next().ok_or_else(|| Failure::new(format_args!("no word of {address} in {report}")))?;
     let is = |key: &str| device.get(key) == Some(&Value::Bool(true));
     let returned_to = device.get("returned_to").and_then(Value::as_str);
     let is_clean = is("clean") && is("bus_master_off") && is("config_as_first_seen");
-    expect!(is_clean && returned_to == driver, "{address} did not come back to {driver:?} as it was: {device}");
+    expect!(
+        is_clean && returned_to == driver,
+        "{address} did not come back to {driver:?} as it was: {device}"
+    );
     Ok(())
 }
 

@@ -76,7 +76,8 @@ pub(crate) fn wrong_images(ctx: &mut Ctx) -> Result<(), Failure> {
     let mut bz_image = vec![0; 4096];
     bz_image.splice(0x202..0x206, *b"HdrS");
     let (text, bz_image) = (file("text", b"this is no kernel\n")?, file("bzImage", &bz_image)?);
-    let (empty, odd, good) = (file("empty.img", b"")?, file("odd.img", b"odd")?, file("disk.img", &[0; 4096])?);
+    let (empty, odd, good) =
+        (file("empty.img", b"")?, file("odd.img", b"odd")?, file("disk.img", &[0; 4096])?);
     let (missing, same) = (ctx.directory().join("missing"), ctx.directory().join("same.img"));
     std::os::unix::fs::symlink(&good, &same)?;
     let guest = || ctx.guest("true");
@@ -84,7 +85,13 @@ pub(crate) fn wrong_images(ctx: &mut Ctx) -> Result<(), Failure> {
         (guest()?.kernel(&text), "kernel-not-elf", "boot.kernel", &text, &["text", "vmlinux"]),
         (guest()?.kernel(&bz_image), "kernel-not-elf", "boot.kernel", &bz_image, &["a bzImage"]),
         (guest()?.kernel(&missing), "kernel-unreadable", "boot.kernel", &missing, &["No such file"]),
-        (guest()?.kernel(ctx.directory()), "kernel-unreadable", "boot.kernel", Path::new("kernel ="), &["directory"]),
+        (
+            guest()?.kernel(ctx.directory()),
+            "kernel-unreadable",
+            "boot.kernel",
+            Path::new("kernel ="),
+            &["directory"],
+        ),
         (guest()?.disk(&missing, false), "disk-unreadable", "disk[0].path", &missing, &["No such file"]),
         (guest()?.disk(&empty, false), "disk-empty", "disk[0].path", &empty, &["no bytes"]),
         (guest()?.disk(&odd, false), "disk-size", "disk[0].path", &odd, &["multiple of 512"]),
@@ -111,13 +118,23 @@ pub(crate) fn files_that_are_none(ctx: &mut Ctx) -> Result<(), Failure> {
 }
 
 pub(crate) fn devices_that_cannot_be_given(ctx: &mut Ctx) -> Result<(), Failure> {
-    expect_device_refused(ctx, "0000:00:1e.7", "device-missing", &["no such PCI device", "casemate devices"])?;
+    expect_device_refused(
+        ctx,
+        "0000:00:1e.7",
+        "device-missing",
+        &["no such PCI device", "casemate devices"],
+    )?;
     expect_device_refused(ctx, devices::BRIDGE, "device-is-bridge", &["the device behind it"])?;
     let edu = function_with_id(devices::EDU_ID)?;
     expect_device_refused(ctx, &edu, "device-no-reset", &["no way to reset"])?;
     let mounted = ["0000:05:02.0", "vda is mounted on", "umount"];
     expect_device_refused(ctx, devices::RTL8139, "device-group-shared", &mounted)?;
-    expect_device_refused(ctx, devices::SHARED_DISK, "device-in-use", &["is mounted on", devices::SHARED_DISK_MOUNT])
+    expect_device_refused(
+        ctx,
+        devices::SHARED_DISK,
+        "device-in-use",
+        &["is mounted on", devices::SHARED_DISK_MOUNT],
+    )
 }
 
 pub(crate) fn drive_in_use(ctx: &mut Ctx) -> Result<(), Failure> {
@@ -149,7 +166,9 @@ pub(crate) fn network_card_in_use(ctx: &mut Ctx) -> Result<(), Failure> {
     let other = interface_of(devices::IGB)?;
     ctx.shell(&format!("ip link set {other} up; ip route add default via 10.0.2.2 dev {card}"))?;
     let route = refused("device-in-use", &[&card, "default route"]);
-    ctx.shell(&format!("ip route del default; ip addr flush dev {card}; ip link set {card} down; ip link set {other} down"))?;
+    ctx.shell(&format!(
+        "ip route del default; ip addr flush dev {card}; ip link set {card} down; ip link set {other} down"
+    ))?;
     only.and(route)
 }
 
@@ -169,13 +188,19 @@ pub(crate) fn what_a_running_guest_has(ctx: &mut Ctx) -> Result<(), Failure> {
 
 fn beside_a_running_guest(ctx: &Ctx, guest: &GuestFile, running: &Running) -> Result<(), Failure> {
     let second = || guest.clone().named("second");
-    expect_device_refused(ctx, devices::NVME, "device-claimed", &["guest first has it", &running.pid().to_string()])?;
+    expect_device_refused(
+        ctx,
+        devices::NVME,
+        "device-claimed",
+        &["guest first has it", &running.pid().to_string()],
+    )?;
     let disk = ctx.directory().join("disk.img");
     let text = second().disk(&disk, true).to_toml()?;
     let refused = Refused { code: "disk-in-use", key: "disk[0].path", written: "disk.img", says: &[] };
     expect_refused(ctx, &text, &refused)?;
     let text = second().net("cmtest0", "192.0.2.9/24").to_toml()?;
-    let refused = Refused { code: "tap-exists", key: "net[0].tap", written: "cmtest0", says: &["another name"] };
+    let refused =
+        Refused { code: "tap-exists", key: "net[0].tap", written: "cmtest0", says: &["another name"] };
     expect_refused(ctx, &text, &refused)?;
     let refused = Refused { code: "guest-runs", key: "name", written: "name = ", says: &["first"] };
     expect_refused(ctx, &guest.to_toml()?, &refused)

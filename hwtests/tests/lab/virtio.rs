@@ -46,7 +46,11 @@ pub(crate) fn read_only_disk_stays(ctx: &mut Ctx) -> Result<(), Failure> {
     let told = run.success()?.value("read-only:")?;
     expect!(told == "1 0", "the disks should be read-only 1 0, and are {told}");
     expect!(!run.stdout.contains("it was written"), "a write to a read-only disk succeeded in the guest");
-    expect!(run.value("first bytes:")? == "a b", "the disks are not in order: {}", run.value("first bytes:")?);
+    expect!(
+        run.value("first bytes:")? == "a b",
+        "the disks are not in order: {}",
+        run.value("first bytes:")?
+    );
     expect!(fs::read(first)?.iter().all(|byte| *byte == b'a'), "the read-only disk was changed");
     Ok(())
 }
@@ -67,7 +71,8 @@ pub(crate) fn entropy_is_there(ctx: &mut Ctx) -> Result<(), Failure> {
 const TRANSFER: usize = 4 << 20;
 
 pub(crate) fn network_carries_both_ways(ctx: &mut Ctx) -> Result<(), Failure> {
-    let sent: Vec<u8> = (0..TRANSFER as u32 / 4).flat_map(|n| n.wrapping_mul(0x9e37_79b9).to_le_bytes()).collect();
+    let sent: Vec<u8> =
+        (0..TRANSFER as u32 / 4).flat_map(|n| n.wrapping_mul(0x9e37_79b9).to_le_bytes()).collect();
     let from_host = TcpListener::bind("0.0.0.0:7001")?;
     let to_host = TcpListener::bind("0.0.0.0:7002")?;
     let bytes = sent.clone();

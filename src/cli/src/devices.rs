@@ -34,7 +34,8 @@ pub(crate) fn devices(paths: &Paths, options: &Options, json: bool) -> Result<Ex
         .iter()
         .filter(|function| options.bridges || json || !function.is_bridge)
         .map(|function| {
-            let refusal = assignable(&host, &functions, ledger.as_ref(), &whole_group(&functions, function)).err();
+            let refusal =
+                assignable(&host, &functions, ledger.as_ref(), &whole_group(&functions, function)).err();
             Line {
                 function,
                 assignable: refusal.is_none(),
@@ -47,7 +48,9 @@ pub(crate) fn devices(paths: &Paths, options: &Options, json: bool) -> Result<Ex
         lines.iter().for_each(output::json);
         return Ok(ExitCode::SUCCESS);
     }
-    let mut rows = vec![["ADDRESS", "ID", "DEVICE", "DRIVER", "GROUP", "RESET", "FOR A GUEST"].map(str::to_owned).to_vec()];
+    let mut rows = vec![
+        ["ADDRESS", "ID", "DEVICE", "DRIVER", "GROUP", "RESET", "FOR A GUEST"].map(str::to_owned).to_vec(),
+    ];
     rows.extend(lines.iter().map(row));
     output::line(output::table(&rows).trim_end());
     for line in &lines {
@@ -74,8 +77,10 @@ fn row(line: &Line<'_>) -> Vec<String> {
         (Some(group), 0) => group.to_string(),
         (Some(group), mates) => format!("{group} (+{mates})"),
     };
-    let resets = if function.reset_methods.is_empty() { "none".into() } else { function.reset_methods.join(" ") };
-    let name: String = format!("{} {}", function.vendor_name, function.device_name).chars().take(44).collect();
+    let resets =
+        if function.reset_methods.is_empty() { "none".into() } else { function.reset_methods.join(" ") };
+    let name: String =
+        format!("{} {}", function.vendor_name, function.device_name).chars().take(44).collect();
     vec![
         function.address.to_string(),
         format!("{:04x}:{:04x}", function.vendor, function.device),

@@ -36,8 +36,14 @@ struct Line {
 
 pub(crate) fn jail(command: &Command, json: bool) -> Result<ExitCode, Failure> {
     let Command::Show { thread } = command;
-    let roles = [(Thread::Build, Role::Build, "build"), (Thread::Vcpu, Role::Vcpu, "vcpu"), (Thread::Rest, Role::Rest, "rest")];
-    for (name, role, word) in roles.into_iter().filter(|(name, ..)| thread.is_none_or(|thread| thread == *name)) {
+    let roles = [
+        (Thread::Build, Role::Build, "build"),
+        (Thread::Vcpu, Role::Vcpu, "vcpu"),
+        (Thread::Rest, Role::Rest, "rest"),
+    ];
+    for (name, role, word) in
+        roles.into_iter().filter(|(name, ..)| thread.is_none_or(|thread| thread == *name))
+    {
         let _ = name;
         let lines = rules(role).iter().map(|rule| Line {
             thread: word,
@@ -49,7 +55,8 @@ pub(crate) fn jail(command: &Command, json: bool) -> Result<ExitCode, Failure> {
         if json {
             lines.for_each(|line| output::json(&line));
         } else {
-            let rows: Vec<Vec<String>> = lines.map(|line| vec![line.call.into(), condition(&line), line.why.into()]).collect();
+            let rows: Vec<Vec<String>> =
+                lines.map(|line| vec![line.call.into(), condition(&line), line.why.into()]).collect();
             output::line(&format!("{word}: {} rules; every other call ends the process", rows.len()));
             output::line(&output::table(&rows));
         }

@@ -47,7 +47,13 @@ struct Arguments {
     #[arg(long, global = true, env = "CASEMATE_VMM", hide_env_values = true, value_name = "PROGRAM")]
     vmm: Option<PathBuf>,
     /// The program that compiles plugins [default: casemate-policy-compiler beside this program].
-    #[arg(long, global = true, env = "CASEMATE_POLICY_COMPILER", hide_env_values = true, value_name = "PROGRAM")]
+    #[arg(
+        long,
+        global = true,
+        env = "CASEMATE_POLICY_COMPILER",
+        hide_env_values = true,
+        value_name = "PROGRAM"
+    )]
     policy_compiler: Option<PathBuf>,
     #[command(subcommand)]
     command: Command,
@@ -97,7 +103,8 @@ fn carry_out(arguments: Arguments) -> Result<ExitCode, Failure> {
 }
 
 fn paths(arguments: &Arguments) -> Result<Paths, Failure> {
-    let mut paths = Paths::standard().map_err(|error| Refusal::new("program-path", "casemate", error, "start it by its path"))?;
+    let mut paths = Paths::standard()
+        .map_err(|error| Refusal::new("program-path", "casemate", error, "start it by its path"))?;
     let choices = [
         (&arguments.cache, &mut paths.cache),
         (&arguments.state, &mut paths.state),

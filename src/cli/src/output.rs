@@ -21,7 +21,10 @@ pub(crate) fn json_aside(value: &impl Serialize) {
 
 /// A line on stderr: Casemate's own words beside a guest's console.
 pub(crate) fn aside(line: &str) {
-    print_line(&mut io::stderr().lock(), &format!("{} {line}", paint("1;36", "casemate:", io::stderr().is_terminal())));
+    print_line(
+        &mut io::stderr().lock(),
+        &format!("{} {line}", paint("1;36", "casemate:", io::stderr().is_terminal())),
+    );
 }
 
 /// A line on stdout. A reader that went away is no error.

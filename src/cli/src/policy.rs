@@ -42,7 +42,8 @@ fn check(paths: &Paths, bundle: &std::path::Path, as_json: bool) -> Result<ExitC
                 "summary": plugin.summary, "compiled_ms": compiled_ms,
             }));
         } else {
-            let compiled = compiled_ms.map_or("compiled before".to_owned(), |ms| format!("compiled in {ms} ms"));
+            let compiled =
+                compiled_ms.map_or("compiled before".to_owned(), |ms| format!("compiled in {ms} ms"));
             output::line(&format!("{} {}: {} ({compiled})", plugin.name, plugin.version, plugin.summary));
         }
     }

@@ -13,7 +13,12 @@ pub(crate) struct Options {
     /// The guest's file.
     file: PathBuf,
     /// The bundle of policies that decides.
-    #[arg(long, env = "CASEMATE_POLICY", default_value = "/etc/casemate/policies/default.toml", value_name = "BUNDLE")]
+    #[arg(
+        long,
+        env = "CASEMATE_POLICY",
+        default_value = "/etc/casemate/policies/default.toml",
+        value_name = "BUNDLE"
+    )]
     policy: PathBuf,
     /// Report when the console first shows this text.
     #[arg(long, value_name = "TEXT")]
@@ -23,7 +28,8 @@ pub(crate) struct Options {
 pub(crate) fn run(paths: &Paths, options: &Options, json: bool) -> Result<ExitCode, Failure> {
     let run_options =
         RunOptions { file: &options.file, policy: &options.policy, line: options.note_line.as_deref() };
-    let report = casemate_keep::run(paths, run_options, &mut io::stdout().lock(), &mut |step| tell(&step, json))?;
+    let report =
+        casemate_keep::run(paths, run_options, &mut io::stdout().lock(), &mut |step| tell(&step, json))?;
     if json {
         output::json_aside(&serde_json::json!({ "report": report }));
     } else {
@@ -44,7 +50,9 @@ pub(crate) fn tell(step: &Step, json: bool) {
     }
     match step {
         Step::Recovered { guest, devices, error } => {
-            output::aside(&format!("the keep of guest {guest} was killed; what it had claimed is given back"));
+            output::aside(&format!(
+                "the keep of guest {guest} was killed; what it had claimed is given back"
+            ));
             devices.iter().for_each(|device| output::aside(&returned(device)));
             if let Some(error) = error {
                 output::aside(&format!("not all of it: {error}"));
@@ -66,11 +74,15 @@ pub(crate) fn tell(step: &Step, json: bool) {
         Step::Claimed { devices } => {
             for (address, driver, reset) in devices {
                 let driver = driver.as_deref().unwrap_or("no driver");
-                output::aside(&format!("{address} left {driver}, was reset ({reset}), and has bus master off"));
+                output::aside(&format!(
+                    "{address} left {driver}, was reset ({reset}), and has bus master off"
+                ));
             }
         }
         Step::CellClosed { pid, uid, landlock_abi } => {
-            output::aside(&format!("the cell is closed: process {pid}, uid {uid}, Landlock ABI {landlock_abi}"));
+            output::aside(&format!(
+                "the cell is closed: process {pid}, uid {uid}, Landlock ABI {landlock_abi}"
+            ));
         }
         Step::Running { elapsed } => {
             output::aside(&format!("the guest runs, {} ms after its VMM was started", elapsed.as_millis()));
@@ -89,9 +101,14 @@ fn returned(device: &DeviceReport) -> String {
         Err(error) => format!("reset by {} FAILED: {error}", seen.reset_method),
     };
     let master = if seen.bus_master_off { "bus master off" } else { "bus master ON" };
-    let config = if seen.config_as_first_seen { "configuration as first seen" } else { "configuration CHANGED" };
-    let to = seen.returned_to.as_deref().map_or("given back to no driver".to_owned(), |to| format!("given back to {to}"));
-    let mut line = format!("{}: {reset}, {master}, {config}; stored data was not scrubbed; {to}", seen.address);
+    let config =
+        if seen.config_as_first_seen { "configuration as first seen" } else { "configuration CHANGED" };
+    let to = seen
+        .returned_to
+        .as_deref()
+        .map_or("given back to no driver".to_owned(), |to| format!("given back to {to}"));
+    let mut line =
+        format!("{}: {reset}, {master}, {config}; stored data was not scrubbed; {to}", seen.address);
     if let Some(why) = &seen.quarantined {
         line.push_str(&format!("; QUARANTINED: {why}"));
     }

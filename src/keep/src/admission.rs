@@ -8,7 +8,8 @@ use std::{
 
 use casemate_host::{Image, PciFunction};
 use casemate_policy::{
-    Amounts, Attrs, Config, Device, Disk, Engine, File, GuestSpec, HostState, Net, Operation, Request, Tenant, Verdict,
+    Amounts, Attrs, Config, Device, Disk, Engine, File, GuestSpec, HostState, Net, Operation, Request,
+    Tenant, Verdict,
 };
 use casemate_spec::{Located, Refusal};
 
@@ -43,8 +44,11 @@ pub(crate) fn ask(
             ask: decision.elapsed,
         }),
         Verdict::Deny { reasons } => {
-            let locations = reasons.iter().map(|reason| reason.field.as_deref().and_then(|key| located.location(key)));
-            Err(Refusals(decision.refusals().into_iter().zip(locations).map(|(refusal, at)| refusal.at(at)).collect()))
+            let locations =
+                reasons.iter().map(|reason| reason.field.as_deref().and_then(|key| located.location(key)));
+            Err(Refusals(
+                decision.refusals().into_iter().zip(locations).map(|(refusal, at)| refusal.at(at)).collect(),
+            ))
         }
     }
 }
@@ -83,7 +87,12 @@ fn request(located: &Located, images: &Images, functions: &[PciFunction]) -> Req
             vcpus: u32::from(guest.vcpus),
             memory_bytes: guest.memory.bytes(),
             kernel: file(&guest.boot.kernel, &images.kernel),
-            initrd: guest.boot.initrd.as_deref().zip(images.initrd.as_ref()).map(|(path, image)| file(path, image)),
+            initrd: guest
+                .boot
+                .initrd
+                .as_deref()
+                .zip(images.initrd.as_ref())
+                .map(|(path, image)| file(path, image)),
             command_line: guest.boot.command_line.clone(),
             devices: devices.collect(),
             disks: disks.collect(),
@@ -126,7 +135,8 @@ fn host() -> HostState {
     };
     HostState {
         name: rustix::system::uname().nodename().to_string_lossy().into_owned(),
-        cpus: std::thread::available_parallelism().map_or(1, |count| u32::try_from(count.get()).unwrap_or(u32::MAX)),
+        cpus: std::thread::available_parallelism()
+            .map_or(1, |count| u32::try_from(count.get()).unwrap_or(u32::MAX)),
         memory_bytes: field("MemTotal:").unwrap_or(0),
         memory_free_bytes: field("MemAvailable:").unwrap_or(0),
         attrs: Attrs::new(),

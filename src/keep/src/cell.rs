@@ -65,9 +65,19 @@ impl Drop for Identity {
 
 fn try_lock(path: &PathBuf) -> Result<Option<File>, Refusal> {
     let refuse = |error: &dyn std::fmt::Display| {
-        Refusal::new("host-folder", path.display(), format_args!("it cannot be locked: {error}"), "run as root")
+        Refusal::new(
+            "host-folder",
+            path.display(),
+            format_args!("it cannot be locked: {error}"),
+            "run as root",
+        )
     };
-    let file = File::options().create(true).truncate(false).write(true).open(path).map_err(|error| refuse(&error))?;
+    let file = File::options()
+        .create(true)
+        .truncate(false)
+        .write(true)
+        .open(path)
+        .map_err(|error| refuse(&error))?;
     match flock(&file, FlockOperation::NonBlockingLockExclusive) {
         Ok(()) => Ok(Some(file)),
         Err(Errno::WOULDBLOCK) => Ok(None),
@@ -100,14 +110,20 @@ pub(crate) fn start(
     resources: &Resources<'_>,
 ) -> Result<Started, Refusal> {
     let failed = |what: &str, error: &dyn std::fmt::Display| {
-        Refusal::new("cell-start", &guest.name, format_args!("{what}: {error}"), "see the message of the kernel above")
+        Refusal::new(
+            "cell-start",
+            &guest.name,
+            format_args!("{what}: {error}"),
+            "see the message of the kernel above",
+        )
     };
     let program = File::open(&paths.vmm).map_err(|error| {
         let remedy = "put casemate-vmm beside casemate; `cargo build --release` builds both";
         Refusal::new("vmm-missing", paths.vmm.display(), format_args!("it cannot be opened: {error}"), remedy)
     })?;
     let program = Program::seal(program)?;
-    let (control, peer) = control_socket(&identity.socket).map_err(|error| failed("the control socket", &error))?;
+    let (control, peer) =
+        control_socket(&identity.socket).map_err(|error| failed("the control socket", &error))?;
     let pipe = || pipe_with(PipeFlags::CLOEXEC).map_err(|error| failed("a pipe", &error));
     let (log, log_write) = pipe()?;
     let (console, console_write) = pipe()?;
@@ -182,7 +198,8 @@ fn send_machine(
     console: BorrowedFd<'_>,
 ) -> Result<(), Refusal> {
     let kvm = File::options().read(true).write(true).open("/dev/kvm").map_err(|error| {
-        let remedy = "load kvm_amd or kvm_intel, or turn virtualisation on in the firmware; see `casemate doctor`";
+        let remedy =
+            "load kvm_amd or kvm_intel, or turn virtualisation on in the firmware; see `casemate doctor`";
         Refusal::new("kvm-missing", "/dev/kvm", format_args!("it cannot be opened: {error}"), remedy)
     })?;
     let mut fds = Descriptors::default();
@@ -212,12 +229,20 @@ fn send_machine(
         container: claim.map(|claim| fds.add(claim.container.as_fd())),
         groups: claim.iter().flat_map(|claim| &claim.groups).map(|group| fds.add(group.fd.as_fd())).collect(),
         devices: (claim.iter().flat_map(|claim| &claim.devices))
-            .map(|device| Assigned { device: fds.add(device.fd.as_fd()), address: device.address.to_string() })
+            .map(|device| Assigned {
+                device: fds.add(device.fd.as_fd()),
+                address: device.address.to_string(),
+            })
             .collect(),
     };
     let message = ToCell::Start { version: VERSION, machine: Box::new(machine) };
     channel.send(&message, &fds.0).map_err(|error| {
-        Refusal::new("cell-start", &guest.name, format_args!("the machine cannot be handed over: {error}"), "try again")
+        Refusal::new(
+            "cell-start",
+            &guest.name,
+            format_args!("the machine cannot be handed over: {error}"),
+            "try again",
+        )
     })
 }
 
@@ -239,7 +264,9 @@ pub(crate) fn first_word(message: FromCell) -> Result<(), Refusal> {
             let remedy = "see `casemate doctor` for what this host has";
             Err(Refusal::new("cell-refused", printable(&code), printable(&message), remedy))
         }
-        FromCell::Ended { .. } => Err(Refusal::new("cell-refused", "", "the cell ended before it began", "try again")),
+        FromCell::Ended { .. } => {
+            Err(Refusal::new("cell-refused", "", "the cell ended before it began", "try again"))
+        }
     }
 }
 

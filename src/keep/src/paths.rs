@@ -51,7 +51,12 @@ impl Paths {
     pub(crate) fn make_runtime(&self) -> Result<(), Refusal> {
         std::fs::create_dir_all(&self.runtime).map_err(|error| {
             let remedy = "run as root on a host with /run";
-            Refusal::new("host-folder", self.runtime.display(), format_args!("it cannot be made: {error}"), remedy)
+            Refusal::new(
+                "host-folder",
+                self.runtime.display(),
+                format_args!("it cannot be made: {error}"),
+                remedy,
+            )
         })
     }
 }

@@ -1,11 +1,16 @@
 //! One guest without a daemon: read, judge, authorise, act, watch, give back.
 
-use std::{fmt, fs::File, io::{Read, Write}, path::Path};
+use std::{
+    fmt,
+    fs::File,
+    io::{Read, Write},
+    path::Path,
+};
 
 use casemate_filters::Role;
 use casemate_host::{
-    Claim, ClaimRequest, Host, Ledger, Owner, PciFunction, Tap, TapRequest, assignable, claim, open_image, open_initrd,
-    open_kernel,
+    Claim, ClaimRequest, Host, Ledger, Owner, PciFunction, Tap, TapRequest, assignable, claim, open_image,
+    open_initrd, open_kernel,
 };
 use casemate_spec::{LIMITS, Located, PciAddress, Refusal, parse_guest};
 
@@ -83,7 +88,8 @@ pub fn run(
     // Act.
     let identity = Identity::reserve(paths, &located.guest)?;
     let claim = take_devices(&located, &host, &ledger, addresses, tell)?;
-    let prepared = Prepared { paths, options, located: &located, identity: &identity, images: &images, policy };
+    let prepared =
+        Prepared { paths, options, located: &located, identity: &identity, images: &images, policy };
     let outcome = prepared.run(claim.as_ref(), &ledger, console, tell);
 
     // Give back, whatever happened.
@@ -162,8 +168,11 @@ impl Prepared<'_> {
 
 /// Different system calls that a role's filter allows.
 fn calls(role: Role) -> usize {
-    let mut calls: Vec<_> =
-        casemate_filters::rules(role).iter().filter(|rule| rule.fails_with.is_none()).map(|rule| rule.call).collect();
+    let mut calls: Vec<_> = casemate_filters::rules(role)
+        .iter()
+        .filter(|rule| rule.fails_with.is_none())
+        .map(|rule| rule.call)
+        .collect();
     calls.sort_unstable();
     calls.dedup();
     calls.len()
@@ -194,10 +203,13 @@ fn require_root() -> Result<(), Refusal> {
 fn open_images(located: &Located) -> Result<Images, Refusal> {
     let guest = &located.guest;
     let at = |key: &str| located.location(key);
-    let kernel = open_kernel(&located.resolve(&guest.boot.kernel)).map_err(|refusal| refusal.at(at("boot.kernel")))?;
-    let initrd = guest.boot.initrd.as_deref().map(|path| {
-        open_initrd(&located.resolve(path)).map_err(|refusal| refusal.at(at("boot.initrd")))
-    });
+    let kernel =
+        open_kernel(&located.resolve(&guest.boot.kernel)).map_err(|refusal| refusal.at(at("boot.kernel")))?;
+    let initrd = guest
+        .boot
+        .initrd
+        .as_deref()
+        .map(|path| open_initrd(&located.resolve(path)).map_err(|refusal| refusal.at(at("boot.initrd"))));
     let disks = guest.disks.iter().enumerate().map(|(index, disk)| {
         open_image(&located.resolve(&disk.path), disk.read_only)
             .map_err(|refusal| refusal.at(at(&format!("disk[{index}].path"))))
@@ -239,7 +251,8 @@ fn take_devices(
     }
     tell(Step::Claiming { devices: addresses.clone() });
     let owner = Owner::this_process(located.guest.name.as_str())?;
-    let claim = claim(host, ledger, ClaimRequest { owner, addresses }).map_err(|refusal| at_device(located, refusal))?;
+    let claim = claim(host, ledger, ClaimRequest { owner, addresses })
+        .map_err(|refusal| at_device(located, refusal))?;
     let devices = claim.devices.iter();
     tell(Step::Claimed {
         devices: devices

@@ -121,7 +121,12 @@ fn stop_signals(guest: &Guest) -> Result<UnixStream, Refusal> {
         Ok(read)
     };
     make().map_err(|error: std::io::Error| {
-        Refusal::new("keep-failed", &guest.name, format_args!("signals cannot be watched: {error}"), "try again")
+        Refusal::new(
+            "keep-failed",
+            &guest.name,
+            format_args!("signals cannot be watched: {error}"),
+            "try again",
+        )
     })
 }
 
@@ -206,10 +211,11 @@ impl Watch {
     }
 
     fn sample(&mut self, cell: &Cell, guest: &Guest) {
-        if self.running && self.ended.is_none() {
-            if let Ok(memory) = cell.memory(guest.memory.bytes()) {
-                self.memory_bytes = Some(memory.pss_bytes_less_guest);
-            }
+        if self.running
+            && self.ended.is_none()
+            && let Ok(memory) = cell.memory(guest.memory.bytes())
+        {
+            self.memory_bytes = Some(memory.pss_bytes_less_guest);
         }
     }
 
@@ -231,7 +237,12 @@ impl Watch {
                 counters,
             ),
         };
-        Ok(Seen { ending, counters, memory_bytes: self.memory_bytes, line: self.line.and_then(|line| line.seen) })
+        Ok(Seen {
+            ending,
+            counters,
+            memory_bytes: self.memory_bytes,
+            line: self.line.and_then(|line| line.seen),
+        })
     }
 }
 

@@ -7,10 +7,13 @@ use std::{
     sync::Arc,
 };
 
-use casemate_passthrough::{Container, IrqInfo, Mapping, MappingRequest, Region, Vfio, VfioDevice, VfioError};
+use casemate_passthrough::{
+    Container, IrqInfo, Mapping, MappingRequest, Region, Vfio, VfioDevice, VfioError,
+};
 use casemate_wire::End;
 use kvm_bindings::{
-    KVM_DEV_VFIO_FILE, KVM_DEV_VFIO_FILE_ADD, kvm_create_device, kvm_device_attr, kvm_device_type_KVM_DEV_TYPE_VFIO,
+    KVM_DEV_VFIO_FILE, KVM_DEV_VFIO_FILE_ADD, kvm_create_device, kvm_device_attr,
+    kvm_device_type_KVM_DEV_TYPE_VFIO,
 };
 use kvm_ioctls::{DeviceFd, VmFd};
 use vm_memory::GuestMemoryMmap;
@@ -34,7 +37,8 @@ pub(crate) fn map_memory(container: &Container, memory: &GuestMemoryMmap) -> Res
         };
         // SAFETY: the piece is a mapping that the machine holds until the process ends, and guest memory is only ever
         // reached through vm-memory's volatile accesses.
-        unsafe { container.map_dma(&request) }.map_err(|error| Error::device("mapping memory for devices", error))?;
+        unsafe { container.map_dma(&request) }
+            .map_err(|error| Error::device("mapping memory for devices", error))?;
     }
     Ok(())
 }
@@ -118,7 +122,8 @@ impl Registers {
         let (protection, fd) = (libc::PROT_READ | libc::PROT_WRITE, device.as_fd().as_raw_fd());
         // SAFETY: a new mapping at an address of the kernel's choice replaces nothing; the descriptor is open for the
         // call's time, and the mapping keeps the device open afterwards.
-        let start = unsafe { libc::mmap(ptr::null_mut(), size_bytes, protection, libc::MAP_SHARED, fd, offset) };
+        let start =
+            unsafe { libc::mmap(ptr::null_mut(), size_bytes, protection, libc::MAP_SHARED, fd, offset) };
         if start == libc::MAP_FAILED {
             return Err(Error::Kernel { what, source: io::Error::last_os_error() });
         }

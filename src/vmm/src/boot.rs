@@ -52,7 +52,8 @@ pub(crate) fn load(memory: &GuestMemoryMmap, images: Images, rsdp: u64) -> Resul
 }
 
 fn load_kernel(memory: &GuestMemoryMmap, kernel: &mut File) -> Result<u64, Error> {
-    let loaded = Elf::load(memory, None, kernel, None).map_err(|error| Error::KernelImage(error.to_string()))?;
+    let loaded =
+        Elf::load(memory, None, kernel, None).map_err(|error| Error::KernelImage(error.to_string()))?;
     match loaded.pvh_boot_cap {
         PvhBootCapability::PvhEntryPresent(entry) => Ok(entry.0),
         _ => Err(Error::KernelImage("it has no PVH entry (a kernel built with CONFIG_PVH has)".into())),
@@ -68,8 +69,10 @@ fn load_initrd(memory: &GuestMemoryMmap, mut initrd: File) -> Result<(u64, u64),
         use vm_memory::GuestMemoryRegion;
         region.len()
     });
-    let start = low_end.checked_sub(size).map(|start| start / PAGE * PAGE).filter(|start| *start >= layout::HIGH_RAM);
-    let start = start.ok_or_else(|| refuse(&format_args!("{size} bytes do not fit into the guest's memory")))?;
+    let start =
+        low_end.checked_sub(size).map(|start| start / PAGE * PAGE).filter(|start| *start >= layout::HIGH_RAM);
+    let start =
+        start.ok_or_else(|| refuse(&format_args!("{size} bytes do not fit into the guest's memory")))?;
     let length = usize::try_from(size).map_err(|error| refuse(&error))?;
     memory
         .read_exact_volatile_from(GuestAddress(start), &mut initrd, length)
@@ -101,7 +104,8 @@ fn memory_map(memory: &GuestMemoryMmap) -> Vec<MapEntry> {
         MapEntry { start: layout::ACPI, size: layout::HIGH_RAM - layout::ACPI, kind: RESERVED },
     ];
     for region in memory.iter() {
-        let (start, end) = (region.start_addr().0.max(layout::HIGH_RAM), region.start_addr().0 + region.len());
+        let (start, end) =
+            (region.start_addr().0.max(layout::HIGH_RAM), region.start_addr().0 + region.len());
         map.push(MapEntry { start, size: end - start, kind: RAM });
     }
     // Linux uses ECAM only where the map, or ACPI, reserves it.

@@ -164,7 +164,8 @@ impl Control {
     pub(crate) fn new(vm: Arc<VmFd>, first_slot: u32) -> Result<(Self, Arc<Requests>), Error> {
         let (sender, receiver) = mpsc::channel();
         let wake = EventFd::new(libc::EFD_NONBLOCK | libc::EFD_CLOEXEC).during("making an eventfd")?;
-        let requests = Arc::new(Requests { sender, wake: wake.try_clone().during("duplicating an eventfd")? });
+        let requests =
+            Arc::new(Requests { sender, wake: wake.try_clone().during("duplicating an eventfd")? });
         let slots = Slots { next: first_slot, free: Vec::new(), taken: BTreeMap::new() };
         let control = Self {
             vm,
@@ -261,7 +262,8 @@ impl Control {
 
     fn write_routes(&self) -> Result<(), Error> {
         let entries: Vec<_> = self.routes.iter().map(|(gsi, message)| msi_route(*gsi, *message)).collect();
-        let table = KvmIrqRouting::from_entries(&entries).map_err(|_| Error::Lacks("room for interrupt routes"))?;
+        let table =
+            KvmIrqRouting::from_entries(&entries).map_err(|_| Error::Lacks("room for interrupt routes"))?;
         self.vm.set_gsi_routing(&table).during("routing interrupts")
     }
 
@@ -270,9 +272,13 @@ impl Control {
         for bar in gone {
             for doorbell in attachments.doorbells.iter().filter(|doorbell| doorbell.bar == bar.index) {
                 let address = IoEventAddress::Mmio(bar.base + doorbell.offset);
-                self.vm.unregister_ioevent(&doorbell.event, &address, NoDatamatch).during("moving a doorbell")?;
+                self.vm
+                    .unregister_ioevent(&doorbell.event, &address, NoDatamatch)
+                    .during("moving a doorbell")?;
             }
-            for (index, _) in attachments.regions.iter().enumerate().filter(|(_, region)| region.bar == bar.index) {
+            for (index, _) in
+                attachments.regions.iter().enumerate().filter(|(_, region)| region.bar == bar.index)
+            {
                 if let Some(slot) = self.slots.taken.remove(&(function, index)) {
                     self.slots.free.push(slot.slot);
                     // SAFETY: deleting a slot needs no mapping.
@@ -284,9 +290,13 @@ impl Control {
         for bar in come {
             for doorbell in attachments.doorbells.iter().filter(|doorbell| doorbell.bar == bar.index) {
                 let address = IoEventAddress::Mmio(bar.base + doorbell.offset);
-                self.vm.register_ioevent(&doorbell.event, &address, NoDatamatch).during("moving a doorbell")?;
+                self.vm
+                    .register_ioevent(&doorbell.event, &address, NoDatamatch)
+                    .during("moving a doorbell")?;
             }
-            for (index, region) in attachments.regions.iter().enumerate().filter(|(_, region)| region.bar == bar.index) {
+            for (index, region) in
+                attachments.regions.iter().enumerate().filter(|(_, region)| region.bar == bar.index)
+            {
                 let number = self.slots.free.pop().unwrap_or_else(|| {
                     self.slots.next += 1;
                     self.slots.next - 1

@@ -1,6 +1,8 @@
 //! A virtual processor: what it is told of itself, how it starts, and its run loop.
 
-use kvm_bindings::{CpuId, KVM_MAX_CPUID_ENTRIES, Msrs, kvm_cpuid_entry2, kvm_msr_entry, kvm_regs, kvm_segment};
+use kvm_bindings::{
+    CpuId, KVM_MAX_CPUID_ENTRIES, Msrs, kvm_cpuid_entry2, kvm_msr_entry, kvm_regs, kvm_segment,
+};
 use kvm_ioctls::{Kvm, VcpuExit, VcpuFd};
 
 use crate::{
@@ -35,7 +37,8 @@ pub(crate) fn supported_cpuid(kvm: &Kvm) -> Result<CpuId, Error> {
 
 /// Width of guest physical addresses: CPUID 0x8000_0008 EAX, bits 23:16 when set (KVM's own limit), else 7:0.
 pub(crate) fn physical_bits(cpuid: &CpuId) -> u32 {
-    let eax = cpuid.as_slice().iter().find(|entry| entry.function == 0x8000_0008).map_or(36, |entry| entry.eax);
+    let eax =
+        cpuid.as_slice().iter().find(|entry| entry.function == 0x8000_0008).map_or(36, |entry| entry.eax);
     match eax >> 16 & 0xFF {
         0 => eax & 0xFF,
         guest => guest.min(eax & 0xFF),
@@ -65,13 +68,14 @@ fn cpuid_for(supported: &CpuId, id: u8, count: u8) -> Result<CpuId, Error> {
             // The topology below replaces the host's.
             0xB | 0x1F | 0x8000_001D | 0x8000_001E | 0x8000_0022 => continue,
             0x8000_0001 => entry.ecx &= !(bit::SVM | bit::AMD_COUNTERS | bit::TOPOLOGY_EXTENSIONS),
-            0x8000_0008 => entry.ecx = core_bits << 12 | u32::from(count) - 1,
+            0x8000_0008 => entry.ecx = (core_bits << 12) | (u32::from(count) - 1),
             0x8000_000A => (entry.eax, entry.ebx, entry.ecx, entry.edx) = (0, 0, 0, 0),
             _ => {}
         }
         entries.push(entry);
     }
-    for (level, shift, processors, kind) in [(0, 0, 1, 1), (1, core_bits, u32::from(count), 2), (2, 0, 0, 0)] {
+    for (level, shift, processors, kind) in [(0, 0, 1, 1), (1, core_bits, u32::from(count), 2), (2, 0, 0, 0)]
+    {
         entries.push(kvm_cpuid_entry2 {
             function: 0xB,
             index: level,
@@ -102,7 +106,15 @@ pub(crate) fn prepare(vcpu: &VcpuFd, supported: &CpuId, id: u8, count: u8, entry
 /// The state in which PVH starts a kernel: 32-bit protected mode, flat segments, paging off, EBX = start info.
 fn start_at(vcpu: &VcpuFd, entry: u64) -> Result<(), Error> {
     let mut special = vcpu.get_sregs().during("reading a processor's state")?;
-    let flat = |kind| kvm_segment { limit: u32::MAX, type_: kind, present: 1, db: 1, s: 1, g: 1, ..Default::default() };
+    let flat = |kind| kvm_segment {
+        limit: u32::MAX,
+        type_: kind,
+        present: 1,
+        db: 1,
+        s: 1,
+        g: 1,
+        ..Default::default()
+    };
     special.cs = kvm_segment { selector: 0x08, ..flat(0xB) };
     let data = kvm_segment { selector: 0x10, ..flat(0x3) };
     (special.ds, special.es, special.fs, special.gs, special.ss) = (data, data, data, data, data);
@@ -157,7 +169,9 @@ pub(crate) fn run(vcpu: &mut VcpuFd, bus: &mut impl Bus) -> Halt {
             Ok(VcpuExit::InternalError) => {
                 return Halt::Fault("KVM could not emulate an instruction of the guest's".into());
             }
-            Ok(exit) => return Halt::Fault(format!("KVM left the guest with an exit nobody asked for: {exit:?}")),
+            Ok(exit) => {
+                return Halt::Fault(format!("KVM left the guest with an exit nobody asked for: {exit:?}"));
+            }
             Err(error) if matches!(error.errno(), libc::EINTR | libc::EAGAIN) => bus.other_exit(),
             Err(error) => return Halt::Fault(format!("KVM_RUN failed: {error}")),
         }
@@ -179,7 +193,9 @@ mod tests {
 
     #[test]
     fn cpuid_tells_the_guest_of_itself_and_not_of_the_host() {
-        let host = CpuId::from_entries(&[1, 4, 0xA, 0xB, 0x1F, 0x8000_0001, 0x8000_0008, 0x8000_001E].map(entry)).unwrap();
+        let host =
+            CpuId::from_entries(&[1, 4, 0xA, 0xB, 0x1F, 0x8000_0001, 0x8000_0008, 0x8000_001E].map(entry))
+                .unwrap();
         let guest = cpuid_for(&host, 2, 3).unwrap();
         let one = answer(&guest, 1, 0).unwrap();
         assert_eq!((one.ebx >> 24, one.ebx >> 16 & 0xFF), (2, 3));

@@ -53,7 +53,8 @@ fn conversation(listener: OwnedFd) -> Result<ExitCode, Error> {
     let running = match receive_machine(&channel).and_then(|built| built.start()) {
         Ok(running) => running,
         Err(error) => {
-            let refused = FromCell::Refused { code: error.code().to_owned(), message: bounded(error.to_string()) };
+            let refused =
+                FromCell::Refused { code: error.code().to_owned(), message: bounded(error.to_string()) };
             channel.send(&refused, &[])?;
             return Ok(ExitCode::from(1));
         }
@@ -90,7 +91,8 @@ fn check(machine: &Machine) -> Result<(), Error> {
     if !(1..=64).contains(&machine.vcpus) {
         return wrong("there must be 1 to 64 vCPUs");
     }
-    if !(64 << 20..=1 << 40).contains(&machine.memory_bytes) || !machine.memory_bytes.is_multiple_of(2 << 20) {
+    if !(64 << 20..=1 << 40).contains(&machine.memory_bytes) || !machine.memory_bytes.is_multiple_of(2 << 20)
+    {
         return wrong("memory must be 64 MiB to 1 TiB, in steps of 2 MiB");
     }
     if machine.command_line.len() > 2047 || machine.command_line.contains('\0') {

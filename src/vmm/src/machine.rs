@@ -82,8 +82,12 @@ impl Built {
         parts.add_virtio(Box::new(Rng::new()))?;
         for disk in machine.disks {
             let file = descriptors.take(disk.image)?;
-            let backend =
-                BlkBackend { file, size_bytes: disk.size_bytes, read_only: disk.read_only, serial: disk.serial };
+            let backend = BlkBackend {
+                file,
+                size_bytes: disk.size_bytes,
+                read_only: disk.read_only,
+                serial: disk.serial,
+            };
             parts.add_virtio(Box::new(Blk::new(backend).map_err(|error| Error::device("disk", error))?))?;
         }
         for net in machine.nets {
@@ -116,7 +120,13 @@ impl Built {
         let vcpus = make_vcpus(&vm, &cpuid, machine.vcpus, entry)?;
         let root = RootBus::new(parts.functions, window64, Arc::clone(&requests))?;
         let platform = Arc::new(Platform::new(vm, root, console, requests));
-        Ok(Self { vcpus, workers: parts.workers, control: parts.control, platform, held: Held { _memory: memory, _passthrough: passthrough } })
+        Ok(Self {
+            vcpus,
+            workers: parts.workers,
+            control: parts.control,
+            platform,
+            held: Held { _memory: memory, _passthrough: passthrough },
+        })
     }
 
     /// Makes the threads, narrows every filter, and lets the processors go.
@@ -173,7 +183,8 @@ impl Parts {
         let refuse = |error: &dyn std::fmt::Display| Error::device(address, error);
         let device = Arc::new(VfioDevice::from_fd(device).map_err(|error| refuse(&error))?);
         let number = self.control.add_device(Arc::clone(&device));
-        let mut vfio = RemoteVfio { device: Arc::clone(&device), number, requests: Arc::clone(&self.requests) };
+        let mut vfio =
+            RemoteVfio { device: Arc::clone(&device), number, requests: Arc::clone(&self.requests) };
         let probe = Probe::read(&mut vfio).map_err(|error| refuse(&error))?;
         let sink = self.vectors(probe.vectors())?;
         let triggers = Arc::clone(&sink.events);

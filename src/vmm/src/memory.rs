@@ -26,7 +26,8 @@ pub(crate) struct MemorySlot {
 
 /// Makes the guest's RAM and names it, so that who looks at the process can tell it from the VMM's own memory.
 pub(crate) fn allocate(memory_bytes: u64) -> Result<Arc<GuestMemoryMmap>, Error> {
-    let refuse = |cause: &dyn std::fmt::Display| Error::Layout(format!("{memory_bytes} bytes of memory: {cause}"));
+    let refuse =
+        |cause: &dyn std::fmt::Display| Error::Layout(format!("{memory_bytes} bytes of memory: {cause}"));
     let mut ranges = Vec::new();
     for piece in layout::ram(memory_bytes) {
         let size = usize::try_from(piece.size).map_err(|error| refuse(&error))?;

@@ -9,7 +9,8 @@ use std::{
 };
 
 use casemate_chipset::{
-    IoApic, Msi, MsiSink, POWER_PORT, POWER_PORTS, Power, PowerEvent, SERIAL_GSI, SERIAL_PORT, SERIAL_PORTS, Serial,
+    IoApic, Msi, MsiSink, POWER_PORT, POWER_PORTS, Power, PowerEvent, SERIAL_GSI, SERIAL_PORT, SERIAL_PORTS,
+    Serial,
 };
 use casemate_wire::{Counters, End};
 use kvm_bindings::kvm_msi;

@@ -112,13 +112,15 @@ impl RootBus {
         let mut now: Vec<DecodedBar> = Vec::new();
         for bar in decoded {
             let routed = self.windows.iter().any(|window| window.holds(bar.base, bar.size));
-            let free = |other: &DecodedBar| bar.base >= other.base + other.size || other.base >= bar.base + bar.size;
+            let free =
+                |other: &DecodedBar| bar.base >= other.base + other.size || other.base >= bar.base + bar.size;
             if routed && others.iter().all(|other| free(&other.bar)) && now.iter().all(free) {
                 now.push(*bar);
             }
         }
         let gone: Vec<_> = was.iter().map(|answer| answer.bar).filter(|bar| !now.contains(bar)).collect();
-        let come: Vec<_> = now.iter().filter(|bar| !was.iter().any(|was| was.bar == **bar)).copied().collect();
+        let come: Vec<_> =
+            now.iter().filter(|bar| !was.iter().any(|was| was.bar == **bar)).copied().collect();
         if let Err(error) = self.requests.change(Change::Move { function, gone, come }) {
             eprintln!("casemate-vmm: device {function}: {error}");
         }

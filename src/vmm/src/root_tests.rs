@@ -14,7 +14,12 @@ struct Probe {
 
 impl Probe {
     fn new(mark: u8) -> Box<Self> {
-        let mut config = Config::new(Identity { vendor: 0x1af4, device: 0x1000, class: 0xff_00_00, ..Identity::default() });
+        let mut config = Config::new(Identity {
+            vendor: 0x1af4,
+            device: 0x1000,
+            class: 0xff_00_00,
+            ..Identity::default()
+        });
         for (index, kind, size) in [(0, BarKind::Memory64, 1 << 15), (2, BarKind::Memory32, 16)] {
             config.add_bar(BarRequest { index, size, kind, prefetchable: false }).unwrap();
         }
@@ -46,8 +51,11 @@ impl Function for Probe {
 
 const WINDOW64: Range = Range { start: 1 << 32, size: 1 << 30 };
 
-/// A bus with two probes behind the bridge, and what control was asked to map.
-fn bus() -> (RootBus, Arc<Mutex<Vec<(usize, DecodedBar)>>>) {
+/// Which function's which BAR control was asked to map.
+type Mapped = Arc<Mutex<Vec<(usize, DecodedBar)>>>;
+
+/// A bus with two probes behind the bridge.
+fn bus() -> (RootBus, Mapped) {
     let mapped = Arc::new(Mutex::new(Vec::new()));
     let seen = Arc::clone(&mapped);
     let requests = Requests::answered_by(move |change| {
@@ -60,7 +68,8 @@ fn bus() -> (RootBus, Arc<Mutex<Vec<(usize, DecodedBar)>>>) {
             mapped.extend(come.into_iter().map(|bar| (function, bar)));
         }
     });
-    let functions: Vec<Box<dyn Function>> = vec![Box::new(HostBridge::new()), Probe::new(0x10), Probe::new(0x20)];
+    let functions: Vec<Box<dyn Function>> =
+        vec![Box::new(HostBridge::new()), Probe::new(0x10), Probe::new(0x20)];
     (RootBus::new(functions, WINDOW64, requests).unwrap(), mapped)
 }
 

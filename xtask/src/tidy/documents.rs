@@ -24,9 +24,11 @@ fn links(file: &File<'_>, files: &[File<'_>]) -> Vec<String> {
             let at = if path.is_empty() { file.path.to_owned() } else { beside(file.path, path) };
             let known = files.iter().find(|other| other.path == at);
             let there = known.is_some() || crate::steps::workspace().join(&at).exists();
-            let headed = anchor.is_empty() || known.is_some_and(|known| anchors(known.text).any(|slug| slug == anchor));
+            let headed = anchor.is_empty()
+                || known.is_some_and(|known| anchors(known.text).any(|slug| slug == anchor));
             if !there || !headed {
-                complaints.push(format!("{}:{number}: the link to {target} leads nowhere", file.path.display()));
+                complaints
+                    .push(format!("{}:{number}: the link to {target} leads nowhere", file.path.display()));
             }
         }
     }
@@ -103,7 +105,8 @@ fn xtask_commands(file: &File<'_>) -> Vec<String> {
         let parsed = crate::Arguments::try_parse_from(std::iter::once(&"xtask".to_owned()).chain(rest));
         // Help is an error to clap, and goes to stdout.
         if parsed.is_err_and(|error| error.use_stderr()) {
-            complaints.push(format!("{}:{number}: cargo xtask takes no such words: {rest:?}", file.path.display()));
+            complaints
+                .push(format!("{}:{number}: cargo xtask takes no such words: {rest:?}", file.path.display()));
         }
     }
     complaints
@@ -134,8 +137,12 @@ mod tests {
 
     #[test]
     fn commands_are_found_and_those_of_xtask_are_tried() {
-        let text = "$ no\n```sh\n$ no\n```\n```console\n$ sudo casemate run a.toml --json | less\nprinted\n```\n";
-        assert_eq!(commands(text), [(6, ["casemate", "run", "a.toml", "--json"].map(str::to_owned).to_vec())]);
+        let text =
+            "$ no\n```sh\n$ no\n```\n```console\n$ sudo casemate run a.toml --json | less\nprinted\n```\n";
+        assert_eq!(
+            commands(text),
+            [(6, ["casemate", "run", "a.toml", "--json"].map(str::to_owned).to_vec())]
+        );
         let of = |command: &str| told(&format!("```console\n$ cargo xtask {command}\n```\n")).len();
         assert_eq!((of("test --long"), of("demo --here --device 03:00.0"), of("--help")), (0, 0, 0));
         assert_eq!((of("fly"), of("test --longer"), of("")), (1, 1, 1));

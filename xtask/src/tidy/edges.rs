@@ -42,7 +42,8 @@ pub(crate) fn complaints(architecture: &str) -> Vec<String> {
     }
     complaints.extend(edges(&packages, ROOMS));
     complaints.extend(documented_edges(architecture, ROOMS));
-    complaints.extend(metadata("plugins/Cargo.toml").map_or_else(|error| vec![error], |all| plugin_edges(&all)));
+    complaints
+        .extend(metadata("plugins/Cargo.toml").map_or_else(|error| vec![error], |all| plugin_edges(&all)));
     match trees() {
         Ok(trees) => {
             complaints.extend(BANS.iter().flat_map(|ban| banned(&trees, ban)));
@@ -60,7 +61,8 @@ fn order(rooms: &[Room]) -> Vec<String> {
     for (at, room) in rooms.iter().enumerate() {
         for used in room.uses {
             if place(used).is_none_or(|above| above >= at) {
-                complaints.push(format!("rooms.rs: {} may use {used}, which does not stand above it", room.name));
+                complaints
+                    .push(format!("rooms.rs: {} may use {used}, which does not stand above it", room.name));
             }
         }
     }
@@ -71,7 +73,10 @@ fn edges(packages: &[Package], rooms: &[Room]) -> Vec<String> {
     let mut complaints = Vec::new();
     for package in packages {
         let Some(room) = rooms.iter().find(|room| room.name == package.name) else {
-            complaints.push(format!("{}: a crate without a room; give it one in rooms.rs and ARCHITECTURE.md", package.name));
+            complaints.push(format!(
+                "{}: a crate without a room; give it one in rooms.rs and ARCHITECTURE.md",
+                package.name
+            ));
             continue;
         };
         for used in &package.uses {
@@ -80,7 +85,10 @@ fn edges(packages: &[Package], rooms: &[Room]) -> Vec<String> {
             }
         }
         for allowed in room.uses.iter().filter(|allowed| !package.uses.contains(**allowed)) {
-            complaints.push(format!("{} may use {allowed}, and does not: close the door in rooms.rs", package.name));
+            complaints.push(format!(
+                "{} may use {allowed}, and does not: close the door in rooms.rs",
+                package.name
+            ));
         }
     }
     for room in rooms.iter().filter(|room| packages.iter().all(|package| package.name != room.name)) {
@@ -117,7 +125,8 @@ fn plugin_edges(packages: &[Package]) -> Vec<String> {
     let mut complaints = Vec::new();
     for package in packages {
         for used in package.uses.iter().filter(|used| *used != PLUGIN_SDK) {
-            complaints.push(format!("plugin {} uses {used}; a plugin may use {PLUGIN_SDK} alone", package.name));
+            complaints
+                .push(format!("plugin {} uses {used}; a plugin may use {PLUGIN_SDK} alone", package.name));
         }
     }
     complaints
@@ -134,7 +143,9 @@ fn banned(trees: &Trees, ban: &Ban) -> Vec<String> {
         })
     };
     let found = tree.keys().filter(|(name, _)| is_banned(name));
-    found.map(|(name, version)| format!("{} links {name} {version}, and may not: {}", ban.program, ban.why)).collect()
+    found
+        .map(|(name, version)| format!("{} links {name} {version}, and may not: {}", ban.program, ban.why))
+        .collect()
 }
 
 /// The table of external crates must be the tree, no more and no less: a new one comes into the cell on purpose.
@@ -184,7 +195,8 @@ fn parse_metadata(text: &str) -> Option<Vec<Package>> {
     let value: Value = serde_json::from_str(text).ok()?;
     let packages = value.get("packages")?.as_array()?.iter().map(|package| {
         let dependencies = package.get("dependencies")?.as_array()?;
-        let beside = dependencies.iter().filter(|dependency| dependency.get("path").is_some_and(Value::is_string));
+        let beside =
+            dependencies.iter().filter(|dependency| dependency.get("path").is_some_and(Value::is_string));
         let uses = beside.map(|dependency| Some(dependency.get("name")?.as_str()?.to_owned()));
         Some(Package { name: package.get("name")?.as_str()?.to_owned(), uses: uses.collect::<Option<_>>()? })
     });
@@ -194,7 +206,8 @@ fn parse_metadata(text: &str) -> Option<Vec<Package>> {
 /// What is linked when the whole workspace is built at once, as the programs are: Cargo then gives each crate the
 /// features that anybody asks for.
 fn trees() -> Result<Trees, String> {
-    let arguments = ["tree", "--workspace", "--edges", "normal", "--prefix", "depth", "--no-dedupe", "--format", "{p}"];
+    let arguments =
+        ["tree", "--workspace", "--edges", "normal", "--prefix", "depth", "--no-dedupe", "--format", "{p}"];
     let mut command = cargo(&arguments);
     command.args(["--target", "x86_64-unknown-linux-gnu"]);
     Ok(parse_trees(&output(command)?))
@@ -224,8 +237,7 @@ fn parse_trees(text: &str) -> Trees {
 mod tests {
     use super::*;
 
-    const HOUSE: &[Room] =
-        &[Room { name: "spec", uses: &[] }, Room { name: "keep", uses: &["spec"] }];
+    const HOUSE: &[Room] = &[Room { name: "spec", uses: &[] }, Room { name: "keep", uses: &["spec"] }];
 
     fn package(name: &str, uses: &[&str]) -> Package {
         Package { name: name.into(), uses: uses.iter().map(|used| (*used).to_owned()).collect() }
@@ -240,11 +252,13 @@ mod tests {
 
     #[test]
     fn an_edge_that_is_not_allowed_or_not_used_is_told() {
-        let found = |spec: &[&str], keep: &[&str]| edges(&[package("spec", spec), package("keep", keep)], HOUSE);
+        let found =
+            |spec: &[&str], keep: &[&str]| edges(&[package("spec", spec), package("keep", keep)], HOUSE);
         assert!(found(&["keep"], &["spec"])[0].contains("spec uses keep, and may not"));
         assert!(found(&[], &[])[0].contains("keep may use spec, and does not"));
         assert!(edges(&[package("spec", &[])], HOUSE)[0].contains("no crate keep"));
-        let stranger = edges(&[package("spec", &[]), package("keep", &["spec"]), package("attic", &[])], HOUSE);
+        let stranger =
+            edges(&[package("spec", &[]), package("keep", &["spec"]), package("attic", &[])], HOUSE);
         assert!(stranger[0].contains("without a room"));
     }
 
@@ -300,7 +314,9 @@ mod tests {
 
     #[test]
     fn the_table_of_dependencies_must_be_the_tree() {
-        let table = |rows: &str| format!("### Dependencies of the cell\n| crate | version | why |\n|---|---|---|\n{rows}");
+        let table = |rows: &str| {
+            format!("### Dependencies of the cell\n| crate | version | why |\n|---|---|---|\n{rows}")
+        };
         let trees = parse_trees(TREE);
         let good = "| `libc` | 0.2.1 | calls |\n| `serde` | 1.0.2 | messages |\n| `serde_derive` | 1.0.2 | messages |\n";
         assert_eq!(listed(&trees, &table(good)), [""; 0]);

@@ -74,7 +74,15 @@ pub(crate) const BANS: &[Ban] = &[
     Ban {
         program: "casemate-vmm",
         names: &[
-            "axum", "casemate-spec", "clap*", "hyper*", "rusqlite", "serde_json", "tokio*", "toml*", "wasm*",
+            "axum",
+            "casemate-spec",
+            "clap*",
+            "hyper*",
+            "rusqlite",
+            "serde_json",
+            "tokio*",
+            "toml*",
+            "wasm*",
         ],
         why: "a cell holds no Wasm engine, no database, no HTTP and no parser of files",
     },

@@ -13,11 +13,13 @@ pub(super) fn complaints(files: &[File<'_>], architecture: &str) -> Vec<String> 
         return vec![format!("ARCHITECTURE.md: no table under {TITLE:?}")];
     };
     let mut complaints = Vec::new();
-    let allowed: Vec<&str> = rows.iter().filter_map(|row| row.first()).flat_map(|cell| tables::ticked(cell)).collect();
+    let allowed: Vec<&str> =
+        rows.iter().filter_map(|row| row.first()).flat_map(|cell| tables::ticked(cell)).collect();
     let found: Vec<&Path> = files.iter().filter(|file| has_unsafe(file)).map(|file| file.path).collect();
     for path in &found {
         if !allowed.iter().any(|place| path.starts_with(place)) {
-            complaints.push(format!("{}: unsafe code, which ARCHITECTURE.md does not name there", path.display()));
+            complaints
+                .push(format!("{}: unsafe code, which ARCHITECTURE.md does not name there", path.display()));
         }
     }
     for place in allowed.iter().filter(|place| !found.iter().any(|path| path.starts_with(place))) {
