@@ -1,6 +1,9 @@
 //! `cargo xtask test`: everything that must hold, in one run with one closing line.
 
-use std::process::{Command, ExitCode, Stdio};
+use std::{
+    path::Path,
+    process::{Command, ExitCode, Stdio},
+};
 
 use casemate_hwtests::LabError;
 
@@ -35,7 +38,7 @@ pub(crate) fn run(long: bool, filter: Option<&str>) -> Result<ExitCode, LabError
     let built = parts.run("release programs", build_programs());
     parts.run(UNIT_TESTS, unit_tests(long, filter));
     if built && filter.is_none() {
-        parts.record("commands in the documents", documented_commands);
+        parts.record("commands in the documents", || documented_commands(&programs().join("casemate")));
     }
     if prepared && built {
         parts.run(LAB_TESTS, lab_tests(long, filter));
@@ -74,7 +77,7 @@ fn lab_tests(long: bool, filter: Option<&str>) -> Vec<Command> {
 
 /// Whether `casemate` takes the words of each command of its own that a document shows. It is asked for help with them,
 /// so it does nothing, and yet complains of a word that it does not know.
-fn documented_commands() -> (bool, Counts) {
+fn documented_commands(casemate: &Path) -> (bool, Counts) {
     let mut counts = Counts::default();
     for (path, text) in tidy::read_all() {
         if path.extension().is_none_or(|ending| ending != "md") {
@@ -84,9 +87,9 @@ fn documented_commands() -> (bool, Counts) {
             let ["casemate", rest @ ..] = &words.iter().map(String::as_str).collect::<Vec<_>>()[..] else {
                 continue;
             };
-            let mut casemate = Command::new(programs().join("casemate"));
-            casemate.args(rest).arg("--help").stdin(Stdio::null()).stdout(Stdio::null());
-            if casemate.status().is_ok_and(|status| status.success()) {
+            let mut command = Command::new(casemate);
+            command.args(rest).arg("--help").stdin(Stdio::null()).stdout(Stdio::null());
+            if command.status().is_ok_and(|status| status.success()) {
                 counts.passed += 1;
             } else {
                 println!("{}:{line}: casemate takes no such words: {rest:?}", path.display());
@@ -147,5 +150,13 @@ mod tests {
         assert_eq!(complaint(&parts, None), None);
         parts.0.push(part("lints", false, 0));
         assert_eq!(complaint(&parts, None).as_deref(), Some("failed: lints"));
+    }
+
+    #[test]
+    fn commands_in_documents_are_tried() {
+        let (ok, tried) = documented_commands(Path::new("/bin/true"));
+        assert!(ok && tried.passed >= 4 && tried.failed == 0, "{tried:?}");
+        let (ok, refused) = documented_commands(Path::new("/bin/false"));
+        assert!(!ok && refused.failed == tried.passed, "{refused:?}");
     }
 }

@@ -105,6 +105,8 @@ pub(crate) fn run_killed_while_claiming_is_undone(ctx: &mut Ctx) -> Result<(), F
     let before = HostState::now();
     let running = ctx.start_guest(&guest)?;
     running.wait_for_step("claiming", SOON)?;
+    let has_left = || ctx.driver_of(devices::NVME).as_deref() != Some("nvme");
+    wait_until("the drive leaves its driver", SOON, has_left)?;
     running.signal(Signal::KILL)?;
     running.wait(SOON)?;
     ctx.run(["casemate", "recover"])?.success()?;
@@ -132,8 +134,12 @@ pub(crate) fn signal_while_claiming_stops_in_order(ctx: &mut Ctx) -> Result<(), 
     let before = HostState::now();
     let running = ctx.start_guest(&guest)?;
     running.wait_for_step("claiming", SOON)?;
+    let has_left = || ctx.driver_of(devices::NVME).as_deref() != Some("nvme");
+    wait_until("the drive leaves its driver", SOON, has_left)?;
     running.signal(Signal::TERM)?;
-    running.wait(SOON)?;
+    let run = running.wait(SOON)?;
+    run.success()?;
+    expect!(ending(&run)? == "stopped", "the guest ended by {}", ending(&run)?);
     before.expect_unchanged()
 }
 

@@ -32,14 +32,14 @@ const EXITS_APART: u64 = 200;
 
 pub(crate) fn drive_works_and_comes_back(ctx: &mut Ctx) -> Result<(), Failure> {
     have_drive(ctx)?;
-    let digest = ctx.shell("head -c 16M /dev/nvme0n1 | sha256sum | cut -d' ' -f1")?;
+    let digest = ctx.shell("head -c 16777216 /dev/nvme0n1 | sha256sum | cut -d' ' -f1")?;
     let before = HostState::now();
     let mut runs = Vec::new();
     for reads in [0, READS] {
         let script = format!(
             r#"{WORDS}
             wait_for /sys/block/nvme0n1/size 131072
-            echo "digest: $(head -c 16M /dev/nvme0n1 | sha256sum | cut -d' ' -f1)"
+            echo "digest: $(head -c 16777216 /dev/nvme0n1 | sha256sum | cut -d' ' -f1)"
             echo "interrupts-before: $(interrupts nvme0q)"
             dd if=/dev/nvme0n1 of=/dev/null bs=4096 count={reads} iflag=direct 2>&1
             echo "interrupts-after: $(interrupts nvme0q)""#

@@ -83,7 +83,6 @@ pub struct ClaimedDevice {
 /// `device-unbind-timeout`, `device-bind-failed`, `device-reset-failed`, `group-busy`, `group-not-viable`,
 /// `vfio-missing`, `vfio-failed`, `ledger-*`.
 pub fn claim(host: &Host, ledger: &Ledger, request: ClaimRequest) -> Result<Claim, Refusal> {
-    driver::load_vfio(host)?;
     let ClaimRequest { owner, addresses } = request;
     let records = write_down(host, ledger, &owner, &addresses)?;
     match take(host, &records) {
@@ -225,6 +224,7 @@ pub(crate) struct Opened {
 
 /// From the host's drivers into VFIO's, opened, reset, quiet.
 fn take(host: &Host, records: &[DeviceRecord]) -> Result<Opened, Refusal> {
+    driver::load_vfio(host)?;
     for record in records {
         driver::bind_vfio(host, record.address)?;
     }
@@ -385,7 +385,7 @@ mod tests {
     }
 
     fn hasty(machine: &Fixture) -> Host {
-        let each = Duration::from_millis(50);
+        let each = Duration::from_secs(1);
         machine.host().with_deadlines(Deadlines { unbind: each, bind: each, group_free: each })
     }
 
@@ -419,13 +419,16 @@ mod tests {
         let none = ClaimRequest { addresses: vec![], ..request(NVME) };
         assert_eq!(claim(&host, &ledger, none).unwrap_err().code, "claim-empty");
         assert_eq!(claim(&host, &ledger, request("0000:00:1d.0")).unwrap_err().code, "device-missing");
-        machine.write("sys/bus/pci/devices/0000:03:00.0/config", &"\u{7f}".repeat(256));
+        machine.write("sys/bus/pci/devices/0000:03:00.0/config", &"\0".repeat(63));
         assert_eq!(claim(&host, &ledger, request(NVME)).unwrap_err().code, "device-unreadable");
+        let no_driver = Fixture::typical();
+        no_driver.remove_driver("vfio-pci");
+        let refusal = claim(&no_driver.host(), &no_driver.ledger(), request(NVME)).unwrap_err();
+        assert_eq!(refusal.code, "vfio-missing");
+        assert_eq!(no_driver.ledger().read().unwrap().entries, []);
         let entry = crate::ledger::tests::entry("web", vec![]);
         ledger.update(|book| book.entries.push(entry)).unwrap();
         assert_eq!(claim(&host, &ledger, request(NVME)).unwrap_err().code, "guest-has-claim");
-        machine.remove_driver("vfio-pci");
-        assert_eq!(claim(&host, &ledger, request(NVME)).unwrap_err().code, "vfio-missing");
         assert_eq!(machine.read("sys/bus/pci/drivers/nvme/unbind"), "");
     }
 }

@@ -39,7 +39,8 @@ impl ConfigSnapshot {
     /// Takes what was read of sysfs' `config`; `None` when that is no config space: too short, too long, or a function
     /// that does not answer (all ones).
     pub fn new(bytes: Vec<u8>) -> Option<Self> {
-        let answers = bytes.get(..2).is_some_and(|vendor| vendor != [0xff, 0xff]);
+        // A virtual function has all ones for its IDs alone.
+        let answers = bytes.iter().take(HEADER_BYTES).any(|byte| *byte != 0xff);
         (answers && (HEADER_BYTES..=CONFIG_BYTES_MAX).contains(&bytes.len())).then_some(Self(bytes))
     }
 

@@ -230,7 +230,7 @@ mod tests {
         let ledger = machine.ledger();
         machine.pci("0000:01:00.0", &[("class", "0x020000")], None, Some(8));
         machine.write("sys/bus/pci/devices/0000:01:00.0/driver_override", "vfio-pci\n");
-        let each = std::time::Duration::from_millis(50);
+        let each = std::time::Duration::from_secs(1);
         let host =
             machine.host().with_deadlines(crate::Deadlines { unbind: each, bind: each, group_free: each });
         let entry = entry("web", vec![record("0000:01:00.0", 8)]);

@@ -62,7 +62,10 @@ pub fn open_image(path: &Path, read_only: bool) -> Result<Image, Refusal> {
     } else {
         FlockOperation::NonBlockingLockExclusive
     };
-    flock(&file, lock).map_err(|error| in_use(path, error))?;
+    flock(&file, lock).map_err(|error| match error {
+        rustix::io::Errno::WOULDBLOCK => in_use(path, error),
+        _ => what.unreadable(path, format!("it cannot be locked: {error}")),
+    })?;
     Ok(Image { fd: file.into(), size_bytes })
 }
 

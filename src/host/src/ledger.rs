@@ -87,7 +87,7 @@ pub(crate) struct Entry {
     pub(crate) owner: Owner,
     /// The guest's process, once it was started.
     pub(crate) cell: Option<Process>,
-    /// The owner is not the one who claimed, but one who undoes a dead one's claim.
+    /// The guest is gone: what is left here has to be given back, by the owner or whoever comes after it.
     pub(crate) recovering: bool,
     pub(crate) devices: Vec<DeviceRecord>,
 }
@@ -105,10 +105,12 @@ impl Book {
         self.entries.iter_mut().find(|entry| entry.owner == *owner)
     }
 
-    /// Leaves the owner only these devices; no entry when there are none.
+    /// Leaves the owner only these devices, for [`recover`](crate::recover) to try again, in the same process too; no
+    /// entry when there are none.
     pub(crate) fn keep_only(&mut self, owner: &Owner, devices: Vec<DeviceRecord>) {
         if let Some(entry) = self.entry(owner) {
             entry.devices = devices;
+            entry.recovering = true;
         }
         self.entries.retain(|entry| entry.owner != *owner || !entry.devices.is_empty());
     }

@@ -3,6 +3,7 @@
 use std::time::Duration;
 
 use casemate_spec::Refusal;
+use serde::Serialize;
 
 use crate::{
     Host, Returned,
@@ -17,7 +18,7 @@ use crate::{
 const KILL_MAX: Duration = Duration::from_secs(10);
 
 /// What was done about one claim of a process that died.
-#[derive(Clone, Debug, PartialEq, Eq)]
+#[derive(Clone, Debug, PartialEq, Eq, Serialize)]
 pub struct Recovered {
     /// Whose it was.
     pub owner: Owner,

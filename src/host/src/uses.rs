@@ -99,10 +99,8 @@ impl Use {
             Self::DefaultRoute { .. } => {
                 "move the default route to another card first, or name another card".into()
             }
-            Self::OnlyNetwork { interface } => {
-                format!(
-                    "bring up another network card first, or take this one down: ip link set {interface} down"
-                )
+            Self::OnlyNetwork { .. } => {
+                "bring up another network card first; if this host needs none, unbind this one from its driver".into()
             }
             Self::SharedFolder { .. } => "unmount the folder and unbind its virtio driver first".into(),
             Self::VirtualFunctions { .. } => "remove them first: write 0 to its sriov_numvfs".into(),

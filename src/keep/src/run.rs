@@ -4,6 +4,7 @@ use std::{
     fmt,
     fs::File,
     io::{Read, Write},
+    os::unix::net::UnixStream,
     path::Path,
 };
 
@@ -74,6 +75,7 @@ pub fn run(
     for recovered in casemate_host::recover(&host, &ledger)? {
         tell(recovered.into());
     }
+    cell::sweep(paths);
     let images = open_images(&located)?;
     let functions = host.functions()?;
 
@@ -87,9 +89,11 @@ pub fn run(
 
     // Act.
     let identity = Identity::reserve(paths, &located.guest)?;
+    // From here on no signal ends this process before all that it took is given back.
+    let signals = watch::stop_signals(&located.guest)?;
     let claim = take_devices(&located, &host, &ledger, addresses, tell)?;
     let prepared =
-        Prepared { paths, options, located: &located, identity: &identity, images: &images, policy };
+        Prepared { paths, options, located: &located, identity: &identity, signals, images: &images, policy };
     let outcome = prepared.run(claim.as_ref(), &ledger, console, tell);
 
     // Give back, whatever happened.
@@ -109,7 +113,9 @@ pub fn run(
 pub fn recover(paths: &Paths) -> Result<Vec<Step>, Refusal> {
     require_root()?;
     let ledger = Ledger::open(&paths.state)?;
-    Ok(casemate_host::recover(&Host::live(), &ledger)?.into_iter().map(Step::from).collect())
+    let recovered = casemate_host::recover(&Host::live(), &ledger)?;
+    cell::sweep(paths);
+    Ok(recovered.into_iter().map(Step::from).collect())
 }
 
 /// A guest that may run, with all it needs.
@@ -118,6 +124,7 @@ struct Prepared<'a> {
     options: RunOptions<'a>,
     located: &'a Located,
     identity: &'a Identity,
+    signals: UnixStream,
     images: &'a Images,
     policy: PolicyReport,
 }
@@ -144,7 +151,7 @@ impl Prepared<'_> {
         });
         // The cell has its own; a tap is gone with its last descriptor.
         drop(taps);
-        let seen = watch::until_end(started, guest, &self.options, console, tell)?;
+        let seen = watch::until_end(started, guest, &self.options, &self.signals, console, tell)?;
         tell(Step::Ended { ending: seen.ending.clone() });
         Ok(Report {
             guest: guest.name.to_string(),

@@ -40,7 +40,8 @@ pub(crate) struct Seen {
     pub(crate) line: Option<Duration>,
 }
 
-/// Watches the cell until its process has ended. The console's bytes go to `console`, steps to `tell`.
+/// Watches the cell until its process has ended. The console's bytes go to `console`, steps to `tell`; `signals` is what
+/// [`stop_signals`] gave.
 ///
 /// # Errors
 /// When the machine was refused by the cell before it ran.
@@ -48,14 +49,15 @@ pub(crate) fn until_end(
     started: Started,
     guest: &Guest,
     options: &RunOptions<'_>,
+    signals: &UnixStream,
     console: &mut dyn Write,
     tell: &mut dyn FnMut(Step),
 ) -> Result<Seen, Refusal> {
-    let signals = stop_signals(guest)?;
     let Started { mut cell, channel, console: console_pipe, log: log_pipe } = started;
     let mut watch = Watch {
         begun: Instant::now(),
         running: false,
+        stopping: false,
         ended: None,
         deadline: None,
         memory_bytes: None,
@@ -91,7 +93,8 @@ pub(crate) fn until_end(
                 }
             }
         } else if signalled {
-            drain(&signals);
+            drain(signals);
+            watch.stopping = true;
             if channel.send(&ToCell::Stop, &[]).is_err() || watch.deadline.is_some() {
                 let _ = cell.kill();
             }
@@ -110,8 +113,8 @@ pub(crate) fn until_end(
     watch.seen(guest, how)
 }
 
-/// A socket that becomes readable when the user or the system asks this program to stop.
-fn stop_signals(guest: &Guest) -> Result<UnixStream, Refusal> {
+/// A socket that becomes readable when the user or the system asks this program to stop, which it does no longer at once.
+pub(crate) fn stop_signals(guest: &Guest) -> Result<UnixStream, Refusal> {
     let make = || {
         let (read, write) = UnixStream::pair()?;
         read.set_nonblocking(true)?;
@@ -168,6 +171,7 @@ fn read_pipe(pipe: &mut Option<OwnedFd>, buffer: &mut [u8]) -> usize {
 struct Watch {
     begun: Instant,
     running: bool,
+    stopping: bool,
     ended: Option<(End, Counters)>,
     deadline: Option<Instant>,
     memory_bytes: Option<u64>,
@@ -220,11 +224,13 @@ impl Watch {
     }
 
     fn seen(self, guest: &Guest, how: String) -> Result<Seen, Refusal> {
-        if !self.running && self.ended.is_none() {
+        if !self.running && !self.stopping && self.ended.is_none() {
             let remedy = "see its log above; a call stopped by seccomp is named in the kernel's log too";
             return Err(Refusal::new("cell-died", &guest.name, format_args!("the VMM {how}"), remedy));
         }
         let (ending, counters) = match self.ended {
+            // It had no time for a last word, or did not take it.
+            None if self.stopping => (Ending::Stopped, Counters::default()),
             None => (Ending::CellDied { how }, Counters::default()),
             Some((end, counters)) => (
                 match end {

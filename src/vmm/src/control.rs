@@ -244,8 +244,16 @@ impl Control {
         let connected = self.routes.contains_key(&gsi);
         match message {
             Some(message) => {
-                self.routes.insert(gsi, message);
-                self.write_routes()?;
+                let before = self.routes.insert(gsi, message);
+                if let Err(error) = self.write_routes() {
+                    // KVM takes the table whole or not at all: a message of the guest's that it does not take must not
+                    // stand in the way of the next.
+                    match before {
+                        Some(before) => self.routes.insert(gsi, before),
+                        None => self.routes.remove(&gsi),
+                    };
+                    return Err(error);
+                }
                 if !connected {
                     self.vm.register_irqfd(event, gsi).during("connecting an interrupt")?;
                 }

@@ -1,6 +1,7 @@
 //! From the first instruction to the last: filter, socket, machine, and the control thread's loop.
 
 use std::{
+    convert::Infallible,
     fs::File,
     os::fd::{AsFd, AsRawFd, BorrowedFd, FromRawFd, OwnedFd},
     process::ExitCode,
@@ -60,7 +61,7 @@ fn conversation(listener: OwnedFd) -> Result<ExitCode, Error> {
         }
     };
     channel.send(&FromCell::Running, &[])?;
-    Control { poll, listener, channel: Some(channel), running }.run()
+    match (Control { poll, listener, channel: Some(channel), running }).run()? {}
 }
 
 fn bounded(mut text: String) -> String {
@@ -121,7 +122,7 @@ const KEEP: u64 = 1;
 const CONNECTION: u64 = 2;
 
 impl Control {
-    fn run(mut self) -> Result<ExitCode, Error> {
+    fn run(mut self) -> Result<Infallible, Error> {
         // SAFETY: the eventfd lives in `self.running`, which this function owns until it returns.
         self.watch(unsafe { BorrowedFd::borrow_raw(self.running.control.wake().as_raw_fd()) }, REQUEST)?;
         self.watch(self.listener.as_fd(), CONNECTION)?;
@@ -140,7 +141,8 @@ impl Control {
                     REQUEST => self.running.control.serve(),
                     KEEP => self.hear(),
                     _ => {
-                        if let Some(channel) = accept(&self.listener)? {
+                        // While the keep is there, whoever else comes is hung up on.
+                        if let Some(channel) = accept(&self.listener)?.filter(|_| self.channel.is_none()) {
                             self.watch(channel.as_fd(), KEEP)?;
                             self.channel = Some(channel);
                         }
@@ -148,7 +150,7 @@ impl Control {
                     }
                 };
                 if let Some(end) = end {
-                    return self.end(end);
+                    self.end(end);
                 }
             }
         }
@@ -172,15 +174,18 @@ impl Control {
         }
     }
 
-    /// Tells the keep how the guest ended. The other threads end with the process.
-    fn end(self, end: End) -> Result<ExitCode, Error> {
+    /// Tells the keep how the guest ended, and ends the process. Nothing is taken down first: the other threads still
+    /// use all of it, and the kernel takes it back in an order that is safe.
+    fn end(self, end: End) -> ! {
         let end = match end {
             End::Fault(text) => End::Fault(bounded(text)),
             end => end,
         };
-        let Some(channel) = self.channel else { return Ok(ExitCode::from(2)) };
-        channel.send(&FromCell::Ended { end, counters: self.running.platform.counters() }, &[])?;
-        Ok(ExitCode::SUCCESS)
+        let counters = self.running.platform.counters();
+        match self.channel.as_ref().map(|channel| channel.send(&FromCell::Ended { end, counters }, &[])) {
+            Some(Ok(())) => std::process::exit(0),
+            _ => std::process::exit(2),
+        }
     }
 }
 

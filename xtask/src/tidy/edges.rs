@@ -15,7 +15,7 @@ use super::{
 use crate::steps::{cargo, workspace};
 
 /// The workspaces of the house, by their manifests. `plugins` is apart: see [`plugin_edges`].
-const WORKSPACES: &[&str] = &["Cargo.toml", "src/policy-compiler/Cargo.toml"];
+const WORKSPACES: &[&str] = &["Cargo.toml", "src/policy-compiler/Cargo.toml", "fuzz/Cargo.toml"];
 
 /// A crate, and the crates beside it that it depends on, in whatever way.
 #[derive(Clone, Debug, PartialEq, Eq)]
