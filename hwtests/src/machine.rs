@@ -43,15 +43,23 @@ pub struct Lab {
 const NVME_BYTES: u64 = 64 << 20;
 const NVME_PATTERN_BYTES: usize = 16 << 20;
 
+/// Processors of the lab: one, or what CASEMATE_LAB_CPUS says. With two, QEMU 10.0.2's emulation loses a processor's
+/// timer interrupt now and then (its vector stays in service for ever), and the machine freezes: seen in four of five
+/// runs that bound and unbound devices a hundred times, and in none with one.
+fn cpus() -> u32 {
+    let asked = std::env::var("CASEMATE_LAB_CPUS").ok().and_then(|text| text.parse().ok());
+    asked.filter(|cpus| (1..=8).contains(cpus)).unwrap_or(1)
+}
+
 impl Lab {
-    /// A lab with 2 vCPUs and 4096 MiB, to run `program` (a path and its arguments). [`crate::prepare`] comes first.
+    /// A lab with one vCPU (or what CASEMATE_LAB_CPUS says) and 4096 MiB, to run `program` (a path and its arguments). [`crate::prepare`] comes first.
     pub fn new<S: AsRef<OsStr>>(layout: &Layout, program: impl IntoIterator<Item = S>) -> Self {
         Self {
             layout: layout.clone(),
             program: program.into_iter().map(|word| word.as_ref().to_owned()).collect(),
             environment: Vec::new(),
             console: Console::Logged,
-            cpus: 2,
+            cpus: cpus(),
             memory_mib: 4096,
             extra: Vec::new(),
         }

@@ -166,7 +166,7 @@ pub(crate) fn network_card_in_use(ctx: &mut Ctx) -> Result<(), Failure> {
     let refused = |code: &str, says: &[&str]| expect_device_refused(ctx, devices::E1000E, code, says);
     let card = interface_of(devices::E1000E)?;
     ctx.shell(&format!("ip addr add 10.0.2.15/24 dev {card}; ip link set {card} up"))?;
-    let only = refused("device-only-network", &[&card, "only network card", "ip link set"]);
+    let only = refused("device-only-network", &[&card, "only network card", "bring up another"]);
     ctx.load_driver("igb")?;
     let other = interface_of(devices::IGB)?;
     ctx.shell(&format!("ip link set {other} up; ip route add default via 10.0.2.2 dev {card}"))?;

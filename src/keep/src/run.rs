@@ -88,7 +88,8 @@ pub fn run(
     tell(Step::Admitted { policy: policy.clone() });
 
     // Act.
-    let identity = Identity::reserve(paths, &located.guest)?;
+    let identity =
+        Identity::reserve(paths, &located.guest).map_err(|refusal| refusal.at(located.location("name")))?;
     // From here on no signal ends this process before all that it took is given back.
     let signals = watch::stop_signals(&located.guest)?;
     let claim = take_devices(&located, &host, &ledger, addresses, tell)?;
