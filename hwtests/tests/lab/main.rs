@@ -6,6 +6,7 @@
 mod admission;
 mod boot;
 mod cell;
+mod documents;
 mod endings;
 mod host_state;
 mod lab;
@@ -63,6 +64,8 @@ const TESTS: &[LabTest] = &[
     LabTest::new("cell-is-closed-around-a-guest", cell::is_closed_around_a_running_guest),
     LabTest::new("cell-hears-its-keep-alone", cell::hears_its_keep_alone),
     LabTest::new("cell-stops-its-victims", cell::stops_its_victims).deadline_seconds(300),
+    // The documents
+    LabTest::new("commands-in-the-documents-run", documents::commands_run),
 ];
 
 fn main() -> ExitCode {

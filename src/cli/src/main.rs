@@ -22,7 +22,7 @@ Exit codes:
   1  refused: what, why and what to do is on stderr, one line each; the host is as it was
   2  the command line is wrong
   3  the guest ended as it should not: reset, triple fault, a fault, or its VMM died
-  4  the guest ended, and a device did not prove itself clean: it is quarantined
+  4  the guest ended, or a killed run was cleaned up after, and a device did not prove itself clean or is not back
 
 A first hour:
   casemate doctor                       what this host can do, and what is missing

@@ -2,7 +2,7 @@
 
 use std::process::ExitCode;
 
-use casemate_keep::Paths;
+use casemate_keep::{Paths, Step};
 
 use crate::{
     output::{self, Failure},
@@ -15,5 +15,11 @@ pub(crate) fn recover(paths: &Paths, json: bool) -> Result<ExitCode, Failure> {
         output::line("Nothing was left behind.");
     }
     steps.iter().for_each(|step| tell(step, json));
-    Ok(ExitCode::SUCCESS)
+    let whole = |step: &Step| match step {
+        Step::Recovered { devices, error, .. } => {
+            error.is_none() && devices.iter().all(|device| device.clean)
+        }
+        _ => true,
+    };
+    Ok(if steps.iter().all(whole) { ExitCode::SUCCESS } else { ExitCode::from(4) })
 }

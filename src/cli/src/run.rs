@@ -96,19 +96,14 @@ pub(crate) fn tell(step: &Step, json: bool) {
 /// A device's return in a line.
 fn returned(device: &DeviceReport) -> String {
     let seen = &device.returned;
-    let reset = match &seen.reset {
-        Ok(()) => format!("reset by {} with result 0", seen.reset_method),
-        Err(error) => format!("reset by {} FAILED: {error}", seen.reset_method),
-    };
-    let master = if seen.bus_master_off { "bus master off" } else { "bus master ON" };
-    let config =
-        if seen.config_as_first_seen { "configuration as first seen" } else { "configuration CHANGED" };
     let to = seen
         .returned_to
         .as_deref()
         .map_or("given back to no driver".to_owned(), |to| format!("given back to {to}"));
-    let mut line =
-        format!("{}: {reset}, {master}, {config}; stored data was not scrubbed; {to}", seen.address);
+    let mut line = match &seen.untouched {
+        Some(why) => format!("{}: not reset, for {why}; {to}", seen.address),
+        None => format!("{}: {}; stored data was not scrubbed; {to}", seen.address, proof(device)),
+    };
     if let Some(why) = &seen.quarantined {
         line.push_str(&format!("; QUARANTINED: {why}"));
     }
@@ -116,6 +111,19 @@ fn returned(device: &DeviceReport) -> String {
         line.push_str(&format!("; {error}"));
     }
     line
+}
+
+/// What was seen of a device after its guest.
+fn proof(device: &DeviceReport) -> String {
+    let seen = &device.returned;
+    let reset = match &seen.reset {
+        Ok(()) => format!("reset by {} with result 0", seen.reset_method),
+        Err(error) => format!("reset by {} FAILED: {error}", seen.reset_method),
+    };
+    let master = if seen.bus_master_off { "bus master off" } else { "bus master ON" };
+    let config =
+        if seen.config_as_first_seen { "configuration as first seen" } else { "configuration CHANGED" };
+    format!("{reset}, {master}, {config}")
 }
 
 fn summary(report: &Report) {

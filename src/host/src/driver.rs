@@ -80,8 +80,10 @@ pub(crate) fn bind_vfio(host: &Host, address: PciAddress) -> Result<(), Refusal>
         return Ok(());
     }
     unbind(host, address)?;
-    let probe = host.path("sys/bus/pci/drivers_probe");
-    let probed = child::write(&probe, address.to_string().as_bytes(), host.deadlines.bind);
+    // Not by drivers_probe: that does nothing, and says it went well, while a driver is still on its way out. The
+    // driver's own bind waits for the device's lock, and tells what its probe said.
+    let bind = host.path("sys/bus/pci/drivers").join(VFIO).join("bind");
+    let probed = child::write(&bind, address.to_string().as_bytes(), host.deadlines.bind);
     let bound = || current(host, address).as_deref() == Some(VFIO);
     match probed {
         _ if bound() => Ok(()),
@@ -99,11 +101,21 @@ pub(crate) struct NotReturned {
     pub(crate) why: String,
 }
 
+/// Waits until no other process binds or unbinds the function: a store of power/control takes the device's lock, as
+/// they do (`control_store` in `drivers/base/power/sysfs.c`), and storing what is there changes nothing. (That of
+/// driver_override waits no more, since Linux 6.12.) Without power management there is no such file, and no wait.
+fn wait_for_moves(host: &Host, address: PciAddress) {
+    let control = host.pci(address).join("power/control");
+    if let Some(now) = attribute(control.clone()) {
+        let _ = child::write(&control, now.as_bytes(), host.deadlines.bind);
+    }
+}
+
 /// Takes a function out of VFIO's hands, unless it came from there, and restores `driver_override`. The driver that has
 /// it then: none, or its own, or one that somebody else gave it since.
 fn leave_vfio(host: &Host, record: &DeviceRecord) -> Result<Option<String>, Refusal> {
-    // A helper of a process that was killed may be in the middle of a move. The store of driver_override waits for it,
-    // since both take the device's lock: what is seen after it holds.
+    // A helper of a process that was killed may be in the middle of a move: what is seen after it holds.
+    wait_for_moves(host, record.address);
     for _ in 0..MOVES_MAX {
         if record.former_driver.as_deref() != Some(VFIO)
             && current(host, record.address).as_deref() == Some(VFIO)

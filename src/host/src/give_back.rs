@@ -31,6 +31,8 @@ pub struct Returned {
     pub config_as_first_seen: bool,
     /// Offsets at which it was not.
     pub config_differences: Vec<u16>,
+    /// Why it needed no proof, and was not reset or looked at; then what stands above of both says nothing.
+    pub untouched: Option<String>,
     /// The driver that has it now; `None` too when it had none before.
     pub returned_to: Option<String>,
     /// Why it is in quarantine.
@@ -66,6 +68,7 @@ impl Proof {
             bus_master_off: false,
             config_as_first_seen: false,
             config_differences: Vec::new(),
+            untouched: Some(why.to_owned()),
             returned_to: None,
             quarantined: None,
             error: None,
@@ -88,7 +91,7 @@ pub(crate) fn prove(host: &Host, record: DeviceRecord, fd: &OwnedFd) -> Proof {
     let reset = reset(fd).map_err(|error| error.to_string());
     // The kernel restores the command register after the reset, with the guest's bus mastering in it.
     let cleared = vfio::clear_config_bits(fd, COMMAND, COMMAND_BUS_MASTER);
-    let mut returned = Returned { reset, ..Proof::not_needed(record.clone(), "").returned };
+    let mut returned = Returned { reset, untouched: None, ..Proof::not_needed(record.clone(), "").returned };
     let unreadable = match read_config(host, record.address) {
         Ok(config) => {
             returned.bus_master_off = !config.bus_master();

@@ -131,15 +131,14 @@ pub struct DeviceReport {
     /// Everything the host knows of it.
     #[serde(flatten)]
     pub returned: Returned,
-    /// Reset with result 0, bus master off, configuration space as first seen, given back.
+    /// Reset with result 0, bus master off, configuration space as first seen (or no guest had it), and given back.
     pub clean: bool,
 }
 
 impl From<Returned> for DeviceReport {
     fn from(returned: Returned) -> Self {
-        let clean = returned.reset.is_ok()
-            && returned.bus_master_off
-            && returned.config_as_first_seen
+        let proven = returned.reset.is_ok() && returned.bus_master_off && returned.config_as_first_seen;
+        let clean = (proven || returned.untouched.is_some())
             && returned.quarantined.is_none()
             && returned.error.is_none();
         Self { returned, clean }
