@@ -49,7 +49,9 @@ pub(crate) fn devices(paths: &Paths, options: &Options, json: bool) -> Result<Ex
         return Ok(ExitCode::SUCCESS);
     }
     let mut rows = vec![
-        ["ADDRESS", "ID", "DEVICE", "DRIVER", "GROUP", "RESET", "FOR A GUEST"].map(str::to_owned).to_vec(),
+        ["ADDRESS", "ID", "DEVICE", "DRIVER", "GROUP +MATES", "RESET", "FOR A GUEST"]
+            .map(str::to_owned)
+            .to_vec(),
     ];
     rows.extend(lines.iter().map(row));
     output::line(output::table(&rows).trim_end());
@@ -69,13 +71,20 @@ fn whole_group(functions: &[PciFunction], function: &PciFunction) -> Vec<casemat
     std::iter::once(function.address).chain(function.group_mates.iter().filter(mate).copied()).collect()
 }
 
+/// An address without its domain, where that is 0.
+fn short(address: casemate_spec::PciAddress) -> String {
+    let text = address.to_string();
+    text.strip_prefix("0000:").map_or_else(|| text.clone(), str::to_owned)
+}
+
 fn row(line: &Line<'_>) -> Vec<String> {
     let function = line.function;
-    let mates = function.group_mates.len();
-    let group = match (function.iommu_group, mates) {
-        (None, _) => "none".to_owned(),
-        (Some(group), 0) => group.to_string(),
-        (Some(group), mates) => format!("{group} (+{mates})"),
+    let group = match function.iommu_group {
+        None => "none".to_owned(),
+        Some(group) => {
+            let mates = function.group_mates.iter().map(|mate| short(*mate));
+            std::iter::once(group.to_string()).chain(mates).collect::<Vec<_>>().join(" +")
+        }
     };
     let resets =
         if function.reset_methods.is_empty() { "none".into() } else { function.reset_methods.join(" ") };
