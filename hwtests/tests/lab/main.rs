@@ -51,6 +51,7 @@ const TESTS: &[LabTest] = &[
     LabTest::new("nvme-works-and-comes-back", passthrough::drive_works_and_comes_back),
     LabTest::new("e1000e-works-and-comes-back", passthrough::e1000e_works_and_comes_back),
     LabTest::new("igb-works-and-comes-back", passthrough::igb_works_and_comes_back),
+    LabTest::new("rtl8139-works-by-intx", passthrough::rtl8139_works_by_intx),
     LabTest::new("two-devices-in-one-guest", passthrough::two_devices_in_one_guest),
     // Ends from outside
     LabTest::new("killed-vmm-is-told-and-undone", endings::killed_vmm_is_told_and_undone),

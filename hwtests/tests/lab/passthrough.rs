@@ -108,6 +108,49 @@ pub(crate) fn two_devices_in_one_guest(ctx: &mut Ctx) -> Result<(), Failure> {
     before.expect_unchanged()
 }
 
+/// A card whose only interrupt is INTx. Its group's mate is in use at first, and its reset is its bus's, so the mate has
+/// to go.
+pub(crate) fn rtl8139_works_by_intx(ctx: &mut Ctx) -> Result<(), Failure> {
+    ctx.shell(&format!(
+        "umount {}; echo 1 >/sys/bus/pci/devices/{}/remove",
+        devices::SHARED_DISK_MOUNT,
+        devices::SHARED_DISK
+    ))?;
+    let result = card_without_msi(ctx);
+    ctx.shell(&format!(
+        "echo 1 >/sys/bus/pci/rescan
+        n=0; until mount -t ext4 /dev/vd? {} 2>/dev/null || [ $n = 50 ]; do sleep 0.1; n=$((n + 1)); done",
+        devices::SHARED_DISK_MOUNT
+    ))?;
+    result
+}
+
+fn card_without_msi(ctx: &Ctx) -> Result<(), Failure> {
+    let before = HostState::now();
+    let driver = ctx.driver_of(devices::RTL8139);
+    let script = format!(
+        r#"{WORDS}
+        lines() {{ grep IO-APIC /proc/interrupts | grep "$1" | awk '{{ print $2 + $3 }}'; }}
+        card=$(interface 8139cp)
+        ip addr add 10.0.2.15/24 dev "$card"; ip link set "$card" up
+        wait_for /sys/class/net/$card/carrier 1
+        echo "interrupts-before: $(lines "$card")"
+        ping -c 20 -i 0.2 -W 5 -I "$card" 10.0.2.2 && echo gateway-answered
+        echo "interrupts-after: $(lines "$card")"
+        grep "$card" /proc/interrupts"#
+    );
+    for _ in ["first", "second"] {
+        let guest = ctx.guest(&script)?.vcpus(2).device(devices::RTL8139);
+        let run = ctx.run_guest(&guest)?;
+        run.success()?.printed("gateway-answered")?.printed("fasteoi")?;
+        let (first, last) = (number(&run, "interrupts-before:")?, number(&run, "interrupts-after:")?);
+        expect!(last >= first + 20, "20 pings, and INTx interrupts from {first} to {last}");
+        came_back(&run, devices::RTL8139, driver.as_deref())?;
+        before.expect_unchanged()?;
+    }
+    Ok(())
+}
+
 /// The host's own driver has the NVMe drive, and its block device is there.
 pub(crate) fn have_drive(ctx: &Ctx) -> Result<(), Failure> {
     ctx.load_driver("nvme")?;

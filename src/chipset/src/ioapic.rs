@@ -10,6 +10,15 @@ pub const IOAPIC_SIZE_BYTES: u64 = 0x1000;
 /// Number of pins; pin N is GSI N.
 pub const IOAPIC_PINS: u8 = 24;
 
+/// The first of the pins that INTx lines of the PCI root bus are wired to; they end with the last pin.
+const INTX_FIRST: u8 = 16;
+
+/// The GSI, and so the pin, that interrupt line `pin` (0 is INTA) of slot `slot` is wired to. Neighbouring slots go to
+/// different pins.
+pub fn intx_gsi(slot: u8, pin: u8) -> u8 {
+    INTX_FIRST + slot.wrapping_add(pin) % (IOAPIC_PINS - INTX_FIRST)
+}
+
 const PINS: usize = IOAPIC_PINS as usize;
 const VERSION: u32 = 0x20 | (IOAPIC_PINS as u32 - 1) << 16;
 
@@ -86,8 +95,9 @@ impl<S: MsiSink> IoApic<S> {
         }
     }
 
-    /// Writes at `offset` in the register window; bytes past the register's four are ignored.
-    pub fn write(&mut self, offset: u64, data: &[u8]) {
+    /// Writes at `offset` in the register window; bytes past the register's four are ignored. Returns the pins whose
+    /// interrupt this ended, as [`IoApic::eoi`] does: a write to the EOI register can.
+    pub fn write(&mut self, offset: u64, data: &[u8]) -> u32 {
         let mut bytes = [0; 4];
         for (to, from) in bytes.iter_mut().zip(data) {
             *to = *from;
@@ -97,9 +107,10 @@ impl<S: MsiSink> IoApic<S> {
         match offset {
             SELECT => self.select = low,
             WINDOW => self.write_selected(value),
-            EOI => drop(self.eoi(low)),
+            EOI => return self.eoi(low),
             _ => {}
         }
+        0
     }
 
     /// Sets the line to `pin`. On an edge-triggered pin a rising line is an interrupt, unless masked (as the 82093AA
@@ -319,7 +330,7 @@ mod tests {
         assert_eq!(ioapic.eoi(0x55), 1 << 17);
         assert_eq!(sent(&mut ioapic), [msi], "still high: again");
         ioapic.set_level(17, false);
-        ioapic.write(EOI, &[0x55, 0, 0, 0]);
+        assert_eq!(ioapic.write(EOI, &[0x55, 0, 0, 0]), 1 << 17);
         assert_eq!(sent(&mut ioapic), []);
         assert_eq!(get(&mut ioapic, 0x32) & REMOTE_IRR_32, 0);
     }
@@ -334,6 +345,13 @@ mod tests {
         assert_eq!(sent(&mut ioapic), []);
         ioapic.raise_until_eoi(20);
         assert_eq!(sent(&mut ioapic).len(), 1);
+    }
+
+    #[test]
+    fn neighbours_do_not_share_a_line() {
+        let of_eight: std::collections::BTreeSet<u8> = (5..13).map(|slot| intx_gsi(slot, 0)).collect();
+        assert_eq!(of_eight, (16..24).collect());
+        assert_eq!(intx_gsi(255, 255), 16 + 254 % 8);
     }
 
     #[test]
@@ -377,7 +395,7 @@ mod tests {
             for step in steps {
                 let before = ioapic.entries;
                 match step {
-                    Step::Write(offset, data) => ioapic.write(offset, &data),
+                    Step::Write(offset, data) => drop(ioapic.write(offset, &data)),
                     Step::Read(offset, len) => ioapic.read(offset, &mut vec![0xaa; len]),
                     Step::Program(register, value) => set(&mut ioapic, register, value),
                     Step::Level(pin, high) => ioapic.set_level(pin, high),

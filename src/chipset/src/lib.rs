@@ -18,6 +18,6 @@ mod power;
 mod serial;
 
 pub use acpi::{AcpiError, AcpiSpec, PciHost, Tables, tables};
-pub use ioapic::{IOAPIC_ADDRESS, IOAPIC_PINS, IOAPIC_SIZE_BYTES, IoApic, Msi, MsiSink};
+pub use ioapic::{IOAPIC_ADDRESS, IOAPIC_PINS, IOAPIC_SIZE_BYTES, IoApic, Msi, MsiSink, intx_gsi};
 pub use power::{POWER_PORT, POWER_PORTS, Power, PowerEvent, RESET_CODE, RESET_VECTOR};
 pub use serial::{SERIAL_GSI, SERIAL_PORT, SERIAL_PORTS, Serial};

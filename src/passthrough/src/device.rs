@@ -16,11 +16,11 @@ use std::{
 };
 
 use vfio_bindings::bindings::vfio::{
-    VFIO_DEVICE_FLAGS_PCI, VFIO_DEVICE_FLAGS_RESET, VFIO_IRQ_SET_ACTION_TRIGGER, VFIO_IRQ_SET_DATA_EVENTFD,
-    VFIO_IRQ_SET_DATA_NONE, VFIO_PCI_CONFIG_REGION_INDEX, VFIO_PCI_MSIX_IRQ_INDEX,
-    VFIO_REGION_INFO_CAP_SPARSE_MMAP, VFIO_REGION_INFO_FLAG_MMAP, VFIO_REGION_INFO_FLAG_READ,
-    VFIO_REGION_INFO_FLAG_WRITE, vfio_device_info, vfio_irq_info, vfio_irq_set, vfio_region_info,
-    vfio_region_info_cap_sparse_mmap, vfio_region_sparse_mmap_area,
+    VFIO_DEVICE_FLAGS_PCI, VFIO_DEVICE_FLAGS_RESET, VFIO_IRQ_SET_ACTION_TRIGGER, VFIO_IRQ_SET_ACTION_UNMASK,
+    VFIO_IRQ_SET_DATA_EVENTFD, VFIO_IRQ_SET_DATA_NONE, VFIO_PCI_CONFIG_REGION_INDEX, VFIO_PCI_INTX_IRQ_INDEX,
+    VFIO_PCI_MSIX_IRQ_INDEX, VFIO_REGION_INFO_CAP_SPARSE_MMAP, VFIO_REGION_INFO_FLAG_MMAP,
+    VFIO_REGION_INFO_FLAG_READ, VFIO_REGION_INFO_FLAG_WRITE, vfio_device_info, vfio_irq_info, vfio_irq_set,
+    vfio_region_info, vfio_region_info_cap_sparse_mmap, vfio_region_sparse_mmap_area,
 };
 use vmm_sys_util::eventfd::EventFd;
 
@@ -140,6 +140,21 @@ impl VfioDevice {
         Ok(())
     }
 
+    /// Turns INTx on. When the device asserts it, VFIO masks it and signals `trigger`; a signal of `unmask` unmasks it,
+    /// and if the device still (or again) asserts it then, `trigger` is signalled once more. MSI-X must be off, and
+    /// stay off: VFIO takes one kind of interrupt at a time. By two ioctls.
+    ///
+    /// # Errors
+    /// When the kernel refuses: the device has no INTx, or can't mask it by itself and shares its line on the host.
+    pub fn set_intx(&self, trigger: &EventFd, unmask: &EventFd) -> Result<(), VfioError> {
+        for (action, event) in [(VFIO_IRQ_SET_ACTION_TRIGGER, trigger), (VFIO_IRQ_SET_ACTION_UNMASK, unmask)]
+        {
+            let mut argument = events_argument(VFIO_PCI_INTX_IRQ_INDEX, action, std::slice::from_ref(event));
+            sys::argument(self.as_fd(), Request::DEVICE_SET_IRQS, &mut argument)?;
+        }
+        Ok(())
+    }
+
     /// Resets the function, by an ioctl that takes as long as the device does (up to seconds).
     ///
     /// # Errors
@@ -163,14 +178,20 @@ fn whole(index: u32, offset: u64, bytes: usize, done: io::Result<usize>) -> Resu
 
 /// A request that makes all of `triggers` the vectors, or, when there are none, turns MSI-X off.
 fn msix_argument(triggers: &[EventFd]) -> Argument {
+    events_argument(VFIO_PCI_MSIX_IRQ_INDEX, VFIO_IRQ_SET_ACTION_TRIGGER, triggers)
+}
+
+/// A request that connects `events` to the interrupts of kind `index`, the first to number 0, or, when there are none,
+/// turns that kind off.
+fn events_argument(index: u32, action: u32, events: &[EventFd]) -> Argument {
     let data = offset_of!(vfio_irq_set, data);
-    let mut argument = Argument::new(data + size_of::<i32>() * triggers.len());
-    let kind = if triggers.is_empty() { VFIO_IRQ_SET_DATA_NONE } else { VFIO_IRQ_SET_DATA_EVENTFD };
-    argument.set_u32(offset_of!(vfio_irq_set, flags), kind | VFIO_IRQ_SET_ACTION_TRIGGER);
-    argument.set_u32(offset_of!(vfio_irq_set, index), VFIO_PCI_MSIX_IRQ_INDEX);
-    argument.set_u32(offset_of!(vfio_irq_set, count), u32::try_from(triggers.len()).unwrap_or(u32::MAX));
-    for (at, trigger) in (data..).step_by(size_of::<i32>()).zip(triggers) {
-        argument.set_u32(at, trigger.as_raw_fd().cast_unsigned());
+    let mut argument = Argument::new(data + size_of::<i32>() * events.len());
+    let kind = if events.is_empty() { VFIO_IRQ_SET_DATA_NONE } else { VFIO_IRQ_SET_DATA_EVENTFD };
+    argument.set_u32(offset_of!(vfio_irq_set, flags), kind | action);
+    argument.set_u32(offset_of!(vfio_irq_set, index), index);
+    argument.set_u32(offset_of!(vfio_irq_set, count), u32::try_from(events.len()).unwrap_or(u32::MAX));
+    for (at, event) in (data..).step_by(size_of::<i32>()).zip(events) {
+        argument.set_u32(at, event.as_raw_fd().cast_unsigned());
     }
     argument
 }
@@ -294,6 +315,8 @@ mod tests {
             format!("{:?}", msix_argument(&events)),
             format!("{:?}", words(&[28, 4 | 32, 2, 0, 2, a, b]))
         );
+        let unmask = events_argument(VFIO_PCI_INTX_IRQ_INDEX, VFIO_IRQ_SET_ACTION_UNMASK, &events[..1]);
+        assert_eq!(format!("{unmask:?}"), format!("{:?}", words(&[24, 4 | 16, 0, 0, 1, a])));
     }
 
     #[test]

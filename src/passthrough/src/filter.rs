@@ -33,6 +33,8 @@ pub enum Access {
     Forwarded {
         /// Bits that are the guest's choice.
         guest: u16,
+        /// Bits that are the guest's choice where its INTx is delivered, and set everywhere else.
+        with_intx: u16,
         /// Bits that are set for as long as the guest has the function.
         always: u16,
     },
@@ -60,8 +62,8 @@ impl fmt::Display for Rule {
         match self.access {
             Access::Snapshot => write!(f, "snapshot")?,
             Access::Virtual => write!(f, "virtual")?,
-            Access::Forwarded { guest, always } => {
-                write!(f, "forwarded ({guest:#06x}, always {always:#06x})")?
+            Access::Forwarded { guest, with_intx, always } => {
+                write!(f, "forwarded ({guest:#06x}, with INTx {with_intx:#06x}, always {always:#06x})")?
             }
         }
         write!(f, "; {}", self.reason)
@@ -85,11 +87,13 @@ pub static FILTER: &[Rule] = &[
         2,
         Access::Forwarded {
             guest: regs::COMMAND_MASTER,
-            always: regs::COMMAND_MEMORY | regs::COMMAND_INTX_DISABLE,
+            with_intx: regs::COMMAND_INTX_DISABLE,
+            always: regs::COMMAND_MEMORY,
         },
         "bus master is off until the guest turns it on, and what the device then reaches is the IOMMU's business; \
          memory decoding at the device stays on, since turning it off makes mapped pages fault, and what the guest \
-         sees of its BARs is ruled by the guest's own copy of the bit; nobody listens to INTx, so it is never asserted",
+         sees of its BARs is ruled by the guest's own copy of the bit; INTx is never asserted where nobody listens to it, and elsewhere is \
+         the guest's to turn off: VFIO keeps it masked meanwhile",
     ),
     register(
         "status",
@@ -120,7 +124,8 @@ pub static FILTER: &[Rule] = &[
         regs::INTERRUPT_LINE,
         2,
         Access::Virtual,
-        "the pin reads 0: there is no INTx; the line is a note of the guest's to itself",
+        "the pin reads INTA where INTx is delivered, whichever line the device has, and 0 elsewhere; the line is a note \
+         of the guest's to itself",
     ),
     capability(
         "Power Management",
@@ -150,10 +155,16 @@ pub(crate) fn capability_rule(id: u8) -> Option<&'static Rule> {
     FILTER.iter().find(|rule| rule.what == What::Capability { id })
 }
 
-/// The registers whose writes reach the device: offset, guest's bits, bits that are always set.
-pub(crate) fn forwarded() -> impl Iterator<Item = (u16, u16, u16)> {
-    FILTER.iter().filter_map(|rule| match (rule.what, rule.access) {
-        (What::Register { offset, .. }, Access::Forwarded { guest, always }) => Some((offset, guest, always)),
+/// The registers of a function, with INTx or without, whose writes reach the device: offset, guest's bits, bits that
+/// are always set.
+pub(crate) fn forwarded(intx: bool) -> impl Iterator<Item = (u16, u16, u16)> {
+    FILTER.iter().filter_map(move |rule| match (rule.what, rule.access) {
+        (What::Register { offset, .. }, Access::Forwarded { guest, with_intx, always }) if intx => {
+            Some((offset, guest | with_intx, always))
+        }
+        (What::Register { offset, .. }, Access::Forwarded { guest, with_intx, always }) => {
+            Some((offset, guest, always | with_intx))
+        }
         _ => None,
     })
 }
@@ -171,9 +182,9 @@ mod tests {
     use super::*;
 
     #[test]
-    fn the_device_is_reached_at_one_bit() {
-        let all: Vec<_> = forwarded().collect();
-        assert_eq!(all, [(0x04, 0x0004, 0x0402)]);
+    fn the_device_is_reached_at_one_bit_or_two() {
+        assert_eq!(forwarded(false).collect::<Vec<_>>(), [(0x04, 0x0004, 0x0402)]);
+        assert_eq!(forwarded(true).collect::<Vec<_>>(), [(0x04, 0x0404, 0x0002)]);
     }
 
     #[test]

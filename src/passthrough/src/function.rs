@@ -36,12 +36,14 @@ pub struct AssignedFunction<V, S> {
     msix: Option<Msix>,
     regions: [Region; casemate_pci::BAR_COUNT],
     mappings: Vec<Mapping>,
+    intx: bool,
     /// What each forwarded register of the device was set to last, in the filter's order.
     forwarded: Vec<u16>,
 }
 
 impl<V: Vfio, S: VectorSink + Send> AssignedFunction<V, S> {
-    /// The function as a guest first meets it: bus master off, memory decoding on at the device, INTx and MSI-X off.
+    /// The function as a guest first meets it: bus master off, memory decoding on at the device, MSI-X off, and
+    /// INTx off unless the guest is told of it.
     ///
     /// # Errors
     /// When there are more or fewer eventfds than vectors, or the device can't be brought to that state.
@@ -53,12 +55,12 @@ impl<V: Vfio, S: VectorSink + Send> AssignedFunction<V, S> {
             return Err(VfioError::Unexpected(problem));
         }
         let mut forwarded = Vec::new();
-        for (offset, _, always) in filter::forwarded() {
+        for (offset, _, always) in filter::forwarded(probe.intx) {
             write_config(&mut vfio, offset, always)?;
             forwarded.push(always);
         }
-        let Probe { config, msix, regions, mappings } = probe;
-        Ok(Self { vfio, sink, triggers, config, msix, regions, mappings, forwarded })
+        let Probe { config, msix, intx, regions, mappings } = probe;
+        Ok(Self { vfio, sink, triggers, config, msix, regions, mappings, intx, forwarded })
     }
 
     /// The parts of its BARs to be mapped from the device's file into the guest. Accesses to the rest are to be
@@ -70,7 +72,7 @@ impl<V: Vfio, S: VectorSink + Send> AssignedFunction<V, S> {
     /// Writes those registers of the device whose forwarded bits the guest has changed. An error is with whoever
     /// implements [`Vfio`]; the next change tries again.
     fn forward(&mut self) {
-        for ((offset, guest, always), last) in filter::forwarded().zip(&mut self.forwarded) {
+        for ((offset, guest, always), last) in filter::forwarded(self.intx).zip(&mut self.forwarded) {
             let value = self.config.u16_at(offset) & guest | always;
             if value != *last && write_config(&mut self.vfio, offset, value).is_ok() {
                 *last = value;

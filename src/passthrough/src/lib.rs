@@ -8,7 +8,8 @@
 //! - **The device is not trusted.** A configuration space that is all ones, capability lists that loop, sizes that are
 //!   none: [`Probe::read`] refuses them before a guest starts. Later reads that fail give the guest all ones.
 //! - **The guest is not trusted.** It can write anything anywhere without a panic; it moves its own BARs and masks its
-//!   own vectors, and of the device's configuration space it reaches the bus master bit alone.
+//!   own vectors, and of the device's configuration space it reaches the bus master bit alone, and with INTx the bit
+//!   that turns it off.
 //! - **The hot path is not here.** Pages of BARs are mapped by the VMM ([`AssignedFunction::mappings`]), interrupts go
 //!   from the device to KVM by eventfd. What is trapped: pages with the MSI-X table or pending bits, and BARs smaller
 //!   than a page.
@@ -16,7 +17,8 @@
 //!   tests, and so that the VMM can do reads and writes on the vCPU's thread and send the rest to its control thread.
 //!   [`VfioDevice`] and [`Container`] issue the ioctls, and read the result of each: a reset that failed is an error.
 //!
-//! Interrupts are MSI-X alone: MSI and INTx are hidden, also where a function has nothing else.
+//! Interrupts are MSI-X where a function has it, and INTx where it doesn't: VFIO takes one kind at a time. MSI is
+//! hidden, so a function that has MSI and INTx is driven by INTx.
 // The kernel's VFIO is reached by ioctls that take pointers: sys.rs holds them, container.rs maps memory for DMA.
 #![allow(unsafe_code)]
 

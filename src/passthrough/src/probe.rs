@@ -4,7 +4,9 @@ use casemate_pci::{
     BAR_COUNT, BarKind, BarOffset, BarRequest, Capability, CapabilityError, Config, ConfigError,
     FoundCapability, Identity, Msix, MsixLayout, capabilities, regs,
 };
-use vfio_bindings::bindings::vfio::{VFIO_PCI_CONFIG_REGION_INDEX, VFIO_PCI_MSIX_IRQ_INDEX};
+use vfio_bindings::bindings::vfio::{
+    VFIO_PCI_CONFIG_REGION_INDEX, VFIO_PCI_INTX_IRQ_INDEX, VFIO_PCI_MSIX_IRQ_INDEX,
+};
 
 use crate::{
     filter,
@@ -14,6 +16,9 @@ use crate::{
 
 /// What is read of configuration space: nothing past it is let through.
 const HEADER_BYTES: usize = 256;
+/// Interrupt pin, 8 bits: 0 is none, 1 to 4 are INTA to INTD.
+const INTERRUPT_PIN: u16 = regs::INTERRUPT_LINE + 1;
+const INTA: u8 = 1;
 /// Bytes of the capabilities that are built here, with ID and link.
 const PM_BYTES: u16 = 8;
 const MSIX_BYTES: u16 = 12;
@@ -73,6 +78,7 @@ pub enum ProbeError {
 pub struct Probe {
     pub(crate) config: Config,
     pub(crate) msix: Option<Msix>,
+    pub(crate) intx: bool,
     pub(crate) regions: [Region; BAR_COUNT],
     pub(crate) mappings: Vec<Mapping>,
 }
@@ -101,8 +107,20 @@ impl Probe {
         }
         let regions = add_bars(vfio, &space, &mut config)?;
         let msix = add_capabilities(vfio, &space, &mut config)?;
+        let intx = msix.is_none()
+            && space.u8(INTERRUPT_PIN) != 0
+            && vfio.irq_info(VFIO_PCI_INTX_IRQ_INDEX)?.count != 0;
+        if intx {
+            config.set_interrupt(INTA, 0);
+        }
         let mappings = mappings(&regions, msix.as_ref());
-        Ok(Self { config, msix, regions, mappings })
+        Ok(Self { config, msix, intx, regions, mappings })
+    }
+
+    /// Whether the guest is told that the function has INTx. Who assigns it is to listen to it then
+    /// ([`VfioDevice::set_intx`](crate::VfioDevice::set_intx)).
+    pub fn intx(&self) -> bool {
+        self.intx
     }
 
     /// How many MSI-X vectors the function has, and so how many eventfds it wants; 0 without MSI-X.

@@ -56,6 +56,20 @@ fn works_without_msix() {
     assert_eq!(probe.mappings[0].size, 0x4000);
 }
 
+#[test]
+fn intx_is_told_where_there_is_nothing_better() {
+    let mut mock = Mock::nvme();
+    assert!(!Probe::read(&mut mock).unwrap().intx(), "it has MSI-X");
+    mock.space[0x34] = 0xf0;
+    mock.space[0x3d] = 3;
+    let probe = Probe::read(&mut mock).unwrap();
+    assert!(probe.intx());
+    assert_eq!(u32_of(&probe.config, 0x3c), 0x0100, "always INTA");
+    mock.space[0x3d] = 0;
+    let probe = Probe::read(&mut mock).unwrap();
+    assert_eq!((probe.intx(), u32_of(&probe.config, 0x3c)), (false, 0));
+}
+
 type Change<'a> = &'a dyn Fn(&mut Mock);
 
 #[test]

@@ -41,6 +41,13 @@ pub(crate) enum Change {
         /// `None` holds events back until the next route.
         message: Option<MsiMessage>,
     },
+    /// A level-triggered pin of the IOAPIC delivers this message from now on: KVM then tells of its end.
+    Pin {
+        /// Its GSI, below [`FIRST_MSI_GSI`].
+        gsi: u32,
+        /// As the guest's redirection table has it.
+        message: MsiMessage,
+    },
     /// A function's BARs answer elsewhere.
     Move {
         /// Its device number on the root bus.
@@ -225,6 +232,13 @@ impl Control {
     fn apply(&mut self, change: Change) -> Result<(), Error> {
         match change {
             Change::Route { gsi, message } => self.route(gsi, message),
+            Change::Pin { gsi, message } => {
+                if gsi >= FIRST_MSI_GSI {
+                    return Err(Error::Lacks("such a pin"));
+                }
+                self.routes.insert(gsi, message);
+                self.write_routes()
+            }
             Change::Move { function, gone, come } => self.move_bars(function, &gone, &come),
             Change::Msix { device, events } => {
                 let device = self.devices.get(device).ok_or(Error::Lacks("such a device"))?;

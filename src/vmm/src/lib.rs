@@ -18,6 +18,7 @@ mod control;
 mod cpu;
 mod entry;
 mod error;
+mod intx;
 mod layout;
 mod machine;
 mod memory;

@@ -6,7 +6,7 @@ use std::{
     thread,
 };
 
-use casemate_chipset::{AcpiSpec, PciHost, RESET_CODE, RESET_VECTOR, tables};
+use casemate_chipset::{AcpiSpec, PciHost, RESET_CODE, RESET_VECTOR, intx_gsi, tables};
 use casemate_filters::Role;
 use casemate_passthrough::{AssignedFunction, Container, Probe, VfioDevice};
 use casemate_pci::{Function, HostBridge};
@@ -24,6 +24,7 @@ use crate::{
     cpu::{self, Halt},
     entry::file,
     error::{During, Error},
+    intx::{self, Intx, IntxSource},
     layout, memory,
     platform::{Platform, Processor},
     root::RootBus,
@@ -33,6 +34,7 @@ use crate::{
 pub(crate) struct Built {
     vcpus: Vec<VcpuFd>,
     workers: Vec<Worker>,
+    intx: Vec<IntxSource>,
     control: Control,
     platform: Arc<Platform>,
     held: Held,
@@ -77,6 +79,7 @@ impl Built {
             memory: Arc::clone(&memory),
             functions: Vec::new(),
             workers: Vec::new(),
+            intx: Vec::new(),
         };
         parts.add(Box::new(HostBridge::new()), Attachments::default());
         parts.add_virtio(Box::new(Rng::new()))?;
@@ -119,10 +122,12 @@ impl Built {
         let entry = boot::load(&memory, images, rsdp)?;
         let vcpus = make_vcpus(&vm, &cpuid, machine.vcpus, entry)?;
         let root = RootBus::new(parts.functions, window64, Arc::clone(&requests))?;
-        let platform = Arc::new(Platform::new(vm, root, console, requests));
+        let (lines, sources) = parts.intx.into_iter().unzip();
+        let platform = Arc::new(Platform::new(vm, root, console, lines, requests));
         Ok(Self {
             vcpus,
             workers: parts.workers,
+            intx: sources,
             control: parts.control,
             platform,
             held: Held { _memory: memory, _passthrough: passthrough },
@@ -131,9 +136,9 @@ impl Built {
 
     /// Makes the threads, narrows every filter, and lets the processors go.
     pub(crate) fn start(self) -> Result<Running, Error> {
-        let Self { vcpus, workers, control, platform, held } = self;
+        let Self { vcpus, workers, intx, control, platform, held } = self;
         // Every thread passes here with its narrow filter on before the first guest instruction.
-        let ready = Arc::new(Barrier::new(vcpus.len() + workers.len() + 1));
+        let ready = Arc::new(Barrier::new(vcpus.len() + workers.len() + intx.len() + 1));
         for (id, vcpu) in vcpus.into_iter().enumerate() {
             let (platform, ready) = (Arc::clone(&platform), Arc::clone(&ready));
             spawn(format!("vcpu{id}"), move || {
@@ -150,6 +155,14 @@ impl Built {
                 worker.run();
             })?;
         }
+        for (number, source) in intx.into_iter().enumerate() {
+            let (ioapic, ready) = (platform.ioapic(), Arc::clone(&ready));
+            spawn(format!("intx{number}"), move || {
+                narrow(Role::Rest);
+                ready.wait();
+                source.run(&ioapic);
+            })?;
+        }
         narrow(Role::Rest);
         ready.wait();
         Ok(Running { control, platform, _held: held })
@@ -163,6 +176,7 @@ struct Parts {
     memory: Arc<GuestMemoryMmap>,
     functions: Vec<Box<dyn Function>>,
     workers: Vec<Worker>,
+    intx: Vec<(Intx, IntxSource)>,
 }
 
 impl Parts {
@@ -186,6 +200,7 @@ impl Parts {
         let mut vfio =
             RemoteVfio { device: Arc::clone(&device), number, requests: Arc::clone(&self.requests) };
         let probe = Probe::read(&mut vfio).map_err(|error| refuse(&error))?;
+        let has_intx = probe.intx();
         let sink = self.vectors(probe.vectors())?;
         let triggers = Arc::clone(&sink.events);
         let parts = casemate_passthrough::Parts { vfio, probe, sink, triggers };
@@ -194,6 +209,11 @@ impl Parts {
         for mapping in function.mappings() {
             let registers = Registers::map(&device, mapping)?;
             regions.push(DirectRegion { bar: mapping.bar, offset: mapping.offset_in_bar, registers });
+        }
+        if has_intx {
+            // Its slot on the root bus; there are 32.
+            let slot = u8::try_from(self.functions.len()).unwrap_or(u8::MAX);
+            self.intx.push(intx::connect(&device, address, intx_gsi(slot, 0))?);
         }
         self.add(Box::new(function), Attachments { doorbells: Vec::new(), regions });
         Ok(())

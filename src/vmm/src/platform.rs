@@ -9,17 +9,32 @@ use std::{
 };
 
 use casemate_chipset::{
-    IoApic, Msi, MsiSink, POWER_PORT, POWER_PORTS, Power, PowerEvent, SERIAL_GSI, SERIAL_PORT, SERIAL_PORTS,
-    Serial,
+    IOAPIC_PINS, IoApic, Msi, MsiSink, POWER_PORT, POWER_PORTS, Power, PowerEvent, SERIAL_GSI, SERIAL_PORT,
+    SERIAL_PORTS, Serial,
 };
+use casemate_pci::MsiMessage;
 use casemate_wire::{Counters, End};
 use kvm_bindings::kvm_msi;
 use kvm_ioctls::VmFd;
 
-use crate::{control::Requests, cpu::Bus, layout, root::RootBus};
+use crate::{
+    control::{Change, Requests},
+    cpu::Bus,
+    intx::Intx,
+    layout,
+    root::RootBus,
+};
 
 /// Sends the IOAPIC's interrupts by KVM.
-pub(crate) struct SignalMsi(Arc<VmFd>);
+pub(crate) struct SignalMsi {
+    vm: Arc<VmFd>,
+    requests: Arc<Requests>,
+}
+
+/// The IOAPIC, shared by processors and the threads that wait for INTx.
+///
+/// Who holds its lock may wait for the control thread, so control never takes it.
+pub(crate) type SharedIoApic = Arc<Mutex<IoApic<SignalMsi>>>;
 
 impl MsiSink for SignalMsi {
     fn send(&mut self, msi: Msi) {
@@ -30,7 +45,19 @@ impl MsiSink for SignalMsi {
             ..Default::default()
         };
         // A destination that is not there loses the interrupt, as on a real machine.
-        let _ = self.0.signal_msi(message);
+        let _ = self.vm.signal_msi(message);
+    }
+
+    fn route(&mut self, pin: u8, msi: Option<Msi>) {
+        const LEVEL: u32 = 1 << 15;
+        // A masked pin keeps its route: an interrupt that was delivered before may still be without its end, which KVM
+        // tells of by the route. Edges have no end that matters.
+        if let Some(Msi { address, data }) = msi.filter(|msi| msi.data & LEVEL != 0) {
+            let message = MsiMessage { address, data };
+            if let Err(error) = self.requests.change(Change::Pin { gsi: pin.into(), message }) {
+                eprintln!("casemate-vmm: pin {pin}: {error}");
+            }
+        }
     }
 }
 
@@ -38,7 +65,8 @@ impl MsiSink for SignalMsi {
 pub(crate) struct Platform {
     root: RootBus,
     serial: Mutex<Serial<File>>,
-    ioapic: Arc<Mutex<IoApic<SignalMsi>>>,
+    ioapic: SharedIoApic,
+    intx: Vec<Intx>,
     power: Mutex<Power>,
     requests: Arc<Requests>,
     counters: ExitCounters,
@@ -52,7 +80,7 @@ struct ExitCounters {
     other: AtomicU64,
 }
 
-fn lock<T>(mutex: &Mutex<T>) -> MutexGuard<'_, T> {
+pub(crate) fn lock<T>(mutex: &Mutex<T>) -> MutexGuard<'_, T> {
     mutex.lock().unwrap_or_else(PoisonError::into_inner)
 }
 
@@ -63,12 +91,32 @@ fn port_offset(port: u16, first: u16, count: u16, length: usize) -> Option<u16> 
 }
 
 impl Platform {
-    /// A platform around the root bus, whose serial port writes to `console`.
-    pub(crate) fn new(vm: Arc<VmFd>, root: RootBus, console: File, requests: Arc<Requests>) -> Self {
-        let ioapic = Arc::new(Mutex::new(IoApic::new(SignalMsi(vm))));
+    /// A platform around the root bus, whose serial port writes to `console`; `intx` are lines of its functions.
+    pub(crate) fn new(
+        vm: Arc<VmFd>,
+        root: RootBus,
+        console: File,
+        intx: Vec<Intx>,
+        requests: Arc<Requests>,
+    ) -> Self {
+        let sink = SignalMsi { vm, requests: Arc::clone(&requests) };
+        let ioapic = Arc::new(Mutex::new(IoApic::new(sink)));
         let pins = Arc::clone(&ioapic);
         let serial = Mutex::new(Serial::new(console, move || lock(&pins).pulse(SERIAL_GSI)));
-        Self { root, serial, ioapic, power: Mutex::default(), requests, counters: ExitCounters::default() }
+        let counters = ExitCounters::default();
+        Self { root, serial, ioapic, intx, power: Mutex::default(), requests, counters }
+    }
+
+    /// The IOAPIC, for those who raise its lines.
+    pub(crate) fn ioapic(&self) -> SharedIoApic {
+        Arc::clone(&self.ioapic)
+    }
+
+    /// The guest has ended interrupts of these pins, a bit a pin: their devices may interrupt again.
+    fn ended(&self, pins: u32) {
+        for line in self.intx.iter().filter(|line| line.pin < IOAPIC_PINS && pins & 1 << line.pin != 0) {
+            line.unmask();
+        }
     }
 
     /// The exits so far.
@@ -131,7 +179,8 @@ impl Bus for Processor {
         if let Some(offset) = layout::ECAM.offset(address, data.len()) {
             self.0.root.config_write(offset, data);
         } else if let Some(offset) = layout::IOAPIC.offset(address, data.len()) {
-            lock(&self.0.ioapic).write(offset, data);
+            let ended = lock(&self.0.ioapic).write(offset, data);
+            self.0.ended(ended);
         } else {
             self.0.root.memory_write(address, data);
         }
@@ -139,7 +188,8 @@ impl Bus for Processor {
 
     fn end_of_interrupt(&mut self, vector: u8) {
         self.0.counters.other.fetch_add(1, Ordering::Relaxed);
-        lock(&self.0.ioapic).eoi(vector);
+        let ended = lock(&self.0.ioapic).eoi(vector);
+        self.0.ended(ended);
     }
 
     fn other_exit(&mut self) {

@@ -6,14 +6,14 @@ use acpi_tables::{
     Aml, AmlSink,
     aml::{
         AddressSpace, AddressSpaceCacheable, And, Arg, CreateDWordField, Device, EISAName, Else, Equal, IO,
-        If, Interrupt, Local, Method, Name, NotEqual, ONE, Or, Package, Path, ResourceTemplate, Return,
-        Scope, Store, Uuid, ZERO,
+        If, Interrupt, Local, Method, Name, NotEqual, ONE, Or, Package, PackageBuilder, Path,
+        ResourceTemplate, Return, Scope, Store, Uuid, ZERO,
     },
     sdt::Sdt,
 };
 
 use super::{AcpiSpec, OEM_ID, OEM_REVISION, OEM_TABLE_ID, PciHost};
-use crate::{POWER_PORT, POWER_PORTS, SERIAL_GSI, SERIAL_PORT, SERIAL_PORTS, power::SLEEP_TYPE_S5};
+use crate::{POWER_PORT, POWER_PORTS, SERIAL_GSI, SERIAL_PORT, SERIAL_PORTS, intx_gsi, power::SLEEP_TYPE_S5};
 
 const HEADER_SIZE_BYTES: u32 = 36;
 
@@ -63,10 +63,25 @@ fn host_bridge(pci: &PciHost, sink: &mut dyn AmlSink) {
             &Name::new("_BBN".into(), pci.buses.start()),
             &Name::new("_UID".into(), &ZERO),
             &Name::new("_CRS".into(), &ResourceTemplate::new(resources)),
+            &Name::new("_PRT".into(), &interrupt_routes()),
             &OperatingSystemCapabilities,
         ],
     )
     .to_aml_bytes(sink);
+}
+
+/// `_PRT` (ACPI 6.5, 6.2.13): where INTA to INTD of each slot of the root bus go. Level-triggered, as PCI has it.
+fn interrupt_routes() -> PackageBuilder {
+    const ALL_FUNCTIONS: u32 = 0xffff;
+    let mut routes = PackageBuilder::new();
+    for slot in 0..32u8 {
+        for pin in 0..4u8 {
+            let address = u32::from(slot) << 16 | ALL_FUNCTIONS;
+            // No link device: the line is wired to this GSI.
+            routes.add_element(&Package::new(vec![&address, &pin, &ZERO, &intx_gsi(slot, pin)]));
+        }
+    }
+    routes
 }
 
 /// `_OSC` of a PCIe host bridge: grants what is in [`OSC_GRANTED`] and masks the rest.
