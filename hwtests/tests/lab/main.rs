@@ -11,6 +11,7 @@ mod endings;
 mod host_state;
 mod lab;
 mod passthrough;
+mod pools;
 mod refusals;
 mod virtio;
 
@@ -53,6 +54,9 @@ const TESTS: &[LabTest] = &[
     LabTest::new("igb-works-and-comes-back", passthrough::igb_works_and_comes_back),
     LabTest::new("rtl8139-works-by-intx", passthrough::rtl8139_works_by_intx),
     LabTest::new("two-devices-in-one-guest", passthrough::two_devices_in_one_guest),
+    LabTest::new("pool-gives-a-drive-to-one-tenant", pools::pool_gives_a_drive_to_one_tenant),
+    LabTest::new("another-card-is-refused", pools::another_card_is_refused),
+    LabTest::new("operator-keeps-a-drive-back", pools::operator_keeps_a_drive_back),
     // Ends from outside
     LabTest::new("killed-vmm-is-told-and-undone", endings::killed_vmm_is_told_and_undone),
     LabTest::new("recover-undoes-a-killed-run", endings::recover_undoes_a_killed_run),

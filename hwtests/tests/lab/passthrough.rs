@@ -26,7 +26,7 @@ wait_for() { # until $2 is in file $1, 10 s at most
 "#;
 
 /// Reads of 4 KiB, past the guest's page cache.
-const READS: u64 = 4000;
+const READS: u64 = 10_000;
 /// Exits that may differ between two runs for other reasons than reads.
 const EXITS_APART: u64 = 200;
 
@@ -39,6 +39,7 @@ pub(crate) fn drive_works_and_comes_back(ctx: &mut Ctx) -> Result<(), Failure> {
         let script = format!(
             r#"{WORDS}
             wait_for /sys/block/nvme0n1/size 131072
+            n=0; until [ -b /dev/nvme0n1 ] || [ $n = 100 ]; do sleep 0.1; n=$((n + 1)); done
             echo "digest: $(head -c 16777216 /dev/nvme0n1 | sha256sum | cut -d' ' -f1)"
             echo "interrupts-before: $(interrupts nvme0q)"
             dd if=/dev/nvme0n1 of=/dev/null bs=4096 count={reads} iflag=direct 2>&1

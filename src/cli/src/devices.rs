@@ -2,9 +2,10 @@
 
 use std::process::ExitCode;
 
-use casemate_host::{Host, Ledger, PciFunction, assignable};
+use casemate_host::{DeviceState, Host, Ledger, Life, PciFunction, Pools, assignable};
 use casemate_keep::Paths;
-use clap::Args;
+use casemate_spec::{PciAddress, Refusal};
+use clap::{Args, Subcommand};
 use serde::Serialize;
 
 use crate::output::{self, Failure};
@@ -14,6 +15,28 @@ pub(crate) struct Options {
     /// Show bridges too.
     #[arg(long)]
     bridges: bool,
+    /// Tell more of each: the path to the root with what is missing on it, vectors, power, virtual functions.
+    #[arg(long)]
+    details: bool,
+    #[command(subcommand)]
+    command: Option<Command>,
+}
+
+#[derive(Subcommand)]
+enum Command {
+    /// Keep a free device from all guests, until it is freed. The host's driver, if it has one, keeps it.
+    Quarantine {
+        /// Where it sits, as in 0000:03:00.0.
+        address: PciAddress,
+        /// Why, for those who come after.
+        #[arg(long, default_value = "an operator wanted it so")]
+        why: String,
+    },
+    /// Say that a device is sound: its quarantine ends, and the tenant whose guest had it last is forgotten.
+    Free {
+        /// Where it sits, as in 0000:03:00.0.
+        address: PciAddress,
+    },
 }
 
 #[derive(Serialize)]
@@ -22,12 +45,23 @@ struct Line<'a> {
     function: &'a PciFunction,
     assignable: bool,
     why_not: Option<String>,
+    /// What the ledger tells of it; only root can read that.
+    #[serde(flatten)]
+    life: Option<Life>,
+    pool: Option<&'a str>,
     code: Option<&'static str>,
 }
 
 pub(crate) fn devices(paths: &Paths, options: &Options, json: bool) -> Result<ExitCode, Failure> {
     let host = Host::live();
+    match &options.command {
+        Some(Command::Quarantine { address, why }) => return quarantine(paths, &host, *address, why),
+        Some(Command::Free { address }) => return free(paths, *address),
+        None => {}
+    }
     let functions = host.functions()?;
+    let host_file = paths.read_host_file()?;
+    let pools = Pools::new(&host, &functions, &host_file.pools)?;
     // Without root the ledger cannot be read; what is claimed then shows by its driver alone.
     let ledger = Ledger::open(&paths.state).ok();
     let lines: Vec<Line<'_>> = functions
@@ -36,8 +70,11 @@ pub(crate) fn devices(paths: &Paths, options: &Options, json: bool) -> Result<Ex
         .map(|function| {
             let refusal =
                 assignable(&host, &functions, ledger.as_ref(), &whole_group(&functions, function)).err();
+            let life = ledger.as_ref().and_then(|ledger| ledger.lives([function.address]).ok()?.pop());
             Line {
                 function,
+                life,
+                pool: pools.pool_of(function).map(|pool| pool.name.as_str()),
                 assignable: refusal.is_none(),
                 code: refusal.as_ref().map(|refusal| refusal.code),
                 why_not: refusal.map(|refusal| format!("{}; {}", refusal.cause, refusal.remedy)),
@@ -49,12 +86,15 @@ pub(crate) fn devices(paths: &Paths, options: &Options, json: bool) -> Result<Ex
         return Ok(ExitCode::SUCCESS);
     }
     let mut rows = vec![
-        ["ADDRESS", "ID", "DEVICE", "DRIVER", "GROUP +MATES", "RESET", "FOR A GUEST"]
+        ["ADDRESS", "ID", "DEVICE", "DRIVER", "GROUP +MATES", "RESET", "POOL", "STATE", "FOR A GUEST"]
             .map(str::to_owned)
             .to_vec(),
     ];
     rows.extend(lines.iter().map(row));
     output::line(output::table(&rows).trim_end());
+    if options.details {
+        lines.iter().for_each(|line| details(line.function));
+    }
     for line in &lines {
         if let Some(why) = &line.why_not {
             output::line(&format!("{}: {why}", line.function.address));
@@ -63,11 +103,58 @@ pub(crate) fn devices(paths: &Paths, options: &Options, json: bool) -> Result<Ex
     Ok(ExitCode::SUCCESS)
 }
 
+/// A few lines on one function.
+fn details(function: &PciFunction) {
+    let details = &function.details;
+    output::line(&format!("{}:", function.address));
+    for step in &details.path {
+        let missing = match step.acs_missing.as_slice() {
+            [] => String::new(),
+            missing => format!(", without {}", missing.join(", ")),
+        };
+        output::line(&format!("  by {} ({}{missing})", step.address, step.kind));
+    }
+    let mut words =
+        vec![format!("{} MSI-X vectors", details.msix_vectors), format!("{} of MSI", details.msi_vectors)];
+    words.push(if details.intx { "INTx" } else { "no INTx" }.to_owned());
+    words.extend(details.power_state.as_ref().map(|state| format!("power state {state}")));
+    words.extend(function.numa_node.map(|node| format!("NUMA node {node}")));
+    let made = details.virtual_functions;
+    words.extend(details.virtual_functions_most.map(|most| format!("{made} of {most} virtual functions")));
+    words.extend(details.boot_display.then(|| "the boot's display".to_owned()));
+    words.extend(function.serials.iter().map(|serial| format!("serial {serial}")));
+    output::line(&format!("  {}", words.join(", ")));
+}
+
+fn quarantine(paths: &Paths, host: &Host, address: PciAddress, why: &str) -> Result<ExitCode, Failure> {
+    let functions = host.functions()?;
+    let function = functions.iter().find(|function| function.address == address).ok_or_else(|| {
+        let remedy = "casemate devices shows what there is";
+        Refusal::new("device-missing", address, "there is no such PCI device on this host", remedy)
+    })?;
+    Ledger::open(&paths.state)?.quarantine(address, (function.vendor, function.device), why)?;
+    output::line(&format!(
+        "{address} is in quarantine: no guest gets it until casemate devices free {address}"
+    ));
+    Ok(ExitCode::SUCCESS)
+}
+
+fn free(paths: &Paths, address: PciAddress) -> Result<ExitCode, Failure> {
+    let life = Ledger::open(&paths.state)?.pardon(address)?;
+    if life.state == DeviceState::Quarantined {
+        let why = life.why.unwrap_or_default();
+        output::line(&format!("{address} is out of quarantine, where it was because: {why}"));
+    }
+    if let Some(tenant) = life.last_tenant {
+        output::line(&format!("{address} may go to any tenant; {tenant} had it last"));
+    }
+    Ok(ExitCode::SUCCESS)
+}
+
 /// The function with those of its group that a guest would have to get with it.
-fn whole_group(functions: &[PciFunction], function: &PciFunction) -> Vec<casemate_spec::PciAddress> {
-    let mate = |address: &&casemate_spec::PciAddress| {
-        functions.iter().any(|other| other.address == **address && !other.is_bridge)
-    };
+fn whole_group(functions: &[PciFunction], function: &PciFunction) -> Vec<PciAddress> {
+    let mate =
+        |address: &&PciAddress| functions.iter().any(|other| other.address == **address && !other.is_bridge);
     std::iter::once(function.address).chain(function.group_mates.iter().filter(mate).copied()).collect()
 }
 
@@ -97,6 +184,8 @@ fn row(line: &Line<'_>) -> Vec<String> {
         function.driver.clone().unwrap_or_else(|| "-".into()),
         group,
         resets,
+        line.pool.unwrap_or("-").to_owned(),
+        line.life.as_ref().map_or_else(|| "?".to_owned(), |life| life.state.to_string()),
         line.code.map_or_else(|| "yes".to_owned(), |code| format!("no: {code}")),
     ]
 }

@@ -43,6 +43,9 @@ struct Arguments {
     /// Where the ledger of claimed devices is kept.
     #[arg(long, global = true, env = "CASEMATE_STATE", hide_env_values = true, value_name = "FOLDER")]
     state: Option<PathBuf>,
+    /// The host file, with the pools of devices [default: /etc/casemate/host.toml if there is one].
+    #[arg(long, global = true, env = "CASEMATE_HOST_CONFIG", hide_env_values = true, value_name = "FILE")]
+    host_config: Option<PathBuf>,
     /// The program that runs in a cell [default: casemate-vmm beside this program].
     #[arg(long, global = true, env = "CASEMATE_VMM", hide_env_values = true, value_name = "PROGRAM")]
     vmm: Option<PathBuf>,
@@ -108,6 +111,7 @@ fn paths(arguments: &Arguments) -> Result<Paths, Failure> {
     let choices = [
         (&arguments.cache, &mut paths.cache),
         (&arguments.state, &mut paths.state),
+        (&arguments.host_config, &mut paths.host_file),
         (&arguments.vmm, &mut paths.vmm),
         (&arguments.policy_compiler, &mut paths.policy_compiler),
     ];

@@ -10,7 +10,7 @@ use std::{
 use casemate_spec::{PciAddress, Refusal};
 
 use crate::{
-    Returned,
+    DeviceState, Returned,
     config::{COMMAND, COMMAND_BUS_MASTER, CONFIG_BYTES_MAX, ConfigSnapshot},
     driver, give_back,
     host::{Host, read_bytes},
@@ -124,6 +124,8 @@ impl Claim {
     ///
     /// Nothing here fails as a whole: what went wrong with a function stands in its [`Returned`].
     pub fn release(self, host: &Host, ledger: &Ledger) -> Vec<Returned> {
+        let addresses: Vec<PciAddress> = self.devices.iter().map(|device| device.address).collect();
+        let taken_back = give_back::take_back(ledger, &self.owner, &addresses);
         let proofs = self
             .devices
             .into_iter()
@@ -132,7 +134,11 @@ impl Claim {
         // Devices are closed by now; the container goes last, and its DMA maps with it.
         drop(self.groups);
         drop(self.container);
-        give_back::settle(host, ledger, &self.owner, proofs)
+        let mut returned = give_back::settle(host, ledger, &self.owner, proofs);
+        if let Err(refusal) = taken_back {
+            returned.iter_mut().for_each(|device| give_back::add_error(device, &refusal));
+        }
+        returned
     }
 }
 
@@ -193,6 +199,8 @@ impl DeviceRecord {
             former_driver: function.driver.clone(),
             driver_override: driver::driver_override(host, address),
             reset_method: function.reset_methods.first().cloned().unwrap_or_default(),
+            // It was judged to be free.
+            state: DeviceState::Claimed,
             config,
         })
     }
@@ -360,11 +368,10 @@ fn undo(host: &Host, ledger: &Ledger, owner: &Owner, records: Vec<DeviceRecord>)
     for record in records.into_iter().rev() {
         if let Err(not_returned) = driver::give_back(host, &record) {
             whys.push(format!("{}: {}", record.address, not_returned.why));
-            kept.extend(not_returned.still_ours.then_some(record));
+            kept.extend(not_returned.still_ours.then_some(record.address));
         }
     }
-    kept.reverse();
-    if let Err(refusal) = ledger.update(|book| book.keep_only(owner, kept)) {
+    if let Err(refusal) = ledger.change(|book| book.let_go(owner, &kept)) {
         whys.push(refusal.to_string());
     }
     if whys.is_empty() { Ok(()) } else { Err(whys.join("; ")) }

@@ -28,6 +28,40 @@ const CAP_MSIX: u8 = 0x11;
 #[serde(try_from = "String", into = "String")]
 pub struct ConfigSnapshot(Vec<u8>);
 
+/// What a function is in the PCI Express fabric.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(crate) enum PortType {
+    RootPort,
+    UpstreamPort,
+    DownstreamPort,
+    BridgeToPci,
+    Endpoint,
+    /// In the root complex.
+    Integrated,
+    /// Without PCI Express.
+    Conventional,
+    Other,
+    /// Its capabilities can't be read.
+    Unreadable,
+}
+
+impl PortType {
+    /// For people.
+    pub(crate) fn words(self) -> &'static str {
+        match self {
+            Self::RootPort => "root port",
+            Self::UpstreamPort => "upstream port",
+            Self::DownstreamPort => "downstream port",
+            Self::BridgeToPci => "bridge to PCI",
+            Self::Endpoint => "endpoint",
+            Self::Integrated => "integrated endpoint",
+            Self::Conventional => "conventional PCI",
+            Self::Other => "unknown",
+            Self::Unreadable => "unreadable",
+        }
+    }
+}
+
 /// A capability: where it is and what.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 struct Capability {
@@ -130,6 +164,71 @@ impl ConfigSnapshot {
             set(offset, &[0xff; 4]);
         }
         mask
+    }
+
+    /// The offset of a standard capability.
+    fn capability(&self, id: u8) -> Option<usize> {
+        self.capabilities().into_iter().find(|capability| capability.id == id).map(|found| found.offset)
+    }
+
+    /// The offset of an extended capability.
+    fn extended(&self, id: u16) -> Option<usize> {
+        self.extended_capabilities().into_iter().find(|offset| self.word(*offset) == id)
+    }
+
+    /// Vectors of MSI-X; 0 without.
+    pub(crate) fn msix_vectors(&self) -> u16 {
+        self.capability(CAP_MSIX).map_or(0, |offset| (self.word(offset + 2) & 0x7ff) + 1)
+    }
+
+    /// Vectors of MSI, a power of two; 0 without.
+    pub(crate) fn msi_vectors(&self) -> u16 {
+        self.capability(CAP_MSI).map_or(0, |offset| 1 << (self.word(offset + 2) >> 1 & 7))
+    }
+
+    /// Whether there is an interrupt pin.
+    pub(crate) fn has_intx(&self) -> bool {
+        self.byte(0x3d) != 0
+    }
+
+    /// Whether its device has more functions.
+    pub(crate) fn is_multifunction(&self) -> bool {
+        self.byte(0x0e) & 0x80 != 0
+    }
+
+    /// The control register of Access Control Services, where the function has them.
+    pub(crate) fn acs_control(&self) -> Option<u16> {
+        const CAP_ACS: u16 = 0x000d;
+        self.extended(CAP_ACS).map(|offset| self.word(offset + 6))
+    }
+
+    /// What it is in the fabric (PCI Express base 7.5.3.2).
+    pub(crate) fn port_type(&self) -> PortType {
+        if self.0.len() <= HEADER_BYTES {
+            return PortType::Unreadable;
+        }
+        match self.capability(CAP_EXPRESS).map(|offset| self.word(offset + 2) >> 4 & 0xf) {
+            None => PortType::Conventional,
+            Some(0 | 1) => PortType::Endpoint,
+            Some(4) => PortType::RootPort,
+            Some(5) => PortType::UpstreamPort,
+            Some(6) => PortType::DownstreamPort,
+            Some(7 | 8) => PortType::BridgeToPci,
+            Some(9 | 10) => PortType::Integrated,
+            Some(_) => PortType::Other,
+        }
+    }
+
+    /// The number of the Device Serial Number capability; all zeros and all ones are none.
+    pub(crate) fn serial_number(&self) -> Option<u64> {
+        const CAP_SERIAL_NUMBER: u16 = 0x0003;
+        let offset = self
+            .extended_capabilities()
+            .into_iter()
+            .find(|offset| self.word(*offset) == CAP_SERIAL_NUMBER)?;
+        let words = [10, 8, 6, 4].map(|word| u64::from(self.word(offset + word)));
+        let number = words.iter().fold(0, |number, word| number << 16 | word);
+        (number != 0 && number != u64::MAX).then_some(number)
     }
 
     /// The standard list. Ends at a link that points out of bounds or back.

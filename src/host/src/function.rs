@@ -6,7 +6,7 @@ use casemate_spec::{PciAddress, Refusal};
 use serde::Serialize;
 
 use crate::{
-    Use, block,
+    Details, Use, block,
     host::{Host, attribute, hex_attribute, link_name, names, pci_parent, read_text},
     mountinfo, network, pci_ids,
 };
@@ -37,6 +37,10 @@ pub struct PciFunction {
     pub class_name: String,
     /// The driver it is bound to.
     pub driver: Option<String>,
+    /// Serial numbers that it tells; empty where there are none, or they can't be read.
+    pub serials: Vec<String>,
+    /// The physical function that makes it, when it is a virtual one.
+    pub physical_function: Option<PciAddress>,
     /// Its IOMMU group; `None` when no IOMMU translates for it.
     pub iommu_group: Option<u32>,
     /// The other functions of its group, sorted.
@@ -49,6 +53,8 @@ pub struct PciFunction {
     pub is_bridge: bool,
     /// Its BARs that have a size, without the ROM.
     pub bars: Vec<Bar>,
+    /// What else an operator asks of it.
+    pub details: Details,
     /// Why the host needs it; empty when it doesn't.
     pub uses: Vec<Use>,
 }
@@ -79,7 +85,7 @@ pub struct Bar {
 }
 
 impl Host {
-    /// All PCI functions, sorted by address, with what each is used for.
+    /// All PCI functions, sorted by address, with names, serial numbers, and what each is used for.
     ///
     /// # Errors
     /// `host-no-pci` when there is no PCI in sysfs; `host-unreadable` when the tables that tell what is in use cannot
@@ -87,10 +93,14 @@ impl Host {
     pub fn functions(&self) -> Result<Vec<PciFunction>, Refusal> {
         let mut functions = self.survey()?;
         self.name(&mut functions);
+        for function in &mut functions {
+            function.serials = self.serials(function.address);
+            function.details = self.details(function.address);
+        }
         Ok(functions)
     }
 
-    /// The same without names.
+    /// The same without names and serial numbers.
     pub(crate) fn survey(&self) -> Result<Vec<PciFunction>, Refusal> {
         let devices = self.path("sys/bus/pci/devices");
         if !devices.is_dir() {
@@ -134,12 +144,15 @@ impl Host {
             device_name: String::new(),
             class_name: String::new(),
             driver: link_name(directory.join("driver")),
+            serials: Vec::new(),
+            physical_function: link_name(directory.join("physfn")).and_then(|name| name.parse().ok()),
             iommu_group,
             group_mates: mates.filter(|mate| *mate != address).collect(),
             reset_methods: reset_methods(&attribute(directory.join("reset_method")).unwrap_or_default()),
             numa_node: attribute(directory.join("numa_node")).and_then(|node| node.parse().ok()),
             is_bridge: class >> 16 == 0x06,
             bars: parse_bars(&resource),
+            details: Details::default(),
             uses: Vec::new(),
         })
     }

@@ -4,7 +4,7 @@
 
 use std::os::fd::OwnedFd;
 
-use casemate_spec::PciAddress;
+use casemate_spec::{PciAddress, Refusal};
 use serde::Serialize;
 
 use crate::{
@@ -13,6 +13,7 @@ use crate::{
     driver,
     host::Host,
     ledger::{DeviceRecord, Ledger, Owner, Quarantined},
+    life::Move,
     sys::vfio,
 };
 
@@ -85,6 +86,18 @@ impl Proof {
     }
 }
 
+/// Writes down that the guest has these no longer, before anything is done about them.
+pub(crate) fn take_back(ledger: &Ledger, owner: &Owner, addresses: &[PciAddress]) -> Result<(), Refusal> {
+    ledger
+        .change(|book| addresses.iter().try_for_each(|address| book.advance(owner, *address, Move::TakeBack)))
+}
+
+/// Adds to what went wrong.
+pub(crate) fn add_error(returned: &mut Returned, error: &Refusal) {
+    let text = returned.error.take().map_or_else(|| error.to_string(), |first| format!("{first}; {error}"));
+    returned.error = Some(text);
+}
+
 /// Silences, resets and looks at a function through VFIO. Its descriptor is still open, so nothing else can have it.
 pub(crate) fn prove(host: &Host, record: DeviceRecord, fd: &OwnedFd) -> Proof {
     vfio::disable_interrupts(fd);
@@ -127,9 +140,18 @@ pub(crate) fn prove(host: &Host, record: DeviceRecord, fd: &OwnedFd) -> Proof {
 pub(crate) fn settle(host: &Host, ledger: &Ledger, owner: &Owner, proofs: Vec<Proof>) -> Vec<Returned> {
     let mut proofs = condemn_groups(proofs);
     let quarantined: Vec<Quarantined> = proofs.iter().filter_map(|proof| proof.quarantine(owner)).collect();
-    let written = ledger.update(|book| {
+    let written = ledger.change(|book| {
+        for proof in &proofs {
+            let made = match (&proof.next, &proof.returned.reset) {
+                (Next::Quarantine(_), _) => Move::Condemn,
+                (Next::GiveBack, Ok(())) => Move::Prove,
+                _ => continue,
+            };
+            book.advance(owner, proof.record.address, made)?;
+        }
         book.quarantined.retain(|old| quarantined.iter().all(|new| new.address != old.address));
         book.quarantined.extend(quarantined);
+        Ok(())
     });
     let mut kept = Vec::new();
     for proof in &mut proofs {
@@ -138,7 +160,7 @@ pub(crate) fn settle(host: &Host, ledger: &Ledger, owner: &Owner, proofs: Vec<Pr
             (Next::GiveBack, _) => match driver::give_back(host, &proof.record) {
                 Ok(driver) => proof.returned.returned_to = driver,
                 Err(not_returned) => {
-                    kept.extend(not_returned.still_ours.then(|| proof.record.clone()));
+                    kept.extend(not_returned.still_ours.then_some(proof.record.address));
                     proof.returned.error = Some(not_returned.why);
                 }
             },
@@ -147,11 +169,11 @@ pub(crate) fn settle(host: &Host, ledger: &Ledger, owner: &Owner, proofs: Vec<Pr
             (Next::Quarantine(why), Err(refusal)) => {
                 proof.returned.error =
                     Some(format!("{why}; and its quarantine could not be written down: {refusal}"));
-                kept.push(proof.record.clone());
+                kept.push(proof.record.address);
             }
         }
     }
-    let ended = ledger.update(|book| book.keep_only(owner, kept));
+    let ended = ledger.change(|book| book.let_go(owner, &kept));
     let mut returned: Vec<Returned> = proofs.into_iter().map(|proof| proof.returned).collect();
     if let Err(refusal) = ended {
         for returned in returned.iter_mut().filter(|returned| returned.error.is_none()) {
@@ -208,6 +230,8 @@ mod tests {
         let records = vec![record("0000:01:00.0", 8), record("0000:01:00.1", 8), home.clone()];
         let entry = entry("web", records.clone());
         ledger.update(|book| book.entries.push(entry.clone())).unwrap();
+        take_back(&ledger, &entry.owner, &records.iter().map(|record| record.address).collect::<Vec<_>>())
+            .unwrap();
 
         let proofs = vec![
             proof(records[0].clone(), Some("its reset failed")),

@@ -130,8 +130,11 @@ fn is_free(host: &Host, book: &Book, function: &PciFunction) -> Result<(), Refus
         return Err(Refusal::new(
             "device-quarantined",
             address,
-            format!("{which} did not prove clean after guest {} had it: {}", device.guest, device.why),
-            "power-cycle the device, then free it from quarantine",
+            match device.guest.as_str() {
+                "" => format!("an operator keeps {which} from guests: {}", device.why),
+                guest => format!("{which} did not prove clean after guest {guest} had it: {}", device.why),
+            },
+            format!("power-cycle the device, then casemate devices free {}", device.address),
         ));
     }
     let holds = |entry: &&Entry| entry.devices.iter().any(|device| is_mate(device.address));

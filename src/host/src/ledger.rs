@@ -17,7 +17,7 @@ use casemate_spec::{PciAddress, Refusal};
 use rustix::fs::{FlockOperation, flock};
 use serde::{Deserialize, Serialize};
 
-use crate::{Host, config::ConfigSnapshot, host::read_bytes, process::Process};
+use crate::{DeviceState, Host, config::ConfigSnapshot, host::read_bytes, life::Move, process::Process};
 
 const VERSION: u32 = 1;
 /// An entry is some 10 KB a device; a host has hundreds of functions at most.
@@ -65,6 +65,16 @@ pub struct Quarantined {
     pub why: String,
 }
 
+/// Which tenant had a device last. It outlives the claim.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+pub(crate) struct LastTenant {
+    pub(crate) address: PciAddress,
+    /// With the IDs: another card at the address has had no tenant.
+    pub(crate) vendor: u16,
+    pub(crate) device: u16,
+    pub(crate) tenant: String,
+}
+
 /// One taken device: what it was before anything was touched.
 #[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
 pub(crate) struct DeviceRecord {
@@ -77,6 +87,8 @@ pub(crate) struct DeviceRecord {
     pub(crate) driver_override: Option<String>,
     /// The method that the kernel tries first.
     pub(crate) reset_method: String,
+    #[serde(default)]
+    pub(crate) state: DeviceState,
     /// Config space as first seen; a host driver may have had bus mastering and messages on.
     pub(crate) config: ConfigSnapshot,
 }
@@ -98,6 +110,8 @@ pub(crate) struct Book {
     version: u32,
     pub(crate) entries: Vec<Entry>,
     pub(crate) quarantined: Vec<Quarantined>,
+    #[serde(default)]
+    pub(crate) tenants: Vec<LastTenant>,
 }
 
 impl Book {
@@ -105,14 +119,27 @@ impl Book {
         self.entries.iter_mut().find(|entry| entry.owner == *owner)
     }
 
-    /// Leaves the owner only these devices, for [`recover`](crate::recover) to try again, in the same process too; no
-    /// entry when there are none.
-    pub(crate) fn keep_only(&mut self, owner: &Owner, devices: Vec<DeviceRecord>) {
+    /// Lets go of the owner's devices but for those at `kept`, which [`recover`](crate::recover) tries again, in the same
+    /// process too; no entry stays when there are none.
+    pub(crate) fn let_go(&mut self, owner: &Owner, kept: &[PciAddress]) -> Result<(), Refusal> {
+        let Some(entry) = self.entry(owner) else { return Ok(()) };
+        let going = entry.devices.iter().filter(|device| !kept.contains(&device.address));
+        let going: Vec<_> = going.map(|device| (device.address, device.state)).collect();
+        for (address, state) in going {
+            let made = match state {
+                DeviceState::Quarantined => continue,
+                DeviceState::Claimed => Move::Undo,
+                DeviceState::Verified => Move::GiveBack,
+                _ => Move::Restart,
+            };
+            self.advance(owner, address, made)?;
+        }
         if let Some(entry) = self.entry(owner) {
-            entry.devices = devices;
+            entry.devices.retain(|device| kept.contains(&device.address));
             entry.recovering = true;
         }
         self.entries.retain(|entry| entry.owner != *owner || !entry.devices.is_empty());
+        Ok(())
     }
 }
 
@@ -152,24 +179,38 @@ impl Ledger {
         })
     }
 
+    /// Writes down that the guest gets the owner's devices, before it does, and whose guest it is: a pool may keep a device
+    /// from other tenants afterwards.
+    ///
+    /// # Errors
+    /// `ledger-no-entry` when `owner` has no claim, `device-state` when it has it no longer or already, `ledger-*`.
+    pub fn attach(&self, owner: &Owner, tenant: &str) -> Result<(), Refusal> {
+        self.change(|book| {
+            let entry = book.entry(owner).ok_or_else(|| {
+                Refusal::new("ledger-no-entry", &owner.guest, "it has no claim", "start the guest again")
+            })?;
+            let had = |device: &DeviceRecord| LastTenant {
+                address: device.address,
+                vendor: device.vendor,
+                device: device.device,
+                tenant: tenant.to_owned(),
+            };
+            let new: Vec<LastTenant> = entry.devices.iter().map(had).collect();
+            for device in &new {
+                book.advance(owner, device.address, Move::Attach)?;
+            }
+            book.tenants.retain(|old| new.iter().all(|new| new.address != old.address));
+            book.tenants.extend(new);
+            Ok(())
+        })
+    }
+
     /// Devices in quarantine.
     ///
     /// # Errors
     /// `ledger-unusable`, `ledger-damaged`.
     pub fn quarantined(&self) -> Result<Vec<Quarantined>, Refusal> {
         Ok(self.read()?.quarantined)
-    }
-
-    /// Ends a device's quarantine on an operator's word. `false` when it was not in any.
-    ///
-    /// # Errors
-    /// `ledger-unusable`, `ledger-damaged`, `ledger-busy`.
-    pub fn free_quarantined(&self, address: PciAddress) -> Result<bool, Refusal> {
-        self.change(|book| {
-            let before = book.quarantined.len();
-            book.quarantined.retain(|device| device.address != address);
-            Ok(book.quarantined.len() != before)
-        })
     }
 
     /// The content now. No lock is needed: the file is replaced as a whole.
@@ -205,6 +246,7 @@ impl Ledger {
     }
 
     /// A change that cannot fail by itself.
+    #[cfg(test)]
     pub(crate) fn update(&self, change: impl FnOnce(&mut Book)) -> Result<(), Refusal> {
         self.change(|book| {
             change(book);
@@ -288,6 +330,7 @@ pub(crate) mod tests {
             former_driver: Some("e1000e".into()),
             driver_override: None,
             reset_method: "pm".into(),
+            state: DeviceState::Attached,
             config,
         }
     }
@@ -350,17 +393,5 @@ pub(crate) mod tests {
             }
         });
         assert_eq!(ledger.read().unwrap().entries.len(), 8);
-    }
-
-    #[test]
-    fn quarantine_ends_by_an_operators_word() {
-        let directory = tempfile::tempdir().unwrap();
-        let ledger = Ledger::open(directory.path()).unwrap();
-        let address = at("0000:01:00.0");
-        let device = Quarantined { address, vendor: 1, device: 2, guest: "web".into(), why: "reset".into() };
-        ledger.update(|book| book.quarantined.push(device.clone())).unwrap();
-        assert_eq!(ledger.quarantined().unwrap(), [device]);
-        assert!(ledger.free_quarantined(address).unwrap());
-        assert!(!ledger.free_quarantined(address).unwrap());
     }
 }

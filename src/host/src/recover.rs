@@ -83,7 +83,7 @@ fn undo(host: &Host, ledger: &Ledger, owner: Owner, entry: Entry) -> Recovered {
             }
         }
     }
-    match prove_all(host, entry.devices) {
+    match prove_all(host, ledger, &now, entry.devices) {
         Ok(proofs) => recovered.devices = give_back::settle(host, ledger, &now, proofs),
         Err(refusal) => recovered.error = Some(refusal.to_string()),
     }
@@ -91,7 +91,12 @@ fn undo(host: &Host, ledger: &Ledger, owner: Owner, entry: Entry) -> Recovered {
 }
 
 /// Opens all that a guest may have had and proves it; what no guest had needs no proof.
-fn prove_all(host: &Host, records: Vec<DeviceRecord>) -> Result<Vec<Proof>, Refusal> {
+fn prove_all(
+    host: &Host,
+    ledger: &Ledger,
+    owner: &Owner,
+    records: Vec<DeviceRecord>,
+) -> Result<Vec<Proof>, Refusal> {
     let mut proofs = Vec::new();
     let mut used = Vec::new();
     for record in records.iter() {
@@ -111,6 +116,8 @@ fn prove_all(host: &Host, records: Vec<DeviceRecord>) -> Result<Vec<Proof>, Refu
     if used.is_empty() {
         return Ok(proofs);
     }
+    let addresses: Vec<_> = used.iter().map(|record| record.address).collect();
+    give_back::take_back(ledger, owner, &addresses)?;
     driver::load_vfio(host)?;
     for record in &used {
         driver::bind_vfio(host, record.address)?;

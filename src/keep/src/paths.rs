@@ -1,11 +1,18 @@
 //! Where Casemate keeps its things on a host.
 
 use std::{
-    env, io,
+    env,
+    fs::File,
+    io::{self, Read},
     path::{Path, PathBuf},
 };
 
-use casemate_spec::Refusal;
+use casemate_spec::{HostFile, Refusal, parse_host};
+
+/// Where the host file is by default.
+const HOST_FILE: &str = "/etc/casemate/host.toml";
+/// For [`parse_host`] to refuse what is longer.
+const HOST_FILE_BYTES_MAX: u64 = 1 << 20;
 
 /// The folders and programs that the keep uses.
 #[derive(Clone, Debug)]
@@ -18,6 +25,8 @@ pub struct Paths {
     pub runtime: PathBuf,
     /// The cgroup under which cells get theirs.
     pub cgroup: PathBuf,
+    /// What the operator says of this host: pools of devices. Without the file there are none.
+    pub host_file: PathBuf,
     /// The program that runs in a cell.
     pub vmm: PathBuf,
     /// The program that compiles policies.
@@ -42,9 +51,32 @@ impl Paths {
             cache: "/var/cache/casemate/policies".into(),
             runtime: "/run/casemate".into(),
             cgroup: "/sys/fs/cgroup/casemate".into(),
+            host_file: HOST_FILE.into(),
             vmm: beside.join("casemate-vmm"),
             policy_compiler: beside.join("casemate-policy-compiler"),
         })
+    }
+
+    /// Reads the host file. Where none is at the usual place, there are no pools.
+    ///
+    /// # Errors
+    /// `file-unreadable`, and all of [`parse_host`].
+    pub fn read_host_file(&self) -> Result<HostFile, Refusal> {
+        let mut text = String::new();
+        let read = File::open(&self.host_file)
+            .and_then(|file| file.take(HOST_FILE_BYTES_MAX).read_to_string(&mut text));
+        match read {
+            Ok(_) => parse_host(&self.host_file, &text),
+            Err(error)
+                if error.kind() == io::ErrorKind::NotFound && self.host_file == Path::new(HOST_FILE) =>
+            {
+                Ok(HostFile::default())
+            }
+            Err(error) => {
+                let remedy = "name a host file that can be read; docs/host-file.md shows every key";
+                Err(Refusal::new("file-unreadable", self.host_file.display(), error, remedy))
+            }
+        }
     }
 
     /// Makes the folder for sockets and locks.

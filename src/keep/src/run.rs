@@ -10,8 +10,8 @@ use std::{
 
 use casemate_filters::Role;
 use casemate_host::{
-    Claim, ClaimRequest, Host, Ledger, Owner, PciFunction, Tap, TapRequest, assignable, claim, open_image,
-    open_initrd, open_kernel,
+    Choice, Claim, ClaimRequest, Host, Ledger, Owner, PciFunction, Pools, Tap, TapRequest, assignable, claim,
+    open_image, open_initrd, open_kernel,
 };
 use casemate_spec::{LIMITS, Located, PciAddress, Refusal, parse_guest};
 
@@ -68,8 +68,9 @@ pub fn run(
     tell: &mut dyn FnMut(Step),
 ) -> Result<Report, Refusals> {
     // Read.
-    let located = parse_guest(options.file, &read_guest_file(options.file)?)?;
+    let mut located = parse_guest(options.file, &read_guest_file(options.file)?)?;
     require_root()?;
+    let host_file = paths.read_host_file()?;
     let host = Host::live();
     let ledger = Ledger::open(&paths.state)?;
     for recovered in casemate_host::recover(&host, &ledger)? {
@@ -80,8 +81,9 @@ pub fn run(
     let functions = host.functions()?;
 
     // Judge.
-    let addresses: Vec<PciAddress> = located.guest.devices.iter().map(|device| device.address).collect();
-    judge_devices(&located, &host, &functions, &ledger, &addresses)?;
+    judge_devices(&located, &host, &functions, &ledger)?;
+    choose_devices(&mut located, &Pools::new(&host, &functions, &host_file.pools)?, &ledger)?;
+    let addresses = judge_devices(&located, &host, &functions, &ledger)?;
 
     // Authorise.
     let policy = admission::ask(paths, options.policy, &located, &images, &functions)?;
@@ -230,21 +232,46 @@ fn judge_devices(
     host: &Host,
     functions: &[PciFunction],
     ledger: &Ledger,
-    addresses: &[PciAddress],
-) -> Result<(), Refusal> {
+) -> Result<Vec<PciAddress>, Refusal> {
+    let devices = &located.guest.devices;
+    let addresses: Vec<PciAddress> = devices.iter().map(|device| device.address).collect();
     if addresses.is_empty() {
-        return Ok(());
+        return Ok(addresses);
     }
-    assignable(host, functions, Some(ledger), addresses).map_err(|refusal| at_device(located, refusal))
+    assignable(host, functions, Some(ledger), &addresses).map_err(|refusal| at_device(located, refusal))?;
+    for device in devices {
+        if let Some(function) = functions.iter().find(|function| function.address == device.address) {
+            function
+                .is_the_one(&device.pin)
+                .map_err(|refusal| refusal.at(located.device_location(device.table)))?;
+        }
+    }
+    Ok(addresses)
+}
+
+/// Takes the place of each pool that the guest names by a device of it.
+fn choose_devices(located: &mut Located, pools: &Pools<'_>, ledger: &Ledger) -> Result<(), Refusal> {
+    let guest = &located.guest;
+    let named: Vec<PciAddress> = guest.devices.iter().map(|device| device.address).collect();
+    let choice = Choice { tenant: guest.tenant.as_str(), named: &named, pooled: &guest.pooled };
+    let chosen = pools.choose(ledger, &choice).map_err(|refusal| {
+        let pool = guest.pooled.iter().find(|pooled| pooled.pool.as_str() == refusal.subject);
+        match pool {
+            Some(pooled) => refusal.at(located.device_location(pooled.table)),
+            None => at_device(located, refusal),
+        }
+    })?;
+    located.choose(chosen);
+    Ok(())
 }
 
 /// A device's refusal, told where the device stands in the guest's file.
 fn at_device(located: &Located, refusal: Refusal) -> Refusal {
     let devices = &located.guest.devices;
-    let named = devices.iter().position(|device| refusal.subject.contains(&device.address.to_string()));
+    let named = devices.iter().find(|device| refusal.subject.contains(&device.address.to_string()));
     // A refusal that names none of them, as one of the whole host's, stands at the first.
-    let key = format!("device[{}].address", named.unwrap_or(0));
-    refusal.at(located.location(&key))
+    let table = named.or(devices.first()).map_or(0, |device| device.table);
+    refusal.at(located.device_location(table))
 }
 
 fn take_devices(
@@ -259,8 +286,12 @@ fn take_devices(
     }
     tell(Step::Claiming { devices: addresses.clone() });
     let owner = Owner::this_process(located.guest.name.as_str())?;
-    let claim = claim(host, ledger, ClaimRequest { owner, addresses })
+    let claim = claim(host, ledger, ClaimRequest { owner: owner.clone(), addresses })
         .map_err(|refusal| at_device(located, refusal))?;
+    if let Err(refusal) = ledger.attach(&owner, located.guest.tenant.as_str()) {
+        claim.release(host, ledger);
+        return Err(refusal);
+    }
     let devices = claim.devices.iter();
     tell(Step::Claimed {
         devices: devices

@@ -10,7 +10,11 @@ use std::{
 use serde::Deserialize;
 use toml::Spanned;
 
-use crate::{ByteSize, Location, PciAddress, Refusal, locate::locate};
+use crate::{
+    ByteSize, DevicePin, Location, PciAddress, Refusal,
+    device::{RawDevice, Wanted},
+    locate::locate,
+};
 
 /// What a guest file may ask for at most. The host may have less: that is for admission to say.
 #[derive(Clone, Copy, Debug)]
@@ -94,6 +98,8 @@ pub struct Guest {
     pub nets: Vec<Net>,
     /// Assigned PCI functions, in the order of their slots.
     pub devices: Vec<Assigned>,
+    /// Functions that are still to be chosen from pools; each becomes one of `devices`.
+    pub pooled: Vec<Pooled>,
 }
 
 /// What a guest boots. Paths are as written; relative ones count from the guest file's folder.
@@ -128,10 +134,23 @@ pub struct Net {
 }
 
 /// A physical PCI function to be assigned.
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+#[derive(Clone, Debug, PartialEq, Eq)]
 pub struct Assigned {
     /// Its address on the host.
     pub address: PciAddress,
+    /// What must be found there.
+    pub pin: DevicePin,
+    /// Which table `[[device]]` asked for it, counted from 0.
+    pub table: usize,
+}
+
+/// A PCI function to be chosen.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct Pooled {
+    /// The pool of the host's that it comes from.
+    pub pool: Name,
+    /// Which table `[[device]]` asks for it, counted from 0.
+    pub table: usize,
 }
 
 /// A guest with the places where its values were written.
@@ -147,6 +166,22 @@ impl Located {
     /// Where the value of `key` (`boot.kernel`, `device[0].address`) was written; its file alone when it was not.
     pub fn location(&self, key: &str) -> Option<Location> {
         self.lines.get(key).cloned()
+    }
+    /// Where a device was asked for: its address or its pool.
+    pub fn device_location(&self, table: usize) -> Option<Location> {
+        let key = |name: &str| self.location(&format!("device[{table}].{name}"));
+        key("address").or_else(|| key("pool"))
+    }
+    /// Puts chosen functions among the devices, where the file asked for them. Nothing is left to be chosen then.
+    pub fn choose(&mut self, chosen: impl IntoIterator<Item = (Pooled, PciAddress)>) {
+        let chosen = chosen.into_iter();
+        self.guest.devices.extend(chosen.map(|(pooled, address)| Assigned {
+            address,
+            pin: DevicePin::default(),
+            table: pooled.table,
+        }));
+        self.guest.devices.sort_by_key(|device| device.table);
+        self.guest.pooled.clear();
     }
     /// The guest file.
     pub fn file(&self) -> &Path {
@@ -198,12 +233,6 @@ struct RawNet {
     mac: Option<Spanned<String>>,
 }
 
-#[derive(Deserialize)]
-#[serde(deny_unknown_fields)]
-struct RawDevice {
-    address: Spanned<String>,
-}
-
 /// Reads a guest file's text.
 ///
 /// # Errors
@@ -223,7 +252,7 @@ pub fn parse_guest(file: &Path, source: &str) -> Result<Located, Refusal> {
     Ok(Located { guest, file: file.to_owned(), lines: reader.lines })
 }
 
-fn malformed(file: &Path, source: &str, error: &toml::de::Error) -> Refusal {
+pub(crate) fn malformed(file: &Path, source: &str, error: &toml::de::Error) -> Refusal {
     let location = error.span().map(|span| locate(file, source, span.start));
     let text = error.message().replace('\n', " ");
     let (code, remedy) = if text.starts_with("unknown field") {
@@ -237,7 +266,7 @@ fn malformed(file: &Path, source: &str, error: &toml::de::Error) -> Refusal {
     Refusal::new(code, subject, text, remedy).at(location)
 }
 
-struct Reader<'a> {
+pub(crate) struct Reader<'a> {
     file: &'a Path,
     source: &'a str,
     lines: BTreeMap<String, Location>,
@@ -245,7 +274,7 @@ struct Reader<'a> {
 
 impl Reader<'_> {
     /// Notes where a value stands and gives its location.
-    fn note<T>(&mut self, value: &Spanned<T>) -> Location {
+    pub(crate) fn note<T>(&mut self, value: &Spanned<T>) -> Location {
         let location = locate(self.file, self.source, value.span().start);
         self.lines.insert(location.key.clone(), location.clone());
         location
@@ -263,9 +292,16 @@ impl Reader<'_> {
         let disks = raw.disk.into_iter().map(|disk| self.disk(disk)).collect::<Result<_, _>>()?;
         let nets = raw.net.into_iter().map(|net| self.net(net)).collect::<Result<_, _>>()?;
         let mut devices: Vec<Assigned> = Vec::new();
-        for raw in raw.device {
-            let (location, device) = self.device(&raw)?;
-            if devices.contains(&device) {
+        let mut pooled = Vec::new();
+        for (table, raw) in raw.device.into_iter().enumerate() {
+            let (location, device) = match self.device(raw, table)? {
+                Wanted::Pooled(device) => {
+                    pooled.push(device);
+                    continue;
+                }
+                Wanted::Assigned(location, device) => (location, device),
+            };
+            if devices.iter().any(|other| other.address == device.address) {
                 let refusal = Refusal::new(
                     "device-twice",
                     device.address,
@@ -276,10 +312,10 @@ impl Reader<'_> {
             }
             devices.push(device);
         }
-        Ok(Guest { name, tenant, vcpus, memory, boot, disks, nets, devices })
+        Ok(Guest { name, tenant, vcpus, memory, boot, disks, nets, devices, pooled })
     }
 
-    fn name(&mut self, raw: Spanned<String>) -> Result<Name, Refusal> {
+    pub(crate) fn name(&mut self, raw: Spanned<String>) -> Result<Name, Refusal> {
         let location = self.note(&raw);
         Name::new(raw.get_ref()).ok_or_else(|| {
             let remedy = "use 1 to 32 of a-z, 0-9 and -, beginning with a letter";
@@ -389,21 +425,6 @@ impl Reader<'_> {
         Ok(Net { tap, host_address: host_address.transpose()?, mac: mac.transpose()? })
     }
 
-    fn device(&mut self, raw: &RawDevice) -> Result<(Location, Assigned), Refusal> {
-        let location = self.note(&raw.address);
-        let address = raw.address.get_ref().parse().map_err(|_| {
-            let cause = format!("{:?} is not a PCI address", short(raw.address.get_ref()));
-            Refusal::new(
-                "bad-pci-address",
-                "",
-                cause,
-                "write it as `casemate devices` shows it: \"0000:03:00.0\"",
-            )
-            .at(Some(location.clone()))
-        })?;
-        Ok((location, Assigned { address }))
-    }
-
     fn count(&self, table: &str, count: usize, most: usize) -> Result<(), Refusal> {
         if count <= most {
             return Ok(());
@@ -414,7 +435,7 @@ impl Reader<'_> {
 }
 
 /// What of a refused value is repeated to the reader: outside text, so bounded.
-fn short(text: &str) -> String {
+pub(crate) fn short(text: &str) -> String {
     text.chars().take(64).collect()
 }
 
@@ -437,11 +458,11 @@ fn mac(text: &str) -> Option<[u8; 6]> {
 }
 
 #[cfg(test)]
-mod tests {
+pub(crate) mod tests {
     use super::*;
     use proptest::prelude::*;
 
-    const GOOD: &str = r#"name = "web"
+    pub(crate) const GOOD: &str = r#"name = "web"
 tenant = "acme"
 vcpus = 2
 memory = "512 MiB"
@@ -463,7 +484,7 @@ mac = "02:00:00:00:00:01"
 address = "0000:03:00.0"
 "#;
 
-    fn parse(text: &str) -> Result<Located, Refusal> {
+    pub(crate) fn parse(text: &str) -> Result<Located, Refusal> {
         parse_guest(Path::new("guests/web.toml"), text)
     }
 

@@ -7,12 +7,16 @@
 //! file, line and key), the cause, and what to do about it.
 
 mod address;
+mod device;
 mod guest;
+mod host_file;
 mod locate;
 mod refusal;
 mod size;
 
 pub use address::{PciAddress, PciAddressError};
-pub use guest::{Assigned, Boot, Disk, Guest, LIMITS, Limits, Located, Name, Net, parse_guest};
+pub use device::{DevicePin, PciId, PciIdError};
+pub use guest::{Assigned, Boot, Disk, Guest, LIMITS, Limits, Located, Name, Net, Pooled, parse_guest};
+pub use host_file::{ClassPrefix, Firmware, HostFile, NumaPolicy, Pool, parse_host};
 pub use refusal::{Location, Refusal};
 pub use size::{ByteSize, ByteSizeError};

@@ -1,0 +1,348 @@
+//! The host file: what an operator says about this host once, for all guests.
+
+use std::{collections::BTreeMap, path::Path};
+
+use serde::Deserialize;
+use toml::Spanned;
+
+use crate::{
+    Location, Name, PciAddress, PciId, Refusal,
+    device::{hex16, is_serial},
+    guest::{malformed, short},
+    locate::locate,
+};
+
+/// Size of the file.
+const FILE_BYTES_MAX: usize = 256 << 10;
+/// Pools.
+const POOLS_MAX: usize = 64;
+/// Addresses, and serial numbers, of one pool.
+const LIST_MAX: usize = 256;
+
+/// A host as its file describes it. Without a file a host has no pools.
+#[derive(Clone, Debug, Default, PartialEq, Eq)]
+pub struct HostFile {
+    /// Its pools of devices; no two have one name.
+    pub pools: Vec<Pool>,
+}
+
+/// Devices that are as good as each other, under a name that guests ask by.
+///
+/// A device belongs to it when it is all that the pool says; a list that is empty, and a value that is absent, says
+/// nothing. At least one of them says something.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct Pool {
+    /// Its name.
+    pub name: Name,
+    /// Where the name was written.
+    pub location: Location,
+    /// The vendor.
+    pub vendor: Option<u16>,
+    /// Vendor and device.
+    pub id: Option<PciId>,
+    /// Subsystem vendor and subsystem.
+    pub subsystem: Option<PciId>,
+    /// The class.
+    pub class: Option<ClassPrefix>,
+    /// Where it may sit.
+    pub addresses: Vec<PciAddress>,
+    /// Serial numbers.
+    pub serials: Vec<String>,
+    /// Guests that get these devices are trusted as the operator is.
+    pub trusted: bool,
+    /// How near to each other a guest's devices must be.
+    pub numa: NumaPolicy,
+    /// What is known of the firmware after a guest had the device.
+    pub firmware: Firmware,
+}
+
+/// The front of a class code: class, subclass, programming interface.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct ClassPrefix {
+    /// The code, 24 bits; digits that were not written are 0.
+    pub value: u32,
+    /// The bits that were written.
+    pub mask: u32,
+}
+
+impl ClassPrefix {
+    /// From 2, 4 or 6 hexadecimal digits.
+    fn new(text: &str) -> Option<Self> {
+        let digits = text.bytes().all(|byte| byte.is_ascii_hexdigit());
+        let bits = match text.len() {
+            2 => 8,
+            4 => 16,
+            6 => 24,
+            _ => return None,
+        };
+        let value = u32::from_str_radix(text, 16).ok().filter(|_| digits)?;
+        Some(Self { value: value << (24 - bits), mask: ((1 << bits) - 1) << (24 - bits) })
+    }
+
+    /// Whether a class code begins so.
+    pub fn holds(self, class: u32) -> bool {
+        class & self.mask == self.value
+    }
+}
+
+/// How a device is chosen by the NUMA node that it is near to. What counts is that all devices of a guest are near to one
+/// node, whichever it is.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+pub enum NumaPolicy {
+    /// One near to the guest's other devices comes first; another is better than none.
+    #[default]
+    Preferred,
+    /// Only one near to the guest's other devices will do.
+    Required,
+    /// It plays no role.
+    Ignored,
+}
+
+/// What is known of a device's firmware when it comes back from a guest. A reset proves nothing about it.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+pub enum Firmware {
+    /// The operator vouches that a guest can't change it.
+    Locked,
+    /// Nothing: the device never goes from one tenant to another.
+    #[default]
+    Unchecked,
+}
+
+#[derive(Deserialize)]
+#[serde(deny_unknown_fields)]
+struct RawHost {
+    #[serde(default)]
+    pool: Vec<RawPool>,
+}
+
+#[derive(Deserialize)]
+#[serde(deny_unknown_fields)]
+struct RawPool {
+    name: Spanned<String>,
+    vendor: Option<Spanned<String>>,
+    id: Option<Spanned<String>>,
+    subsystem: Option<Spanned<String>>,
+    class: Option<Spanned<String>>,
+    #[serde(default)]
+    addresses: Vec<Spanned<String>>,
+    #[serde(default)]
+    serials: Vec<Spanned<String>>,
+    #[serde(default)]
+    trusted: bool,
+    numa: Option<Spanned<String>>,
+    firmware: Option<Spanned<String>>,
+}
+
+/// Reads a host file's text.
+///
+/// # Errors
+/// A [`Refusal`] that names file, line and key: `file-too-large`, `bad-toml`, `unknown-key`, `missing-key`, `bad-name`,
+/// `pool-twice`, `bad-pool`, `too-many`.
+pub fn parse_host(file: &Path, source: &str) -> Result<HostFile, Refusal> {
+    if source.len() > FILE_BYTES_MAX {
+        let cause = format_args!("a host file has at most {FILE_BYTES_MAX} bytes");
+        return Err(Refusal::new(
+            "file-too-large",
+            file.display(),
+            cause,
+            "check that this is the file you meant",
+        ));
+    }
+    let raw: RawHost = toml::from_str(source).map_err(|error| malformed(file, source, &error))?;
+    if raw.pool.len() > POOLS_MAX {
+        let cause = format!("{} tables [[pool]]", raw.pool.len());
+        let remedy = format!("a host has at most {POOLS_MAX}");
+        return Err(Refusal::new("too-many", file.display(), cause, remedy));
+    }
+    let reader = Reader { file, source };
+    let mut names: BTreeMap<Name, Location> = BTreeMap::new();
+    let mut pools = Vec::new();
+    for raw in raw.pool {
+        let pool = reader.pool(raw)?;
+        if let Some(first) = names.insert(pool.name.clone(), pool.location.clone()) {
+            let cause = format!("there is a pool of this name in line {}", first.line);
+            let refusal = Refusal::new("pool-twice", &pool.name, cause, "give one another name");
+            return Err(refusal.at(Some(pool.location)));
+        }
+        pools.push(pool);
+    }
+    Ok(HostFile { pools })
+}
+
+struct Reader<'a> {
+    file: &'a Path,
+    source: &'a str,
+}
+
+impl Reader<'_> {
+    fn pool(&self, raw: RawPool) -> Result<Pool, Refusal> {
+        let location = locate(self.file, self.source, raw.name.span().start);
+        let name = Name::new(raw.name.get_ref()).ok_or_else(|| {
+            let cause = format!("{:?} is not a name", short(raw.name.get_ref()));
+            let remedy = "use 1 to 32 of a-z, 0-9 and -, beginning with a letter";
+            Refusal::new("bad-name", "", cause, remedy).at(Some(location.clone()))
+        })?;
+        let is_pin = |text: &str| text.parse::<PciId>().ok();
+        let pool = Pool {
+            vendor: self.value(raw.vendor, hex16, "four hexadecimal digits, as in \"1b36\"")?,
+            id: self.value(raw.id, is_pin, "vendor and device, as in \"1b36:0010\"")?,
+            subsystem: self.value(raw.subsystem, is_pin, "vendor and subsystem, as in \"1af4:1100\"")?,
+            class: self.value(raw.class, ClassPrefix::new, "2, 4 or 6 hexadecimal digits, as in \"0108\"")?,
+            addresses: self.list(
+                raw.addresses,
+                |text| text.parse().ok(),
+                "an address, as in \"0000:03:00.0\"",
+            )?,
+            serials: self.list(
+                raw.serials,
+                |text| is_serial(text).then(|| text.to_owned()),
+                "a serial number, as casemate devices --json shows it",
+            )?,
+            trusted: raw.trusted,
+            numa: self
+                .value(raw.numa, numa, "\"preferred\", \"required\" or \"ignored\"")?
+                .unwrap_or_default(),
+            firmware: self.value(raw.firmware, firmware, "\"locked\" or \"unchecked\"")?.unwrap_or_default(),
+            name,
+            location,
+        };
+        let says_something = pool.vendor.is_some()
+            || pool.id.is_some()
+            || pool.subsystem.is_some()
+            || pool.class.is_some()
+            || !pool.addresses.is_empty()
+            || !pool.serials.is_empty();
+        if !says_something {
+            let cause = "the pool does not say which devices are in it";
+            let remedy = "add id, vendor, subsystem, class, addresses or serials";
+            return Err(Refusal::new("bad-pool", &pool.name, cause, remedy).at(Some(pool.location)));
+        }
+        Ok(pool)
+    }
+
+    fn value<T>(
+        &self,
+        raw: Option<Spanned<String>>,
+        read: impl Fn(&str) -> Option<T>,
+        wanted: &str,
+    ) -> Result<Option<T>, Refusal> {
+        raw.map(|raw| {
+            read(raw.get_ref()).ok_or_else(|| {
+                let location = locate(self.file, self.source, raw.span().start);
+                let cause = format!("{:?} is not what stands here", short(raw.get_ref()));
+                Refusal::new("bad-pool", "", cause, format!("write {wanted}")).at(Some(location))
+            })
+        })
+        .transpose()
+    }
+
+    fn list<T>(
+        &self,
+        raw: Vec<Spanned<String>>,
+        read: impl Fn(&str) -> Option<T>,
+        wanted: &str,
+    ) -> Result<Vec<T>, Refusal> {
+        if raw.len() > LIST_MAX {
+            let cause = format!("a list of {} values", raw.len());
+            let remedy = format!("a pool has at most {LIST_MAX}");
+            return Err(Refusal::new("too-many", self.file.display(), cause, remedy));
+        }
+        let each = raw.into_iter().map(|raw| self.value(Some(raw), &read, wanted));
+        each.filter_map(Result::transpose).collect()
+    }
+}
+
+fn numa(text: &str) -> Option<NumaPolicy> {
+    match text {
+        "preferred" => Some(NumaPolicy::Preferred),
+        "required" => Some(NumaPolicy::Required),
+        "ignored" => Some(NumaPolicy::Ignored),
+        _ => None,
+    }
+}
+
+fn firmware(text: &str) -> Option<Firmware> {
+    match text {
+        "locked" => Some(Firmware::Locked),
+        "unchecked" => Some(Firmware::Unchecked),
+        _ => None,
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use proptest::prelude::*;
+
+    const GOOD: &str = r#"[[pool]]
+name = "fast-nvme"
+class = "0108"
+id = "1b36:0010"
+addresses = ["0000:03:00.0", "0000:04:00.0"]
+numa = "required"
+firmware = "locked"
+
+[[pool]]
+name = "nics"
+vendor = "8086"
+trusted = true
+"#;
+
+    fn refused(from: &str, to: &str) -> String {
+        assert!(GOOD.contains(from), "{from}");
+        parse_host(Path::new("host.toml"), &GOOD.replacen(from, to, 1)).unwrap_err().to_string()
+    }
+
+    #[test]
+    fn reads_pools() {
+        let host = parse_host(Path::new("host.toml"), GOOD).unwrap();
+        let [nvme, nics] = host.pools.as_slice() else { panic!("{host:?}") };
+        assert_eq!(
+            (nvme.addresses.len(), nvme.numa, nvme.firmware),
+            (2, NumaPolicy::Required, Firmware::Locked)
+        );
+        assert!(nvme.class.unwrap().holds(0x01_0802) && !nvme.class.unwrap().holds(0x01_0700));
+        assert_eq!((nics.vendor, nics.trusted, nics.firmware), (Some(0x8086), true, Firmware::Unchecked));
+        assert_eq!((nics.location.line, nics.location.key.as_str()), (10, "pool[1].name"));
+        assert_eq!(parse_host(Path::new("host.toml"), "").unwrap(), HostFile::default());
+    }
+
+    #[test]
+    fn refuses_by_code_and_place() {
+        for (from, to, start) in [
+            ("name = \"nics\"", "name = \"fast-nvme\"", "[pool-twice] host.toml:10: pool[1].name"),
+            ("name = \"nics\"", "name = \"NICs\"", "[bad-name] host.toml:10: pool[1].name"),
+            ("\"0108\"", "\"108\"", "[bad-pool] host.toml:3: pool[0].class"),
+            ("\"0108\"", "\"+108\"", "[bad-pool] host.toml:3: pool[0].class"),
+            ("1b36:0010", "1b36", "[bad-pool] host.toml:4: pool[0].id"),
+            ("0000:04:00.0", "nvme", "[bad-pool] host.toml:5: pool[0].addresses"),
+            ("\"required\"", "\"near\"", "[bad-pool] host.toml:6: pool[0].numa"),
+            ("\"locked\"", "\"digest\"", "[bad-pool] host.toml:7: pool[0].firmware"),
+            ("vendor = \"8086\"", "", "[bad-pool] host.toml:10: pool[1].name"),
+            ("trusted = true", "trusted = 1", "[bad-toml] host.toml:12: pool[1].trusted"),
+            ("trusted = true", "price = 1", "[unknown-key] host.toml:12: pool[1].price"),
+        ] {
+            let text = refused(from, to);
+            assert!(text.starts_with(start), "{text}");
+        }
+        let many = "[[pool]]\nname = 'a'\n".repeat(POOLS_MAX + 1);
+        assert_eq!(parse_host(Path::new("x"), &many).unwrap_err().code, "too-many");
+    }
+
+    proptest! {
+        #[test]
+        fn never_panics(cut in 0usize..GOOD.len(), put in ".{0,12}") {
+            let mut text = GOOD.to_owned();
+            text.insert_str(cut, &put);
+            let _ = parse_host(Path::new("host.toml"), &text);
+        }
+
+        #[test]
+        fn a_prefix_holds_what_begins_with_it(class in 0u32..1 << 24, digits in prop_oneof![Just(2usize), Just(4), Just(6)]) {
+            let text = format!("{class:06x}");
+            let prefix = ClassPrefix::new(&text[..digits]).unwrap();
+            prop_assert!(prefix.holds(class));
+            prop_assert!(!prefix.holds(class ^ 1 << 23));
+        }
+    }
+}
