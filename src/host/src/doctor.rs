@@ -9,6 +9,7 @@ use crate::{
     Host, driver,
     host::{attribute, names},
     judge::{Remapping, interrupt_remapping},
+    pools::acs_is_overridden,
     sys::{probe, vfio},
 };
 
@@ -56,6 +57,7 @@ pub fn doctor(host: &Host) -> Vec<Check> {
         kvm_backend(host),
         iommu_groups(host),
         remapping(host),
+        device_isolation(host),
         vfio_pci(host),
         vfio_container(host),
         landlock(),
@@ -135,6 +137,21 @@ fn remapping(host: &Host) -> Check {
         Remapping::On(units) => check("interrupt-remapping", CheckState::Ok, units, remedy),
         Remapping::Off(why) => check("interrupt-remapping", CheckState::Missing, why, remedy),
     }
+}
+
+/// What a host needs beside remapping when those who get devices aren't trusted.
+fn device_isolation(host: &Host) -> Check {
+    const NAME: &str = "device-isolation";
+    let groups = host.path("sys/kernel/iommu_groups");
+    let is_open = |group: &String| attribute(groups.join(group).join("type")).as_deref() == Some("identity");
+    let open = names(&groups).iter().filter(|group| is_open(group)).count();
+    if acs_is_overridden(host) {
+        let remedy = "remove pcie_acs_override from the kernel's command line; until then only trusted pools' devices are given";
+        return check(NAME, CheckState::Warn, "pcie_acs_override: groups are apart on paper only", remedy);
+    }
+    let found = format!("{open} IOMMU groups in passthrough mode");
+    let remedy = "remove iommu=pt from the kernel's command line; until then only trusted pools' devices of these are given";
+    check(NAME, ok_or(open == 0, CheckState::Warn), found, remedy)
 }
 
 fn vfio_pci(host: &Host) -> Check {
@@ -287,6 +304,7 @@ mod tests {
             ),
             ("memfd-exec", "proc/sys/vm/memfd_noexec", "1\n", "2\n", CheckState::Missing),
             ("user-namespaces", "proc/sys/user/max_user_namespaces", "100\n", "0\n", CheckState::Warn),
+            ("device-isolation", "sys/kernel/iommu_groups/10/type", "DMA\n", "identity\n", CheckState::Warn),
             ("interrupt-remapping", "proc/cmdline", "quiet\n", "intremap=off\n", CheckState::Missing),
         ] {
             machine.write(path, good);
@@ -294,6 +312,9 @@ mod tests {
             machine.write(path, bad);
             assert_eq!(state(&machine, name), bad_state, "{name}");
         }
+        machine.write("sys/kernel/iommu_groups/10/type", "DMA-FQ\n");
+        machine.write("proc/cmdline", "pcie_acs_override=downstream\n");
+        assert_eq!(state(&machine, "device-isolation"), CheckState::Warn);
         assert_eq!(state(&machine, "iommu"), CheckState::Ok);
         assert_eq!(state(&machine, "vfio-pci"), CheckState::Ok);
         machine.remove_driver("vfio-pci");

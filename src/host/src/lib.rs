@@ -16,7 +16,7 @@
 //! - **Fixtures serve the tests.** What is read comes from `{root}/sys` and `{root}/proc`, so that a directory tree can
 //!   stand in for a machine, without root's rights.
 //!
-//! It knows nothing of tenants and policies, and maps no DMA: that binds to a process's memory, and is the VMM's.
+//! It knows nothing of policies, of tenants only whose guest had a device last, and maps no DMA: that binds to a process's memory, and is the VMM's.
 //!
 //! [`Refusal`]: casemate_spec::Refusal
 

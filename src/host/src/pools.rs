@@ -145,8 +145,7 @@ fn is_in(pool: &Pool, function: &PciFunction) -> bool {
 
 /// That the host can hold a device of a guest whose tenant the operator doesn't trust.
 fn contains_strangers(host: &Host, function: &PciFunction) -> Result<(), Refusal> {
-    let command_line = host.table("proc/cmdline").unwrap_or_default();
-    if command_line.split_whitespace().any(|word| word.starts_with("pcie_acs_override=")) {
+    if acs_is_overridden(host) {
         return Err(Refusal::new(
             "host-acs-override",
             function.address,
@@ -164,6 +163,12 @@ fn contains_strangers(host: &Host, function: &PciFunction) -> Result<(), Refusal
         ));
     }
     Ok(())
+}
+
+/// Whether the kernel was told to make groups that the hardware doesn't keep apart.
+pub(crate) fn acs_is_overridden(host: &Host) -> bool {
+    let command_line = host.table("proc/cmdline").unwrap_or_default();
+    command_line.split_whitespace().any(|word| word.starts_with("pcie_acs_override="))
 }
 
 /// The choice for one guest.
