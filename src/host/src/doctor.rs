@@ -141,7 +141,7 @@ fn remapping(host: &Host) -> Check {
 
 /// What a host needs beside remapping when those who get devices aren't trusted.
 fn device_isolation(host: &Host) -> Check {
-    const NAME: &str = "device-isolation";
+    const NAME: &str = "isolation";
     let groups = host.path("sys/kernel/iommu_groups");
     let is_open = |group: &String| attribute(groups.join(group).join("type")).as_deref() == Some("identity");
     let open = names(&groups).iter().filter(|group| is_open(group)).count();
@@ -304,7 +304,7 @@ mod tests {
             ),
             ("memfd-exec", "proc/sys/vm/memfd_noexec", "1\n", "2\n", CheckState::Missing),
             ("user-namespaces", "proc/sys/user/max_user_namespaces", "100\n", "0\n", CheckState::Warn),
-            ("device-isolation", "sys/kernel/iommu_groups/10/type", "DMA\n", "identity\n", CheckState::Warn),
+            ("isolation", "sys/kernel/iommu_groups/10/type", "DMA\n", "identity\n", CheckState::Warn),
             ("interrupt-remapping", "proc/cmdline", "quiet\n", "intremap=off\n", CheckState::Missing),
         ] {
             machine.write(path, good);
@@ -314,7 +314,7 @@ mod tests {
         }
         machine.write("sys/kernel/iommu_groups/10/type", "DMA-FQ\n");
         machine.write("proc/cmdline", "pcie_acs_override=downstream\n");
-        assert_eq!(state(&machine, "device-isolation"), CheckState::Warn);
+        assert_eq!(state(&machine, "isolation"), CheckState::Warn);
         assert_eq!(state(&machine, "iommu"), CheckState::Ok);
         assert_eq!(state(&machine, "vfio-pci"), CheckState::Ok);
         machine.remove_driver("vfio-pci");
