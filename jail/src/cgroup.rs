@@ -17,7 +17,10 @@ use casemate_spec::Refusal;
 use crate::CgroupPlan;
 
 /// The controllers whose limits a cell has.
-const CONTROLLERS: [&str; 2] = ["memory", "pids"];
+const CONTROLLERS: [&str; 3] = ["memory", "pids", "cpu"];
+
+/// The period over which processor time is counted, in microseconds: the kernel's own default.
+const CPU_PERIOD_US: u64 = 100_000;
 
 /// How long killed processes may take to leave a cgroup. Unpinning a large guest's memory takes seconds.
 const EMPTY_WITHIN: Duration = Duration::from_secs(30);
@@ -110,7 +113,7 @@ fn delegate(directory: &Path) -> Result<(), Refusal> {
     for controller in CONTROLLERS.into_iter().filter(|controller| !names(&gives, controller)) {
         if !names(&has, controller) {
             let cause = format_args!("the {controller} controller is not to be had here");
-            let remedy = "hand the controllers memory and pids to cgroup v2 (and not to v1), and delegate them down to this cgroup";
+            let remedy = "hand the controllers memory, pids and cpu to cgroup v2 (and not to v1), and delegate them down to this cgroup";
             return Err(refuse(directory, cause, remedy));
         }
         fs::write(directory.join("cgroup.subtree_control"), format!("+{controller}")).map_err(|error| {
@@ -144,6 +147,7 @@ fn limit(path: &Path, plan: &CgroupPlan) -> Result<(), Refusal> {
         // One process of a cell killed is the guest killed; half a guest is of no use.
         ("memory.oom.group", "1".into()),
         ("pids.max", plan.pids_max.to_string()),
+        ("cpu.max", format!("{} {CPU_PERIOD_US}", u64::from(plan.cpus_max) * CPU_PERIOD_US)),
     ];
     for (file, value) in limits {
         fs::write(path.join(file), &value).map_err(|error| {
@@ -191,7 +195,8 @@ mod tests {
     fn a_parent_elsewhere_is_refused() {
         let directory = tempfile::tempdir().unwrap();
         for parent in [directory.path().join("a/b"), directory.path().into(), "/nowhere/at/all".into()] {
-            let plan = CgroupPlan { parent: parent.clone(), memory_bytes_max: 1 << 30, pids_max: 8 };
+            let plan =
+                CgroupPlan { parent: parent.clone(), memory_bytes_max: 1 << 30, pids_max: 8, cpus_max: 1 };
             let refusal = Cgroup::create(&plan, "g").unwrap_err();
             assert_eq!(refusal.code, "cell-cgroup");
             assert!(refusal.to_string().contains("not in a cgroup v2 hierarchy"), "{refusal}");
@@ -203,10 +208,10 @@ mod tests {
     fn a_controller_that_is_not_there_is_named() {
         let directory = tempfile::tempdir().unwrap();
         fs::write(directory.path().join("cgroup.controllers"), "cpu memory\n").unwrap();
-        fs::write(directory.path().join("cgroup.subtree_control"), "memory\n").unwrap();
+        fs::write(directory.path().join("cgroup.subtree_control"), "memory cpu\n").unwrap();
         let refusal = delegate(directory.path()).unwrap_err();
         assert!(refusal.to_string().contains("the pids controller is not to be had"), "{refusal}");
-        fs::write(directory.path().join("cgroup.controllers"), "pids memory\n").unwrap();
+        fs::write(directory.path().join("cgroup.controllers"), "pids memory cpu\n").unwrap();
         delegate(directory.path()).unwrap();
         assert_eq!(fs::read_to_string(directory.path().join("cgroup.subtree_control")).unwrap(), "+pids");
     }

@@ -32,8 +32,10 @@ pub(crate) const NAMESPACES: c_int =
 /// Everything the child uses.
 pub(crate) struct Prepared {
     pub(crate) null: RawFd,
+    pub(crate) input: RawFd,
+    pub(crate) output: RawFd,
     pub(crate) log: RawFd,
-    pub(crate) control: RawFd,
+    pub(crate) control: Option<RawFd>,
     pub(crate) program: RawFd,
     pub(crate) ruleset: RawFd,
     pub(crate) ruleset_flags: u32,
@@ -101,10 +103,11 @@ fn close_cell(prepared: &Prepared) -> (Step, Errno) {
 fn place(prepared: &Prepared, status: RawFd) -> Result<()> {
     let away = |descriptor| sys::duplicate_above(descriptor, OUT_OF_THE_WAY);
     let places = [
-        (away(prepared.null)?, 0, false),
-        (away(prepared.null)?, 1, false),
+        (away(prepared.input)?, 0, false),
+        (away(prepared.output)?, 1, false),
         (away(prepared.log)?, LOG, false),
-        (away(prepared.control)?, CONTROL, false),
+        // Without one the place is empty from exec on.
+        (away(prepared.control.unwrap_or(prepared.null))?, CONTROL, prepared.control.is_none()),
         (away(prepared.program)?, PROGRAM, true),
         (away(prepared.ruleset)?, RULESET, true),
         (status, STATUS, true),
@@ -119,6 +122,7 @@ fn session() -> Result<()> {
     setsid()?;
     umask(Mode::from_raw_mode(0o077));
     sys::plain_personality()?;
+    sys::own_core_cookie()?;
     sys::fresh_signals()
 }
 

@@ -12,26 +12,34 @@
 //! and for whoever chose them.
 //!
 //! Modules: `plan` is what the caller says; `program` the sealed executable; `cgroup` and `landlock` are made by the
-//! caller's process; `child` is what runs between clone and exec; `cell` is the running cell; `inspect`, `memory` and
-//! `audit` read what the kernel tells of it; `sys` holds the raw system calls, and with them all unsafe code.
+//! caller's process; `child` is what runs between clone and exec; `cell` is the running cell; `inspect`, `limits`, `memory`
+//! and `audit` read what the kernel tells of it; `trace` takes the filters out of its threads, and `bpf` tells what they
+//! let through; `sys` and `trace` hold the raw system calls, and with them all unsafe code.
 
 mod audit;
+mod bpf;
 mod cell;
 mod cgroup;
 mod child;
 mod inspect;
 mod landlock;
+mod limits;
 mod memory;
 mod plan;
 mod program;
 mod start;
 mod step;
 mod sys;
+mod trace;
 
+pub use bpf::{ARCH_X86_64, Answer, Call, Filter};
 pub use cell::{Cell, End};
 pub use inspect::{Capabilities, CellView, Descriptor, Namespace, ThreadView, inspect};
 pub use landlock::Landlock;
+pub use limits::{LimitsView, limits};
 pub use memory::MemoryUse;
 pub use plan::{CellPlan, CgroupPlan, Rlimits};
 pub use program::Program;
 pub use start::start;
+pub use sys::core_cookie;
+pub use trace::{ThreadFilters, filters};

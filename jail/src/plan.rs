@@ -17,12 +17,16 @@ pub struct CellPlan {
     pub gid: u32,
     /// What runs in the cell.
     pub program: Program,
-    /// Its arguments after `argv[0]`, which is always `casemate-vmm`.
+    /// Its arguments after `argv[0]`, which is the program's name.
     pub arguments: Vec<CString>,
-    /// Becomes descriptor 3: a listening `AF_UNIX` `SOCK_SEQPACKET` socket for the VMM.
-    pub control: OwnedFd,
-    /// Becomes descriptor 2: the write end of a pipe. Descriptors 0 and 1 are /dev/null.
+    /// Becomes descriptor 0; /dev/null without one.
+    pub input: Option<OwnedFd>,
+    /// Becomes descriptor 1; /dev/null without one.
+    pub output: Option<OwnedFd>,
+    /// Becomes descriptor 2: the write end of a pipe, or a file in memory.
     pub log: OwnedFd,
+    /// Becomes descriptor 3, which is closed without one: for the VMM, a listening `AF_UNIX` `SOCK_SEQPACKET` socket.
+    pub control: Option<OwnedFd>,
     /// Limits of the process.
     pub rlimits: Rlimits,
     /// Limits of the cell.
@@ -55,6 +59,8 @@ pub struct CgroupPlan {
     pub memory_bytes_max: u64,
     /// `pids.max`: threads.
     pub pids_max: u64,
+    /// `cpu.max`: processors that it can keep busy, averaged over a tenth of a second.
+    pub cpus_max: u32,
 }
 
 impl CellPlan {

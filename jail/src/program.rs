@@ -1,6 +1,7 @@
 //! The executable of a cell: one sealed copy in memory.
 
 use std::{
+    ffi::CStr,
     fs::File,
     io::{Read, Write},
     os::fd::{AsFd, BorrowedFd, OwnedFd},
@@ -19,15 +20,26 @@ use rustix::{
 ///
 /// The copy can be executed and not be read by the cell's uid, so the kernel makes the process non-dumpable at exec.
 #[derive(Clone, Debug)]
-pub struct Program(Arc<OwnedFd>);
+pub struct Program {
+    name: &'static CStr,
+    copy: Arc<OwnedFd>,
+}
 
 impl Program {
-    /// Copies and seals the executable, from where the file stands.
+    /// Copies and seals the executable `casemate-vmm`, from where the file stands.
+    ///
+    /// # Errors
+    /// As [`seal_as`](Self::seal_as).
+    pub fn seal(file: File) -> Result<Self, Refusal> {
+        Self::seal_as(c"casemate-vmm", file)
+    }
+
+    /// Copies and seals the executable, from where the file stands. Its name is told to itself and shown in /proc.
     ///
     /// # Errors
     /// `cell-program` when it is not an ELF file for x86-64, asks for a loader (there is none in a cell), or can't be
     /// copied.
-    pub fn seal(mut file: File) -> Result<Self, Refusal> {
+    pub fn seal_as(name: &'static CStr, mut file: File) -> Result<Self, Refusal> {
         let refuse = |cause: String, remedy: &str| {
             Refusal::new("cell-program", "the program of the cell", cause, remedy)
         };
@@ -42,7 +54,7 @@ impl Program {
         is_static_elf(&image)
             .map_err(|cause| refuse(cause.into(), "build it as a static program for x86-64"))?;
 
-        let copy = executable_memfd().map_err(|error| failed("memfd_create", &error))?;
+        let copy = executable_memfd(name).map_err(|error| failed("memfd_create", &error))?;
         let mut copy = File::from(copy);
         copy.write_all(&image).map_err(|error| failed("copying it", &error))?;
         fchmod(&copy, Mode::from_raw_mode(0o111)).map_err(|error| failed("fchmod", &error))?;
@@ -54,21 +66,26 @@ impl Program {
             result => result,
         }
         .map_err(|error| failed("sealing it", &error))?;
-        Ok(Self(Arc::new(copy.into())))
+        Ok(Self { name, copy: Arc::new(copy.into()) })
+    }
+
+    /// Its name.
+    pub fn name(&self) -> &'static CStr {
+        self.name
     }
 }
 
 impl AsFd for Program {
     fn as_fd(&self) -> BorrowedFd<'_> {
-        self.0.as_fd()
+        self.copy.as_fd()
     }
 }
 
-fn executable_memfd() -> rustix::io::Result<OwnedFd> {
+fn executable_memfd(name: &CStr) -> rustix::io::Result<OwnedFd> {
     let flags = MemfdFlags::CLOEXEC | MemfdFlags::ALLOW_SEALING;
-    match memfd_create("casemate-vmm", flags | MemfdFlags::EXEC) {
+    match memfd_create(name, flags | MemfdFlags::EXEC) {
         // Before 6.3 there was no flag for it, and all were executable.
-        Err(Errno::INVAL) => memfd_create("casemate-vmm", flags),
+        Err(Errno::INVAL) => memfd_create(name, flags),
         result => result,
     }
 }

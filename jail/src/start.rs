@@ -48,11 +48,13 @@ pub fn start(plan: CellPlan) -> Result<Cell, Refusal> {
     let ruleset = landlock::ruleset()?;
     let null = open_null()?;
     let (report, status) = pipe_with(PipeFlags::CLOEXEC).map_err(|error| descriptors("pipe", error))?;
-    let arguments = [CString::from(c"casemate-vmm")].into_iter().chain(plan.arguments).collect();
+    let arguments = [CString::from(plan.program.name())].into_iter().chain(plan.arguments).collect();
     let prepared = Prepared {
         null: null.as_raw_fd(),
+        input: plan.input.as_ref().map_or(null.as_raw_fd(), AsRawFd::as_raw_fd),
+        output: plan.output.as_ref().map_or(null.as_raw_fd(), AsRawFd::as_raw_fd),
         log: plan.log.as_raw_fd(),
-        control: plan.control.as_raw_fd(),
+        control: plan.control.as_ref().map(AsRawFd::as_raw_fd),
         program: plan.program.as_fd().as_raw_fd(),
         ruleset: ruleset.ruleset.as_raw_fd(),
         ruleset_flags: ruleset.flags,

@@ -9,7 +9,7 @@ use rustix::io::Errno;
 pub(crate) enum Step {
     /// Moving descriptors to their places and closing all others.
     Descriptors = 1,
-    /// A session of its own, fresh signals, the plain personality, no key ring of the keep's.
+    /// A session of its own, fresh signals, the plain personality, a core-scheduling cookie of its own.
     Session,
     /// The cgroup namespace.
     CgroupNamespace,

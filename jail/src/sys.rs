@@ -222,6 +222,32 @@ pub(crate) fn execute(program: RawFd, arguments: &Arguments) -> Errno {
     checked(result).err().unwrap_or(Errno::NOEXEC)
 }
 
+/// Kinds of ids for `PR_SCHED_CORE` (`include/linux/pid_types.h`).
+const PIDTYPE_PID: c_int = 0;
+const PIDTYPE_TGID: c_int = 1;
+
+/// A core-scheduling cookie of the process's own: no core runs it beside another process at the same moment. Where there is
+/// nothing to tell apart (no SMT), or the kernel was built without it, it stays as it is, and the audit tells.
+pub(crate) fn own_core_cookie() -> Result<()> {
+    // SAFETY: takes numbers only; 0 is the caller itself, and nothing is written for this command.
+    let result = unsafe { libc::prctl(libc::PR_SCHED_CORE, libc::PR_SCHED_CORE_CREATE, 0, PIDTYPE_TGID, 0) };
+    match checked(result.into()) {
+        Ok(_) | Err(Errno::NODEV | Errno::INVAL) => Ok(()),
+        Err(error) => Err(error),
+    }
+}
+
+/// The core-scheduling cookie of a thread, 0 without one; `None` where the kernel does not tell.
+pub fn core_cookie(tid: u32) -> Option<u64> {
+    let mut cookie = 0u64;
+    let tid = c_int::try_from(tid).ok()?;
+    // SAFETY: for this command and this kind of id the kernel writes one u64, which lives through the call.
+    let result = unsafe {
+        libc::prctl(libc::PR_SCHED_CORE, libc::PR_SCHED_CORE_GET, tid, PIDTYPE_PID, &raw mut cookie)
+    };
+    checked(result.into()).ok().map(|_| cookie)
+}
+
 /// Leaves the parent's cgroup namespace; the process's own cgroup is the root of the new one.
 pub(crate) fn own_cgroup_namespace() -> Result<()> {
     // SAFETY: takes a number only, and what it parts from is shared with no other thread: descriptors are not concerned.

@@ -1,12 +1,18 @@
 //! The cell holds: as /proc shows it around a running guest, and as a captured program meets it.
 
-use std::{fs, io, path::Path, thread, time::Duration};
+use std::{
+    ffi::OsStr,
+    fs, io,
+    path::{Path, PathBuf},
+    thread,
+    time::Duration,
+};
 
 use casemate_hwtests::{
     devices, expect,
-    harness::{Ctx, Failure},
+    harness::{Ctx, Failure, wait_until},
 };
-use casemate_jail::{Descriptor, inspect};
+use casemate_jail::{Answer, Call, CellView, Descriptor, filters, inspect};
 use rustix::{
     net::{AddressFamily, SendFlags, SocketAddrUnix, SocketFlags, SocketType, connect, send, socket_with},
     process::Signal,
@@ -107,6 +113,59 @@ fn say(path: &str, messages: &[Vec<u8>]) -> io::Result<usize> {
         send(&socket, message, SendFlags::NOSIGNAL)?;
     }
     Ok(messages.len())
+}
+
+pub(crate) fn is_closed_around_the_policy_compiler(ctx: &mut Ctx) -> Result<(), Failure> {
+    let plugin = Path::new(env!("CARGO_MANIFEST_DIR")).join("../plugins/built/limits.wasm");
+    // With an empty cache it has to compile, which takes seconds here.
+    let option = format!("--cache={}", ctx.directory().join("empty-cache").display());
+    let words = ["casemate", &option, "policy", "install"].map(OsStr::new);
+    let running = ctx.start(words.into_iter().chain([plugin.as_os_str()]))?;
+    let mut found = None;
+    wait_until("the compiler has its filter on", Duration::from_secs(60), || {
+        found = compiler_under_its_filter();
+        found.is_some()
+    })?;
+    let (pid, view) = found.ok_or_else(|| Failure::new("no compiler was seen"))?;
+    let uid = view.threads.first().map_or(0, |thread| thread.uids[0]);
+    expect!(uid >= 0x4361_0000, "its uid is {uid}");
+    let mut faults = view.faults(uid, uid);
+    let targets: Vec<&str> = view.descriptors.iter().map(|descriptor| descriptor.target.as_str()).collect();
+    if targets.len() != 3 || !targets.iter().all(|target| target.starts_with("/memfd:casemate-policy")) {
+        faults.push(format!("descriptors {targets:?}"));
+    }
+    let filters = filters(&[pid])?;
+    expect!(filters.iter().map(|thread| thread.filters.len()).eq([1]), "its filters: {filters:?}");
+    for filter in filters.iter().flat_map(|thread| &thread.filters) {
+        // open, openat, socket, clone, execve, and memory that can be executed.
+        let never = [2, 257, 41, 56, 59].map(Call::any);
+        for call in never.into_iter().chain([Call::any(9).with(2, 4), Call::any(9).with(2, 7)]) {
+            if filter.answers(&call) != [Answer::Kills].into() {
+                faults.push(format!("{call:?}: {:?}", filter.answers(&call)));
+            }
+        }
+    }
+    expect!(faults.is_empty(), "the compiler's cell is not closed: {}", faults.join("; "));
+    // It was stopped for a moment, and does its work all the same.
+    running.wait(Duration::from_secs(60))?.success()?.printed("limits")?;
+    expect!(compilers().next().is_none(), "its cgroup stays");
+    Ok(())
+}
+
+/// The cgroups of compilers.
+fn compilers() -> impl Iterator<Item = PathBuf> {
+    let cgroups = fs::read_dir("/sys/fs/cgroup/casemate").into_iter().flatten().flatten();
+    cgroups
+        .filter(|entry| entry.file_name().to_string_lossy().starts_with("-compiler"))
+        .map(|entry| entry.path())
+}
+
+/// A compiler that is about to read its component, or has.
+fn compiler_under_its_filter() -> Option<(u32, CellView)> {
+    let pid = fs::read_to_string(compilers().next()?.join("cgroup.procs")).ok()?.trim().parse().ok()?;
+    let view = inspect(pid).ok()?;
+    let is_on = !view.threads.is_empty() && view.threads.iter().all(|thread| thread.seccomp_mode == 2);
+    is_on.then_some((pid, view))
 }
 
 pub(crate) fn stops_its_victims(ctx: &mut Ctx) -> Result<(), Failure> {

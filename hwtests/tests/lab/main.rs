@@ -4,6 +4,7 @@
 //! runs some against what is built. Logs: `target/lab/logs`.
 
 mod admission;
+mod audit;
 mod boot;
 mod cell;
 mod documents;
@@ -67,6 +68,8 @@ const TESTS: &[LabTest] = &[
     LabTest::new("missing-vmm-takes-nothing", endings::vmm_that_is_missing_takes_nothing),
     // The cell
     LabTest::new("cell-is-closed-around-a-guest", cell::is_closed_around_a_running_guest),
+    LabTest::new("audit-tells-what-a-cell-is", audit::tells_what_a_cell_is),
+    LabTest::new("cell-is-closed-around-the-compiler", cell::is_closed_around_the_policy_compiler),
     LabTest::new("cell-hears-its-keep-alone", cell::hears_its_keep_alone),
     LabTest::new("cell-stops-its-victims", cell::stops_its_victims).deadline_seconds(300),
     // The documents

@@ -9,7 +9,14 @@ use seccompiler::{
 
 use super::{Condition, File, Rule, refuse_idle};
 
-/// The Rust source of the three filters: for each role a program and its rules.
+/// The Rust source of a filter that stands alone.
+pub(crate) fn source_alone(file: &File, role: &str) -> Result<String, String> {
+    let mut source = String::new();
+    emit(&mut source, role, &file.rules.iter().collect::<Vec<_>>())?;
+    Ok(source)
+}
+
+/// The Rust source of the VMM's three filters: for each role a program and its rules.
 pub(crate) fn source(build: &File, vcpu: &File, rest: &File) -> Result<String, String> {
     refuse_idle(build, vcpu)?;
     refuse_idle(build, rest)?;

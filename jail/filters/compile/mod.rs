@@ -11,7 +11,7 @@ mod emit;
 pub(crate) use condition::Condition;
 #[cfg(test)]
 pub(crate) use constants::IOCTLS;
-pub(crate) use emit::source;
+pub(crate) use emit::{source, source_alone};
 
 use serde::Deserialize;
 use toml::Spanned;

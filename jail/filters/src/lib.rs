@@ -1,6 +1,7 @@
-//! The seccomp filters of a cell: which system calls casemate-vmm may make, thread by thread, and why.
+//! The seccomp filters of cells: which system calls casemate-vmm may make, thread by thread, and casemate-policy-compiler,
+//! and why.
 //!
-//! The rules are data: `build.toml`, `vcpu.toml` and `rest.toml` beside this crate's manifest, each rule with its reason
+//! The rules are data: `build.toml`, `vcpu.toml`, `rest.toml` and `compiler.toml` beside this crate's manifest, each rule with its reason
 //! and with its arguments compared wherever a number or a flag decides. They are compiled into BPF while the crate is
 //! built, so a program that links this crate carries arrays and two system calls, and depends on libc alone. What no
 //! rule allows kills the process. The same filters stand in every build profile.
@@ -33,11 +34,13 @@ pub enum Role {
     Vcpu,
     /// Every other thread (control, I/O), from before the first guest instruction.
     Rest,
+    /// The one thread of casemate-policy-compiler, from before it reads a byte. It stands alone: no VMM puts it on.
+    Compiler,
 }
 
 impl Role {
-    /// All roles, in the order in which their filters are put on.
-    pub const ALL: [Self; 3] = [Self::Build, Self::Vcpu, Self::Rest];
+    /// All roles; those of the VMM in the order in which their filters are put on.
+    pub const ALL: [Self; 4] = [Self::Build, Self::Vcpu, Self::Rest, Self::Compiler];
 
     /// The role's name, which is also the name of its file without `.toml`.
     pub const fn name(self) -> &'static str {
@@ -45,6 +48,7 @@ impl Role {
             Self::Build => "build",
             Self::Vcpu => "vcpu",
             Self::Rest => "rest",
+            Self::Compiler => "compiler",
         }
     }
 
@@ -53,11 +57,13 @@ impl Role {
         Self::ALL.into_iter().find(|role| role.name() == name)
     }
 
-    fn program(self) -> &'static [libc::sock_filter] {
+    /// The BPF program that [`install`] hands to the kernel.
+    pub fn program(self) -> &'static [libc::sock_filter] {
         match self {
             Self::Build => &BUILD_PROGRAM,
             Self::Vcpu => &VCPU_PROGRAM,
             Self::Rest => &REST_PROGRAM,
+            Self::Compiler => &COMPILER_PROGRAM,
         }
     }
 }
@@ -89,12 +95,18 @@ pub fn rules(role: Role) -> &'static [Rule] {
         Role::Build => BUILD_RULES,
         Role::Vcpu => VCPU_RULES,
         Role::Rest => REST_RULES,
+        Role::Compiler => COMPILER_RULES,
     }
 }
 
 /// The name of a system call of x86-64: 257 is `openat`.
 pub fn call_name(number: u32) -> Option<&'static str> {
     calls::CALLS.iter().find(|(known, _)| *known == number).map(|(_, name)| *name)
+}
+
+/// All system calls of x86-64: number and name.
+pub fn calls() -> &'static [(u32, &'static str)] {
+    calls::CALLS
 }
 
 /// Puts a role's filter on the calling thread, over those it has. Threads that it makes later inherit all of them.

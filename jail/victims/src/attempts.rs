@@ -100,8 +100,12 @@ const fn with(attempt: Attempt, in_roles: &'static [(Role, Expected)]) -> Attemp
     Attempt { in_roles, ..attempt }
 }
 
-const THROUGH_EVERYWHERE: &[(Role, Expected)] =
-    &[(Role::Build, Expected::Through), (Role::Vcpu, Expected::Through), (Role::Rest, Expected::Through)];
+const THROUGH_EVERYWHERE: &[(Role, Expected)] = &[
+    (Role::Build, Expected::Through),
+    (Role::Vcpu, Expected::Through),
+    (Role::Rest, Expected::Through),
+    (Role::Compiler, Expected::Through),
+];
 const SIGNAL_EVERYWHERE: &[(Role, Expected)] = &[
     (Role::Build, Expected::Signalled),
     (Role::Vcpu, Expected::Signalled),

@@ -12,7 +12,8 @@ use crate::output::{self, Failure};
 pub(crate) enum Command {
     /// List the system calls that a cell's threads may make, each with its reason.
     Show {
-        /// Which threads: while the machine is built, those that run processors, or the rest.
+        /// Which threads: of a VMM while the machine is built, those that run processors, or the rest; or the policy
+        /// compiler's.
         #[arg(long, value_enum)]
         thread: Option<Thread>,
     },
@@ -23,6 +24,7 @@ pub(crate) enum Thread {
     Build,
     Vcpu,
     Rest,
+    Compiler,
 }
 
 #[derive(Serialize)]
@@ -40,6 +42,7 @@ pub(crate) fn jail(command: &Command, json: bool) -> Result<ExitCode, Failure> {
         (Thread::Build, Role::Build, "build"),
         (Thread::Vcpu, Role::Vcpu, "vcpu"),
         (Thread::Rest, Role::Rest, "rest"),
+        (Thread::Compiler, Role::Compiler, "compiler"),
     ];
     for (name, role, word) in
         roles.into_iter().filter(|(name, ..)| thread.is_none_or(|thread| thread == *name))

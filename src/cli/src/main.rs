@@ -1,5 +1,6 @@
 //! `casemate`: runs guests in cells of their own, with physical devices, under policies.
 
+mod audit;
 mod devices;
 mod doctor;
 mod jail;
@@ -23,6 +24,7 @@ Exit codes:
   2  the command line is wrong
   3  the guest ended as it should not: reset, triple fault, a fault, or its VMM died
   4  the guest ended, or a killed run was cleaned up after, and a device did not prove itself clean or is not back
+  5  casemate audit found a line that is not as it must be
 
 A first hour:
   casemate doctor                       what this host can do, and what is missing
@@ -70,6 +72,10 @@ enum Command {
     Devices(devices::Options),
     /// Run one guest from its file until it ends. Its console is on stdout, Casemate's own words are on stderr.
     Run(run::Options),
+    /// List the guests that run on this host.
+    Ps,
+    /// Measure the cell of a running guest, and say of each part whether it is as it must be, with a digest to keep.
+    Audit(audit::Options),
     /// Give back devices that a killed `casemate run` left claimed. Every `run` does it first by itself.
     Recover,
     /// Ask, install or look at policy plugins.
@@ -99,6 +105,8 @@ fn carry_out(arguments: Arguments) -> Result<ExitCode, Failure> {
         Command::Doctor => doctor::doctor(json),
         Command::Devices(options) => devices::devices(&paths, &options, json),
         Command::Run(options) => run::run(&paths, &options, json),
+        Command::Ps => audit::ps(&paths, json),
+        Command::Audit(options) => audit::report(&paths, &options, json),
         Command::Recover => recover::recover(&paths, json),
         Command::Policy(command) => policy::policy(&paths, &command, json),
         Command::Jail(command) => jail::jail(&command, json),

@@ -2,8 +2,8 @@
 
 use std::{path::PathBuf, process::ExitCode};
 
-use casemate_keep::Paths;
-use casemate_policy::{Config, Engine, install};
+use casemate_keep::{Paths, launcher};
+use casemate_policy::{Config, Engine, install_with};
 use casemate_spec::Refusal;
 use clap::Subcommand;
 use serde_json::json;
@@ -33,7 +33,7 @@ pub(crate) fn policy(paths: &Paths, command: &Command, as_json: bool) -> Result<
 
 fn check(paths: &Paths, bundle: &std::path::Path, as_json: bool) -> Result<ExitCode, Failure> {
     let config = Config { bundle, cache: &paths.cache, compiler: &paths.policy_compiler };
-    let engine = Engine::open(config).map_err(Refusal::from)?;
+    let engine = Engine::open_with(config, &*launcher(paths)).map_err(Refusal::from)?;
     for plugin in engine.plugins() {
         let compiled_ms = plugin.compile_time.map(|time| time.as_millis());
         if as_json {
@@ -51,7 +51,8 @@ fn check(paths: &Paths, bundle: &std::path::Path, as_json: bool) -> Result<ExitC
 }
 
 fn show(paths: &Paths, plugin: &std::path::Path, as_json: bool) -> Result<ExitCode, Failure> {
-    let seen = install(plugin, &paths.cache, &paths.policy_compiler).map_err(Refusal::from)?;
+    let seen = install_with(plugin, &paths.cache, &paths.policy_compiler, &*launcher(paths))
+        .map_err(Refusal::from)?;
     if as_json {
         output::json(&json!({
             "name": seen.name, "version": seen.version, "digest": seen.digest, "size_bytes": seen.size_bytes,

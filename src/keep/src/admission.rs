@@ -13,7 +13,7 @@ use casemate_policy::{
 };
 use casemate_spec::{Located, Refusal};
 
-use crate::{Paths, PolicyReport, Refusals};
+use crate::{Paths, PolicyReport, Refusals, compiler};
 
 /// The images that a guest uses, opened.
 pub(crate) struct Images {
@@ -32,7 +32,8 @@ pub(crate) fn ask(
 ) -> Result<PolicyReport, Refusals> {
     let started = Instant::now();
     let config = Config { bundle, cache: &paths.cache, compiler: &paths.policy_compiler };
-    let engine = Engine::open(config).map_err(|error| Refusals::from(Refusal::from(error)))?;
+    let engine = Engine::open_with(config, &*compiler::launcher(paths))
+        .map_err(|error| Refusals::from(Refusal::from(error)))?;
     let load = started.elapsed();
     let request = request(located, images, functions);
     let decision = engine.admit(&request).map_err(|error| Refusals::from(Refusal::from(error)))?;

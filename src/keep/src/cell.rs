@@ -46,15 +46,21 @@ impl Identity {
             let remedy = "stop it first, or give this guest another name";
             Refusal::new("guest-runs", &guest.name, "a guest of this name runs already", remedy)
         })?;
-        for number in 0..UIDS {
-            if let Some(lock) = try_lock(&paths.runtime.join(format!("uid-{number}.lock")))? {
-                let socket = paths.runtime.join(format!("{}.socket", guest.name));
-                return Ok(Self { uid: FIRST_UID + number, _uid_lock: lock, _name_lock: name_lock, socket });
-            }
-        }
-        let cause = format!("{UIDS} guests run already");
-        Err(Refusal::new("host-full", &guest.name, cause, "wait until one has ended"))
+        let (uid, uid_lock) = reserve_uid(paths, guest.name.as_str())?;
+        let socket = paths.runtime.join(format!("{}.socket", guest.name));
+        Ok(Self { uid, _uid_lock: uid_lock, _name_lock: name_lock, socket })
     }
+}
+
+/// A uid that no other cell has, for as long as the lock is held.
+pub(crate) fn reserve_uid(paths: &Paths, whose: &str) -> Result<(u32, File), Refusal> {
+    for number in 0..UIDS {
+        if let Some(lock) = try_lock(&paths.runtime.join(format!("uid-{number}.lock")))? {
+            return Ok((FIRST_UID + number, lock));
+        }
+    }
+    let cause = format!("{UIDS} guests run already");
+    Err(Refusal::new("host-full", whose, cause, "wait until one has ended"))
 }
 
 impl Drop for Identity {
@@ -109,6 +115,9 @@ pub(crate) struct Started {
     pub(crate) console: OwnedFd,
     /// The VMM's own words.
     pub(crate) log: OwnedFd,
+    /// What it was given, for its record.
+    pub(crate) rlimits: Rlimits,
+    pub(crate) cgroup: CgroupPlan,
 }
 
 /// What a machine is made of, beside its spec.
@@ -143,25 +152,31 @@ pub(crate) fn start(
     let pipe = || pipe_with(PipeFlags::CLOEXEC).map_err(|error| failed("a pipe", &error));
     let (log, log_write) = pipe()?;
     let (console, console_write) = pipe()?;
+    let rlimits = rlimits(guest, resources);
+    let cgroup = CgroupPlan {
+        parent: paths.cgroup.clone(),
+        memory_bytes_max: guest.memory.bytes() + guest.memory.bytes() / PAGE_TABLE_SHARE + OVERHEAD_BYTES,
+        pids_max: threads(guest),
+        // One for each virtual processor, and one for all that the VMM does beside.
+        cpus_max: u32::from(guest.vcpus) + 1,
+    };
     let cell = casemate_jail::start(CellPlan {
         guest: guest.name.to_string(),
         uid: identity.uid,
         gid: identity.uid,
         program,
         arguments: Vec::new(),
-        control,
+        input: None,
+        output: None,
+        control: Some(control),
         log: log_write,
-        rlimits: rlimits(guest, resources),
-        cgroup: CgroupPlan {
-            parent: paths.cgroup.clone(),
-            memory_bytes_max: guest.memory.bytes() + guest.memory.bytes() / PAGE_TABLE_SHARE + OVERHEAD_BYTES,
-            pids_max: threads(guest),
-        },
+        rlimits,
+        cgroup: cgroup.clone(),
         tied_to_parent: true,
     })?;
     let channel = Channel::new(peer);
     send_machine(&channel, guest, resources, console_write.as_fd())?;
-    Ok(Started { cell, channel, console, log })
+    Ok(Started { cell, channel, console, log, rlimits, cgroup })
 }
 
 /// A listening socket for the cell, and the keep's connection to it.

@@ -10,12 +10,18 @@
 //! It knows nothing of device models or KVM; it hands descriptors to a cell and watches it.
 
 mod admission;
+mod audit;
 mod cell;
+mod compiler;
 mod paths;
+mod record;
 mod report;
 mod run;
 mod watch;
 
+pub use audit::{Audit, AuditLine, SignedAudit, Source, audit};
+pub use compiler::launcher;
 pub use paths::{Paths, PathsError};
+pub use record::{GivenDevice, GivenLandlock, GivenLimits, GuestRecord, running};
 pub use report::{CellReport, DeviceReport, Ending, MachineReport, PolicyReport, Report, Step};
 pub use run::{Refusals, RunOptions, recover, run};

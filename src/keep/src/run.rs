@@ -19,6 +19,7 @@ use crate::{
     CellReport, DeviceReport, MachineReport, Paths, PolicyReport, Report, Step,
     admission::{self, Images},
     cell::{self, Identity, Resources},
+    record::{self, Facts},
     watch,
 };
 
@@ -68,7 +69,8 @@ pub fn run(
     tell: &mut dyn FnMut(Step),
 ) -> Result<Report, Refusals> {
     // Read.
-    let mut located = parse_guest(options.file, &read_guest_file(options.file)?)?;
+    let text = read_guest_file(options.file)?;
+    let mut located = parse_guest(options.file, &text)?;
     require_root()?;
     let host_file = paths.read_host_file()?;
     let host = Host::live();
@@ -95,8 +97,16 @@ pub fn run(
     // From here on no signal ends this process before all that it took is given back.
     let signals = watch::stop_signals(&located.guest)?;
     let claim = take_devices(&located, &host, &ledger, addresses, tell)?;
-    let prepared =
-        Prepared { paths, options, located: &located, identity: &identity, signals, images: &images, policy };
+    let prepared = Prepared {
+        paths,
+        options,
+        located: &located,
+        text: &text,
+        identity: &identity,
+        signals,
+        images: &images,
+        policy,
+    };
     let outcome = prepared.run(claim.as_ref(), &ledger, console, tell);
 
     // Give back, whatever happened.
@@ -126,6 +136,7 @@ struct Prepared<'a> {
     paths: &'a Paths,
     options: RunOptions<'a>,
     located: &'a Located,
+    text: &'a str,
     identity: &'a Identity,
     signals: UnixStream,
     images: &'a Images,
@@ -152,6 +163,16 @@ impl Prepared<'_> {
             uid: self.identity.uid,
             landlock_abi: started.cell.landlock().abi,
         });
+        let facts = Facts {
+            located: self.located,
+            spec_sha256: &record::sha256(self.text.as_bytes()),
+            uid: self.identity.uid,
+            policy: &self.policy,
+            resources: &resources,
+            started: &started,
+        };
+        // Gone with this function, as the guest is.
+        let _recorded = record::write(self.paths, &facts)?;
         // The cell has its own; a tap is gone with its last descriptor.
         drop(taps);
         let seen = watch::until_end(started, guest, &self.options, &self.signals, console, tell)?;
@@ -202,7 +223,7 @@ fn read_guest_file(path: &Path) -> Result<String, Refusal> {
     Ok(text)
 }
 
-fn require_root() -> Result<(), Refusal> {
+pub(crate) fn require_root() -> Result<(), Refusal> {
     if rustix::process::geteuid().is_root() {
         return Ok(());
     }

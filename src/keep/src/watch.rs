@@ -53,7 +53,7 @@ pub(crate) fn until_end(
     console: &mut dyn Write,
     tell: &mut dyn FnMut(Step),
 ) -> Result<Seen, Refusal> {
-    let Started { mut cell, channel, console: console_pipe, log: log_pipe } = started;
+    let Started { mut cell, channel, console: console_pipe, log: log_pipe, .. } = started;
     let mut watch = Watch {
         begun: Instant::now(),
         running: false,

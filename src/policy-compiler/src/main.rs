@@ -2,8 +2,9 @@
 //!
 //! A component on standard input, compiled code on standard output, one line of complaint on standard error. Compiling
 //! an unknown component is the one thing in Casemate that runs a compiler, and wasmtime promises no bound on it: so it
-//! happens here, without privileges, with bounds on memory and time, and before a byte of the component was read. It
-//! can open nothing: no file, no socket.
+//! happens here. Before a byte of the component was read, privileges are gone, memory and time are bounded, and a seccomp
+//! filter (`jail/filters/compiler.toml`) is on: it can open nothing, no file and no socket, and start nothing. Root's
+//! Casemate starts it in a cell besides.
 //!
 //! Exit code 2: the component is none. Any other: the compiler is at fault, or its bounds.
 
@@ -13,8 +14,10 @@ use std::{
     process::ExitCode,
 };
 
+use casemate_filters::{Role, install};
 use casemate_policy::{EXIT_INVALID, HOST_LIMITS, engine_config};
 use rustix::{
+    io::Errno,
     process::{DumpableBehavior, Gid, Resource, Rlimit, Uid, geteuid, set_dumpable_behavior, setrlimit},
     thread::{set_no_new_privs, set_thread_groups, set_thread_res_gid, set_thread_res_uid},
 };
@@ -80,5 +83,6 @@ fn confine() -> rustix::io::Result<()> {
         set_thread_res_uid(uid, uid, uid)?;
     }
     set_no_new_privs(true)?;
-    set_dumpable_behavior(DumpableBehavior::NotDumpable)
+    set_dumpable_behavior(DumpableBehavior::NotDumpable)?;
+    install(Role::Compiler).map_err(|error| Errno::from_io_error(&error).unwrap_or(Errno::INVAL))
 }

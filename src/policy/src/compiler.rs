@@ -1,5 +1,6 @@
 //! Runs the compiler, `casemate-policy-compiler`: a component on its standard input, compiled code on its standard
-//! output. It gets two anonymous files, an empty environment and a deadline; it limits itself further.
+//! output. It gets three anonymous files, an empty environment and a deadline; it limits itself further. Whoever can make
+//! a cell runs it in one ([`Launch`]).
 
 use std::{
     fs::File,
@@ -17,28 +18,86 @@ use crate::{Fault, PolicyError, limits::HOST_LIMITS};
 /// The compiler's exit code for a component that is none.
 pub const EXIT_INVALID: i32 = 2;
 
+/// The compiler's standard streams: files in memory.
+#[derive(Debug)]
+pub struct Streams {
+    /// The component, from its start.
+    pub input: File,
+    /// For the compiled code.
+    pub output: File,
+    /// For a line that says what is wrong.
+    pub complaint: File,
+}
+
+/// How the compiler ended.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub enum Ended {
+    /// It exited with this code.
+    Exited(i32),
+    /// In another way, in words.
+    Otherwise(String),
+}
+
+/// A way to run the compiler.
+pub trait Launch {
+    /// Runs `program` with these streams, an empty environment and no arguments to its end, and ends it itself when that has
+    /// not come within [`compile_ms`](crate::HostLimits).
+    ///
+    /// # Errors
+    /// Why it could not be started, or was ended; in words.
+    fn launch(&self, program: &Path, streams: Streams) -> Result<Ended, String>;
+}
+
+/// Runs the compiler as a child of this process, with this user's rights but for what it gives up itself: for users who
+/// can't make cells.
+#[derive(Clone, Copy, Debug)]
+pub struct Plain;
+
+impl Launch for Plain {
+    fn launch(&self, program: &Path, streams: Streams) -> Result<Ended, String> {
+        let child = Command::new(program)
+            .env_clear()
+            .current_dir("/")
+            .stdin(Stdio::from(streams.input))
+            .stdout(Stdio::from(streams.output))
+            .stderr(Stdio::from(streams.complaint))
+            .spawn()
+            .map_err(|error| format!("{} can't be started: {error}", program.display()))?;
+        let status = wait(child, Duration::from_millis(HOST_LIMITS.compile_ms))?;
+        Ok(status.code().map_or_else(|| Ended::Otherwise(status.to_string()), Ended::Exited))
+    }
+}
+
+/// The program, and the way to run it.
+#[derive(Clone, Copy)]
+pub(crate) struct Compiler<'a> {
+    pub(crate) program: &'a Path,
+    pub(crate) launch: &'a dyn Launch,
+}
+
 /// Compiles `component`; `name` is how an error calls it.
-pub(crate) fn compile(program: &Path, name: &str, component: &[u8]) -> Result<Vec<u8>, PolicyError> {
+pub(crate) fn compile(compiler: Compiler<'_>, name: &str, component: &[u8]) -> Result<Vec<u8>, PolicyError> {
     let broken = |cause: String| PolicyError::new(Fault::Compiler, name, cause);
     let anonymous = |error: std::io::Error| broken(format!("no anonymous file: {error}"));
     let mut input = anonymous_file().map_err(anonymous)?;
     input.write_all(component).and_then(|()| input.rewind()).map_err(anonymous)?;
     let mut output = anonymous_file().map_err(anonymous)?;
     let mut complaint = anonymous_file().map_err(anonymous)?;
-    let child = Command::new(program)
-        .env_clear()
-        .current_dir("/")
-        .stdin(Stdio::from(input))
-        .stdout(Stdio::from(output.try_clone().map_err(anonymous)?))
-        .stderr(Stdio::from(complaint.try_clone().map_err(anonymous)?))
-        .spawn()
-        .map_err(|error| broken(format!("{} can't be started: {error}", program.display())))?;
-    let status = wait(child, Duration::from_millis(HOST_LIMITS.compile_ms)).map_err(broken)?;
-    if !status.success() {
+    let streams = Streams {
+        input,
+        output: output.try_clone().map_err(anonymous)?,
+        complaint: complaint.try_clone().map_err(anonymous)?,
+    };
+    let ended = compiler.launch.launch(compiler.program, streams).map_err(broken)?;
+    if ended != Ended::Exited(0) {
         let text = read(&mut complaint, 4 << 10).unwrap_or_default();
         let text = String::from_utf8_lossy(&text);
-        let fault = if status.code() == Some(EXIT_INVALID) { Fault::Invalid } else { Fault::Compiler };
-        return Err(PolicyError::new(fault, name, format!("not compiled ({status}): {text}")));
+        let (fault, how) = match ended {
+            Ended::Exited(EXIT_INVALID) => (Fault::Invalid, format!("exit code {EXIT_INVALID}")),
+            Ended::Exited(code) => (Fault::Compiler, format!("exit code {code}")),
+            Ended::Otherwise(how) => (Fault::Compiler, how),
+        };
+        return Err(PolicyError::new(fault, name, format!("not compiled ({how}): {text}")));
     }
     let code = read(&mut output, HOST_LIMITS.compiled_bytes).map_err(|error| broken(error.to_string()))?;
     if code.is_empty() {
@@ -85,6 +144,10 @@ mod tests {
     /// A child that is between fork and exec holds a script open that another test writes: ETXTBSY. So, one at a time.
     static FORKS: Mutex<()> = Mutex::new(());
 
+    fn plain(program: &Path) -> Compiler<'_> {
+        Compiler { program, launch: &Plain }
+    }
+
     fn script(text: &str) -> (tempfile::TempDir, std::path::PathBuf) {
         use std::os::unix::fs::PermissionsExt;
         let folder = tempfile::tempdir().unwrap();
@@ -98,7 +161,7 @@ mod tests {
     fn passes_bytes_through_with_an_empty_environment() {
         let _one = FORKS.lock().unwrap_or_else(PoisonError::into_inner);
         let (_folder, path) = script("test -z \"$HOME\" && /bin/cat");
-        assert_eq!(compile(&path, "p", b"bytes").unwrap(), b"bytes");
+        assert_eq!(compile(plain(&path), "p", b"bytes").unwrap(), b"bytes");
     }
 
     #[test]
@@ -111,9 +174,9 @@ mod tests {
             ("exit 0", "policy-compiler"),
         ] {
             let (_folder, path) = script(text);
-            assert_eq!(compile(&path, "p", b"bytes").unwrap_err().code(), code, "{text}");
+            assert_eq!(compile(plain(&path), "p", b"bytes").unwrap_err().code(), code, "{text}");
         }
-        assert_eq!(compile(Path::new("/nowhere"), "p", b"").unwrap_err().code(), "policy-compiler");
+        assert_eq!(compile(plain(Path::new("/nowhere")), "p", b"").unwrap_err().code(), "policy-compiler");
     }
 
     #[test]

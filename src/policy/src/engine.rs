@@ -11,6 +11,7 @@ use sha2::{Digest, Sha256};
 use crate::{
     Fault, PolicyError, bundle,
     cache::{Cache, hex},
+    compiler::{Compiler, Launch, Plain},
     contract,
     limits::{HOST_LIMITS, PluginLimits},
     plugin::{Answer, Loader, Parts, Plugin, surface},
@@ -85,13 +86,21 @@ impl Engine {
     /// # Errors
     /// Whatever is wrong with any of them: a bundle is taken whole or not at all.
     pub fn open(config: Config<'_>) -> Result<Self, PolicyError> {
+        Self::open_with(config, &Plain)
+    }
+
+    /// The same, with another way to run the compiler.
+    ///
+    /// # Errors
+    /// As [`open`](Self::open).
+    pub fn open_with(config: Config<'_>, launch: &dyn Launch) -> Result<Self, PolicyError> {
         let source = read_bundle(config.bundle)?;
         let entries = bundle::parse(config.bundle, &source)?;
         let cache = Cache::open(config.cache)?;
         let (engine, ticker) = start()?;
         let engine_tag = engine_tag();
-        let loader =
-            Loader { engine: &engine, engine_tag: &engine_tag, cache: &cache, compiler: config.compiler };
+        let compiler = Compiler { program: config.compiler, launch };
+        let loader = Loader { engine: &engine, engine_tag: &engine_tag, cache: &cache, compiler };
         let mut opened = Self { plugins: Vec::new(), installed: Vec::new(), ticker };
         for entry in &entries {
             opened.add(&loader, entry).map_err(|error| error.at(entry.location.clone()))?;
@@ -186,11 +195,25 @@ pub struct Inspection {
 /// # Errors
 /// The file is no plugin that [`Engine::open`] would take, or it can't be compiled.
 pub fn install(file: &Path, cache: &Path, compiler: &Path) -> Result<Inspection, PolicyError> {
+    install_with(file, cache, compiler, &Plain)
+}
+
+/// The same, with another way to run the compiler.
+///
+/// # Errors
+/// As [`install`].
+pub fn install_with(
+    file: &Path,
+    cache: &Path,
+    compiler: &Path,
+    launch: &dyn Launch,
+) -> Result<Inspection, PolicyError> {
     let bytes = read_component(file)?;
     let digest = hex(&Sha256::digest(&bytes));
     let cache = Cache::open(cache)?;
     let (engine, ticker) = start()?;
     let engine_tag = engine_tag();
+    let compiler = Compiler { program: compiler, launch };
     let loader = Loader { engine: &engine, engine_tag: &engine_tag, cache: &cache, compiler };
     let name = file.display().to_string();
     let loaded = loader.load(&name, &digest, &bytes)?;

@@ -29,8 +29,8 @@ mod request;
 mod sandbox;
 mod verdict;
 
-pub use compiler::EXIT_INVALID;
-pub use engine::{Config, Engine, Inspection, Installed, engine_config, install};
+pub use compiler::{EXIT_INVALID, Ended, Launch, Plain, Streams};
+pub use engine::{Config, Engine, Inspection, Installed, engine_config, install, install_with};
 pub use error::{Fault, PolicyError};
 pub use limits::{HOST_LIMITS, HostLimits, PluginLimits};
 pub use request::{

@@ -1,9 +1,6 @@
 //! One loaded plugin, and the call into it.
 
-use std::{
-    path::Path,
-    time::{Duration, Instant},
-};
+use std::time::{Duration, Instant};
 
 use wasmtime::{
     Store, Trap,
@@ -13,7 +10,7 @@ use wasmtime::{
 use crate::{
     Fault, PolicyError,
     cache::{Cache, EntryKey},
-    compiler,
+    compiler::{self, Compiler},
     contract::{self, Admission, AdmissionPre, Description, types},
     limits::{HOST_LIMITS, PluginLimits},
     sandbox::{LogFlood, Sandbox, Ticker},
@@ -26,7 +23,7 @@ pub(crate) struct Loader<'a> {
     /// Engine version, settings and what the processor can do, as text.
     pub(crate) engine_tag: &'a str,
     pub(crate) cache: &'a Cache,
-    pub(crate) compiler: &'a Path,
+    pub(crate) compiler: Compiler<'a>,
 }
 
 /// Compiled code in memory, and how long compiling took when it wasn't in the cache.

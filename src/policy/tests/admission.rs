@@ -273,7 +273,7 @@ fn the_compiler_has_given_everything_up_before_it_reads() {
         Command::new(compiler()).stdin(Stdio::piped()).stdout(Stdio::null()).env_clear().spawn().unwrap();
     let proc = |file: &str| fs::read_to_string(format!("/proc/{}/{file}", child.id())).unwrap();
     let start = Instant::now();
-    while !proc("status").contains("NoNewPrivs:\t1") && start.elapsed() < Duration::from_secs(20) {
+    while !proc("status").contains("Seccomp:\t2") && start.elapsed() < Duration::from_secs(20) {
         std::thread::sleep(Duration::from_millis(5));
     }
     let (status, limits) = (proc("status"), proc("limits"));
@@ -284,6 +284,7 @@ fn the_compiler_has_given_everything_up_before_it_reads() {
         line.split_whitespace().map(ToOwned::to_owned).collect()
     };
     assert_eq!(words(&status, "NoNewPrivs"), ["NoNewPrivs:", "1"]);
+    assert_eq!(words(&status, "Seccomp:"), ["Seccomp:", "2"]);
     assert_eq!(words(&status, "CapEff"), ["CapEff:", "0000000000000000"]);
     assert!(!words(&status, "Uid:").contains(&"0".to_owned()), "{status}");
     assert_eq!(words(&limits, "Max open files")[3..5], ["3", "3"]);

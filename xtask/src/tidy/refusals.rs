@@ -7,9 +7,20 @@ use super::File;
 /// Where the list is.
 pub(crate) const LIST: &str = "docs/refusals.md";
 
-/// Words that look like codes and are none: drivers, checks of `casemate doctor`, threads.
-const NO_CODES: &[&str] =
-    &["guest-ram", "kvm-backend", "policy-ticker", "vfio-container", "vfio-noiommu", "vfio-pci"];
+/// Words that look like codes and are none: drivers, checks of `casemate doctor`, threads, kinds of descriptors.
+const NO_CODES: &[&str] = &[
+    "guest-ram",
+    "kvm-backend",
+    "kvm-vcpu",
+    "kvm-vfio",
+    "kvm-vm",
+    "policy-ticker",
+    "vfio-container",
+    "vfio-device",
+    "vfio-group",
+    "vfio-noiommu",
+    "vfio-pci",
+];
 
 /// Codes in the list that are not in the code, and the other way round.
 ///

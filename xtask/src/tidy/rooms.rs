@@ -36,7 +36,7 @@ pub(crate) const ROOMS: &[Room] = &[
     room("casemate-victims", &["casemate-filters", "casemate-jail", "casemate-spec"]),
     room("casemate-host", &["casemate-spec"]),
     room("casemate-policy", &["casemate-spec"]),
-    room("casemate-policy-compiler", &["casemate-policy"]),
+    room("casemate-policy-compiler", &["casemate-filters", "casemate-policy"]),
     room(
         "casemate-keep",
         &[

@@ -32,7 +32,7 @@ fn main() {
 }
 
 fn usage() -> ! {
-    say("usage: casemate-victim ATTEMPT build|vcpu|rest|-, or: casemate-victim stay -");
+    say("usage: casemate-victim ATTEMPT build|vcpu|rest|compiler|-, or: casemate-victim stay -");
     exit(2)
 }
 
@@ -42,7 +42,7 @@ fn say(line: &str) {
 }
 
 fn run(attempt: &Attempt, role: Option<Role>) -> io::Result<Result<(), Stopped>> {
-    if role.is_some() {
+    if role.is_some_and(|role| role != Role::Compiler) {
         install(Role::Build)?;
     }
     let kvm = if attempt.needs_kvm { Some(receive_descriptor()?) } else { None };

@@ -74,9 +74,13 @@ fn limits(probe: &Probe) -> Result<Value, String> {
     let membership = read(&process.join("cgroup"))?;
     let path = membership.trim().rsplit(':').next().unwrap_or_default();
     let cgroup = probe.parent.join(Path::new(path).file_name().unwrap_or_default());
-    for (file, value) in
-        [("memory.max", "536870912"), ("memory.oom.group", "1"), ("pids.max", "16"), ("pids.current", "3")]
-    {
+    for (file, value) in [
+        ("memory.max", "536870912"),
+        ("memory.oom.group", "1"),
+        ("pids.max", "16"),
+        ("cpu.max", "200000 100000"),
+        ("pids.current", "3"),
+    ] {
         let found = read(&cgroup.join(file))?;
         if found.trim() != value {
             faults.push(format!("{file}: {found}"));

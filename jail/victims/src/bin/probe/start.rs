@@ -78,7 +78,9 @@ impl Probe {
             gid: ID,
             program: self.program.clone(),
             arguments,
-            control,
+            input: None,
+            output: None,
+            control: Some(control),
             log: log_end,
             rlimits: Rlimits {
                 memlock_bytes: 1 << 20,
@@ -86,7 +88,12 @@ impl Probe {
                 threads_max: 16,
                 file_size_bytes_max: 1 << 20,
             },
-            cgroup: CgroupPlan { parent: self.parent.clone(), memory_bytes_max: 512 << 20, pids_max: 16 },
+            cgroup: CgroupPlan {
+                parent: self.parent.clone(),
+                memory_bytes_max: 512 << 20,
+                pids_max: 16,
+                cpus_max: 2,
+            },
             tied_to_parent: false,
         };
         change(&mut plan);

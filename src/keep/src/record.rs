@@ -1,0 +1,300 @@
+//! What a keep writes down of a guest that runs, for `casemate ps` and `casemate audit`: what it was given, not what is.
+
+use std::{
+    fs::{self, File},
+    io::{Read, Write},
+    os::{
+        fd::{AsFd, AsRawFd},
+        unix::fs::OpenOptionsExt,
+    },
+    path::{Path, PathBuf},
+    time::{SystemTime, UNIX_EPOCH},
+};
+
+use casemate_host::{Host, Owner, Process};
+use casemate_jail::Landlock;
+use casemate_spec::{Located, PciAddress, Refusal};
+use serde::{Deserialize, Serialize};
+use sha2::{Digest, Sha256};
+
+use crate::{
+    Paths, PolicyReport,
+    cell::{Resources, Started},
+};
+
+/// Counts up when the form changes.
+const VERSION: u32 = 1;
+/// A record has some KB.
+const BYTES_MAX: u64 = 256 << 10;
+/// Guests on a host, and some that died badly.
+const RECORDS_MAX: usize = 8192;
+
+/// A guest that runs.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+pub struct GuestRecord {
+    version: u32,
+    /// Its name.
+    pub guest: String,
+    /// Whose it is.
+    pub tenant: String,
+    /// Its VMM's process.
+    pub cell: Process,
+    /// The process that watches over it.
+    pub keep: Process,
+    /// The uid and gid of its cell.
+    pub uid: u32,
+    /// When its cell was closed, in seconds since 1970.
+    pub started_seconds: u64,
+    /// Virtual processors.
+    pub vcpus: u32,
+    /// Its memory.
+    pub memory_bytes: u64,
+    /// Network cards.
+    pub nets: u32,
+    /// SHA-256 of its file, in hexadecimal.
+    pub spec_sha256: String,
+    /// The plugins that allowed it: name and digest.
+    pub policy: Vec<(String, String)>,
+    /// Kernel, initrd and disks, as /proc names their descriptors.
+    pub files: Vec<PathBuf>,
+    /// Its PCI functions.
+    pub devices: Vec<GivenDevice>,
+    /// The limits that it was given.
+    pub limits: GivenLimits,
+    /// Its Landlock ruleset.
+    pub landlock: GivenLandlock,
+}
+
+/// A PCI function as it was given to the guest.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+pub struct GivenDevice {
+    /// Where it sits.
+    pub address: PciAddress,
+    /// Its IOMMU group.
+    pub group: u32,
+    /// How it was reset before; without result 0 it is not given.
+    pub reset_method: String,
+    /// The driver that it goes back to.
+    pub former_driver: Option<String>,
+}
+
+/// Limits as they were asked for.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+#[allow(missing_docs, reason = "the names are those of CgroupPlan and Rlimits in casemate-jail")]
+pub struct GivenLimits {
+    pub cgroup: PathBuf,
+    pub memory_bytes_max: u64,
+    pub pids_max: u64,
+    pub cpus_max: u32,
+    pub memlock_bytes: u64,
+    pub descriptors_max: u64,
+    pub threads_max: u64,
+    pub file_size_bytes_max: u64,
+}
+
+/// The Landlock ruleset as it was enforced: the kernel tells it to nobody afterwards.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+#[allow(missing_docs, reason = "the names are those of Landlock in casemate-jail")]
+pub struct GivenLandlock {
+    pub abi: u32,
+    pub filesystem: u64,
+    pub network: u64,
+    pub scopes: u64,
+}
+
+/// A record on disk; removed when this is dropped.
+#[derive(Debug)]
+pub(crate) struct Recorded(PathBuf);
+
+impl Drop for Recorded {
+    fn drop(&mut self) {
+        // One that stays names a process that is gone, and is passed over.
+        let _ = fs::remove_file(&self.0);
+    }
+}
+
+/// What a record is made of.
+pub(crate) struct Facts<'a> {
+    pub(crate) located: &'a Located,
+    pub(crate) spec_sha256: &'a str,
+    pub(crate) uid: u32,
+    pub(crate) policy: &'a PolicyReport,
+    pub(crate) resources: &'a Resources<'a>,
+    pub(crate) started: &'a Started,
+}
+
+/// SHA-256 in hexadecimal.
+pub(crate) fn sha256(bytes: &[u8]) -> String {
+    Sha256::digest(bytes).iter().map(|byte| format!("{byte:02x}")).collect()
+}
+
+/// Writes the record of a guest whose cell was closed. `None` for a cell that has ended already: whoever watches it tells why.
+pub(crate) fn write(paths: &Paths, facts: &Facts<'_>) -> Result<Option<Recorded>, Refusal> {
+    let Some(cell) = Process::with_pid(&Host::live(), facts.started.cell.pid()) else { return Ok(None) };
+    let record = GuestRecord::new(facts, cell)?;
+    let path = paths.runtime.join(format!("{}.json", record.guest));
+    let failed = |error: &dyn std::fmt::Display| {
+        let cause = format_args!("the guest cannot be written down: {error}");
+        Refusal::new("host-folder", path.display(), cause, "see that /run has room")
+    };
+    let text = serde_json::to_vec(&record).map_err(|error| failed(&error))?;
+    // The name is this keep's: it holds the lock of the guest's name.
+    let beside = path.with_extension("json.new");
+    let _ = fs::remove_file(&beside);
+    File::options()
+        .write(true)
+        .create_new(true)
+        .mode(0o600)
+        .open(&beside)
+        .and_then(|mut file| file.write_all(&text))
+        .and_then(|()| fs::rename(&beside, &path))
+        .map_err(|error| failed(&error))?;
+    Ok(Some(Recorded(path)))
+}
+
+impl GuestRecord {
+    fn new(facts: &Facts<'_>, cell: Process) -> Result<Self, Refusal> {
+        let Facts { located, spec_sha256, uid, policy, resources, started } = *facts;
+        let guest = &located.guest;
+        let images = resources.images;
+        let files = [&images.kernel].into_iter().chain(&images.initrd).chain(&images.disks);
+        let devices = resources.claim.iter().flat_map(|claim| &claim.devices);
+        let Landlock { abi, filesystem, network, scopes } = started.cell.landlock();
+        let (rlimits, cgroup) = (started.rlimits, &started.cgroup);
+        Ok(Self {
+            version: VERSION,
+            guest: guest.name.to_string(),
+            tenant: guest.tenant.to_string(),
+            cell,
+            keep: Owner::this_process(guest.name.as_str())?.keep,
+            uid,
+            started_seconds: now_seconds(),
+            vcpus: u32::from(guest.vcpus),
+            memory_bytes: guest.memory.bytes(),
+            nets: u32::try_from(guest.nets.len()).unwrap_or(u32::MAX),
+            spec_sha256: spec_sha256.to_owned(),
+            policy: policy.plugins.clone(),
+            files: files.filter_map(|image| name_of(&image.fd)).collect(),
+            devices: devices
+                .map(|device| GivenDevice {
+                    address: device.address,
+                    group: device.group,
+                    reset_method: device.reset_method.clone(),
+                    former_driver: device.former_driver.clone(),
+                })
+                .collect(),
+            limits: GivenLimits {
+                cgroup: cgroup.parent.join(guest.name.as_str()),
+                memory_bytes_max: cgroup.memory_bytes_max,
+                pids_max: cgroup.pids_max,
+                cpus_max: cgroup.cpus_max,
+                memlock_bytes: rlimits.memlock_bytes,
+                descriptors_max: rlimits.descriptors_max,
+                threads_max: rlimits.threads_max,
+                file_size_bytes_max: rlimits.file_size_bytes_max,
+            },
+            landlock: GivenLandlock { abi, filesystem, network, scopes },
+        })
+    }
+}
+
+pub(crate) fn now_seconds() -> u64 {
+    SystemTime::now().duration_since(UNIX_EPOCH).map_or(0, |time| time.as_secs())
+}
+
+/// What /proc calls a descriptor of this process.
+fn name_of(fd: &impl AsFd) -> Option<PathBuf> {
+    fs::read_link(format!("/proc/self/fd/{}", fd.as_fd().as_raw_fd())).ok()
+}
+
+/// The guests that run on this host, by name.
+///
+/// # Errors
+/// `not-root`; `host-folder` when the folder of records can't be read.
+pub fn running(paths: &Paths) -> Result<Vec<GuestRecord>, Refusal> {
+    crate::run::require_root()?;
+    let entries = match fs::read_dir(&paths.runtime) {
+        Err(error) if error.kind() == std::io::ErrorKind::NotFound => return Ok(Vec::new()),
+        entries => entries.map_err(|error| {
+            let cause = format_args!("it cannot be read: {error}");
+            Refusal::new("host-folder", paths.runtime.display(), cause, "run as root")
+        })?,
+    };
+    let host = Host::live();
+    let files = entries.flatten().map(|entry| entry.path()).filter(|path| is_record(path)).take(RECORDS_MAX);
+    let mut records: Vec<_> =
+        files.filter_map(|path| read(&path)).filter(|record| record.cell.is_alive(&host)).collect();
+    records.sort_by(|one, other| one.guest.cmp(&other.guest));
+    Ok(records)
+}
+
+fn is_record(path: &Path) -> bool {
+    path.extension().is_some_and(|extension| extension == "json")
+}
+
+/// `None` for what is no record of this form: one of a later Casemate, or one that was cut off.
+fn read(path: &Path) -> Option<GuestRecord> {
+    let mut text = Vec::new();
+    File::open(path).ok()?.take(BYTES_MAX).read_to_end(&mut text).ok()?;
+    let record: GuestRecord = serde_json::from_slice(&text).ok()?;
+    (record.version == VERSION && path.file_stem().is_some_and(|stem| stem == record.guest.as_str()))
+        .then_some(record)
+}
+
+#[cfg(test)]
+pub(crate) mod tests {
+    use super::*;
+
+    /// A record of a guest whose cell is this very process.
+    pub(crate) fn record(guest: &str) -> GuestRecord {
+        let this = Owner::this_process(guest).unwrap().keep;
+        GuestRecord {
+            version: VERSION,
+            guest: guest.into(),
+            tenant: "t".into(),
+            cell: this.clone(),
+            keep: this,
+            uid: 70_001,
+            started_seconds: 1,
+            vcpus: 1,
+            memory_bytes: 64 << 20,
+            nets: 0,
+            spec_sha256: sha256(b""),
+            policy: Vec::new(),
+            files: vec!["/images/disk".into()],
+            devices: Vec::new(),
+            limits: GivenLimits {
+                cgroup: "/sys/fs/cgroup/casemate/g".into(),
+                memory_bytes_max: 1,
+                pids_max: 1,
+                cpus_max: 1,
+                memlock_bytes: 1,
+                descriptors_max: 1,
+                threads_max: 1,
+                file_size_bytes_max: 1,
+            },
+            landlock: GivenLandlock { abi: 2, filesystem: 0x3fff, network: 0, scopes: 0 },
+        }
+    }
+
+    #[test]
+    fn only_whole_records_under_their_own_name_are_read() {
+        let folder = tempfile::tempdir().unwrap();
+        let path = folder.path().join("web.json");
+        let text = serde_json::to_string(&record("web")).unwrap();
+        fs::write(&path, &text).unwrap();
+        assert_eq!(read(&path), Some(record("web")));
+        fs::write(&path, text.get(..text.len() / 2).unwrap()).unwrap();
+        assert_eq!(read(&path), None);
+        fs::write(&path, text.replace("\"version\":1", "\"version\":2")).unwrap();
+        assert_eq!(read(&path), None);
+        let other = folder.path().join("other.json");
+        fs::write(&other, &text).unwrap();
+        assert_eq!(read(&other), None);
+    }
+
+    #[test]
+    fn the_digest_is_sha256() {
+        assert!(sha256(b"abc").starts_with("ba7816bf8f01cfea414140de5dae2223"));
+    }
+}
