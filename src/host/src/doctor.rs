@@ -1,5 +1,7 @@
 //! What this host can do for guests, and what is missing.
 
+mod strangers;
+
 use std::fs::{self, File};
 
 use rustix::process::{Resource, getrlimit};
@@ -51,7 +53,7 @@ pub struct Check {
 
 /// Looks at all that guests need. Changes nothing; what a device node would tell is told of the live host only.
 pub fn doctor(host: &Host) -> Vec<Check> {
-    vec![
+    let needs = [
         kernel(host),
         kvm(host),
         kvm_backend(host),
@@ -66,7 +68,8 @@ pub fn doctor(host: &Host) -> Vec<Check> {
         memlock(),
         user_namespaces(host),
         memfd_exec(host),
-    ]
+    ];
+    needs.into_iter().chain(strangers::checks(host)).collect()
 }
 
 fn check(name: &'static str, state: CheckState, found: impl Into<String>, remedy: &str) -> Check {
