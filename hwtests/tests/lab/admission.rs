@@ -24,13 +24,18 @@ struct Bundle {
 
 impl Bundle {
     fn write(ctx: &Ctx, name: &str, plugin: &str, settings: &str) -> Result<Self, Failure> {
+        Self::write_with(ctx, name, plugin, settings, "")
+    }
+
+    /// The same with more keys, each a line.
+    fn write_with(ctx: &Ctx, name: &str, plugin: &str, settings: &str, more: &str) -> Result<Self, Failure> {
         let copy = ctx.directory().join(format!("{name}.wasm"));
         fs::copy(workspace("plugins/built").join(plugin), &copy)?;
         let digest = ctx.shell(&format!("sha256sum {name}.wasm | cut -d' ' -f1"))?;
         let path = ctx.directory().join(format!("{name}.bundle.toml"));
         let limits = "limits = { fuel = 20_000_000, deadline_ms = 10_000 }";
         let text = format!(
-            "[[plugin]]\nname = \"{name}\"\npath = \"{name}.wasm\"\nsha256 = \"{digest}\"\nsettings = {{ {settings} }}\n{limits}\n"
+            "[[plugin]]\nname = \"{name}\"\npath = \"{name}.wasm\"\nsha256 = \"{digest}\"\nsettings = {{ {settings} }}\n{limits}\n{more}\n"
         );
         fs::write(&path, text)?;
         Ok(Self { path, plugin: copy })
@@ -120,4 +125,60 @@ pub(crate) fn whatever_is_wrong_with_a_policy_refuses(ctx: &mut Ctx) -> Result<(
     ])?;
     refused(&without, "policy-compiler")?;
     before.expect_unchanged()
+}
+
+pub(crate) fn decisions_are_kept_and_asked_again(ctx: &mut Ctx) -> Result<(), Failure> {
+    let file = ctx.guest("true")?.vcpus(1).write_into(ctx.directory())?;
+    let small =
+        Bundle::write_with(ctx, "small", "limits.wasm", "max_memory = \"128 MiB\"", "level = \"soft\"")?;
+    let line = refused(&run_under(ctx, &small.path, &file)?, "policy-denied")?;
+    expect!(line.ends_with(", or override it: --override REASON"), "{line}");
+    let words = |words: &[&str]| -> Vec<PathBuf> { words.iter().map(PathBuf::from).collect() };
+    let explained = ctx.run(words(&["casemate", "policy", "explain", "last"]))?;
+    explained.success()?.printed("answered  denied by small/memory")?;
+    explained.printed("256 MiB is more than the 128 MiB")?;
+
+    // Tried, nothing is recorded; overridden, the guest runs and the reason is kept.
+    let mut again = words(&["casemate", "policy", "try", "--policy"]);
+    again.extend([small.path.clone(), file.clone()]);
+    refused(&ctx.run(again)?, "policy-denied")?;
+    let mut run = words(&["casemate", "run", "--override", "the lab wants it", "--policy"]);
+    run.extend([small.path.clone(), file.clone()]);
+    let ran = ctx.run(run)?;
+    ran.success()?.printed("CASEMATE-TEST-ENDED 0")?;
+    expect!(ran.stderr.contains("overridden: small/memory"), "{}", ran.stderr);
+    ctx.run(words(&["casemate", "policy", "explain"]))?
+        .success()?
+        .printed("override  \"the lab wants it\"")?;
+
+    let large = Bundle::write(ctx, "small", "limits.wasm", "max_memory = \"1 GiB\"")?;
+    let mut replay = words(&["casemate", "policy", "replay", "--since", "1h", "--with"]);
+    replay.push(large.path);
+    let replayed = ctx.run(replay)?;
+    replayed.success()?.printed("was denied by small/memory; would be allowed")?;
+    // Folder and files are root's alone.
+    let modes =
+        ctx.shell("stat -c %a /var/lib/casemate/decisions /var/lib/casemate/decisions/decisions.jsonl")?;
+    expect!(modes == "700\n600", "modes are {modes}");
+    Ok(())
+}
+
+pub(crate) fn a_policy_changes_the_guest_and_knows_its_kernel(ctx: &mut Ctx) -> Result<(), Failure> {
+    let file = ctx.guest("echo line: $(cat /proc/cmdline)")?.vcpus(1).write_into(ctx.directory())?;
+    let kernel = ctx.layout().guest_kernel();
+    let digest = ctx.shell(&format!("sha256sum {} | cut -d' ' -f1", kernel.display()))?;
+    let settings = |digest: &str| {
+        format!("kernels = [\"{digest}\"], required_words = [\"casemate.test=1\"], add_words = true")
+    };
+    let more = "may_change = [\"boot.command_line\"]";
+    let images = Bundle::write_with(ctx, "images", "images.wasm", &settings(&digest), more)?;
+    // It boots from the sealed copy, with the word that the policy added.
+    let run = run_under(ctx, &images.path, &file)?;
+    let line = run.success()?.value("line:")?.to_owned();
+    expect!(line.ends_with(" casemate.test=1"), "the command line is {line}");
+    expect!(run.stderr.contains("changed: boot.command_line: "), "{}", run.stderr);
+    let other = Bundle::write_with(ctx, "images", "images.wasm", &settings(&"0".repeat(64)), more)?;
+    let line = refused(&run_under(ctx, &other.path, &file)?, "policy-denied")?;
+    expect!(line.contains(&format!("(sha256 {digest}) is none of the 1")), "{line}");
+    Ok(())
 }

@@ -41,6 +41,8 @@ const TESTS: &[LabTest] = &[
     LabTest::new("too-big-is-refused", admission::too_big_is_refused),
     LabTest::new("swapped-plugin-flips-the-verdict", admission::swapped_plugin_flips_the_verdict),
     LabTest::new("broken-policy-refuses", admission::whatever_is_wrong_with_a_policy_refuses),
+    LabTest::new("decisions-are-kept-and-asked-again", admission::decisions_are_kept_and_asked_again),
+    LabTest::new("policy-changes-the-guest", admission::a_policy_changes_the_guest_and_knows_its_kernel),
     // Bad input
     LabTest::new("refuses-wrong-values", refusals::wrong_values),
     LabTest::new("refuses-wrong-images", refusals::wrong_images),

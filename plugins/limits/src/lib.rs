@@ -2,12 +2,9 @@
 //!
 //! All settings may be left out; what isn't set isn't limited. `docs/policies.md` lists them.
 
-mod pattern;
-
 use casemate_plugin_sdk::{
-    Bytes, Device, Operation, Policy, Reason, Request, Severity, Verdict, export_policy, verdict,
+    Bytes, Device, Operation, Pattern, Policy, Reason, Request, Severity, Verdict, export_policy, verdict,
 };
-use pattern::Pattern;
 use serde::Deserialize;
 
 #[derive(Default, Deserialize)]
@@ -32,6 +29,9 @@ impl Policy for Limits {
     const SUMMARY: &'static str = env!("CARGO_PKG_DESCRIPTION");
     const VERSION: &'static str = env!("CARGO_PKG_VERSION");
     const SETTINGS_SCHEMA: Option<&'static str> = Some(include_str!("settings.schema.json"));
+
+    const REASONS: &'static [&'static str] =
+        &["memory", "host-memory", "vcpus", "devices", "device-kind", "overcommitted"];
 
     type Settings = Settings;
 

@@ -1,55 +1,5 @@
 use super::*;
-use casemate_plugin_sdk::{Amounts, Denied, File, GuestSpec, HostState, Tenant};
-
-fn nic() -> Device {
-    Device {
-        address: "0000:03:00.0".into(),
-        vendor: 0x8086,
-        device: 0x100e,
-        subsystem_vendor: 0x1af4,
-        subsystem_device: 0x1100,
-        class: 0x02_00_00,
-        group: Some(3),
-        driver: Some("e1000".into()),
-        attrs: vec![],
-    }
-}
-
-fn request() -> Request {
-    let kernel = File { path: "/boot/vmlinux".into(), size_bytes: 1 << 20, sha256: None, attrs: vec![] };
-    Request {
-        operation: Operation::Create,
-        guest: GuestSpec {
-            name: "web".into(),
-            vcpus: 2,
-            memory_bytes: 8 << 30,
-            kernel,
-            initrd: None,
-            command_line: String::new(),
-            devices: vec![nic()],
-            disks: vec![],
-            nets: vec![],
-            attrs: vec![],
-        },
-        old: None,
-        tenant: Tenant {
-            name: "acme".into(),
-            quota: None,
-            usage: Some(Amounts { guests: 0, vcpus: 0, memory_bytes: 0, devices: 0, attrs: vec![] }),
-            attrs: vec![],
-        },
-        host: HostState {
-            name: "host".into(),
-            cpus: 4,
-            memory_bytes: 16 << 30,
-            memory_free_bytes: 12 << 30,
-            attrs: vec![],
-        },
-        beside: vec![],
-        now_seconds: 0,
-        attrs: vec![],
-    }
-}
+use casemate_plugin_sdk::{Denied, testing::request};
 
 fn settings(json: &str) -> Settings {
     serde_json::from_str(json).unwrap()

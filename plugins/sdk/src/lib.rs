@@ -20,19 +20,23 @@ pub mod bindings {
 }
 
 mod bytes;
+mod pattern;
 mod reason;
+#[cfg(not(target_arch = "wasm32"))]
+pub mod testing;
 
 use std::marker::PhantomData;
 
 pub use bindings::casemate::policy::{
     log::Level,
     types::{
-        Allowed, Amounts, Attrs, Denied, Device, Disk, File, GuestSpec, HostState, Neighbour, Net, Operation,
-        Reason, Request, Severity, Tenant, Verdict,
+        Allowed, Amounts, Attrs, Change, Denied, Device, Disk, File, GuestSpec, HostState, Neighbour, Net,
+        Operation, Reason, Request, Severity, Tenant, Value, Verdict,
     },
 };
 use bindings::exports::casemate::policy::{gate, meta};
 pub use bytes::Bytes;
+pub use pattern::Pattern;
 pub use reason::{allow, deny, verdict};
 pub use serde;
 
@@ -46,6 +50,12 @@ pub trait Policy {
     const VERSION: &'static str;
     /// A JSON Schema of the settings.
     const SETTINGS_SCHEMA: Option<&'static str> = None;
+    /// The codes of all reasons that [`Policy::admit`] gives: `casemate policy test` tells which were never seen.
+    const REASONS: &'static [&'static str];
+    /// The fields that it may want to change: `boot.command_line`.
+    const CHANGES: &'static [&'static str] = &[];
+    /// What the host has to look up for it: `kernel-sha256`, `initrd-sha256`, `disk-sha256`.
+    const NEEDS: &'static [&'static str] = &[];
 
     /// What the bundle's `settings` table is read into. Let serde refuse unknown fields.
     type Settings: serde::de::DeserializeOwned;
@@ -86,6 +96,9 @@ impl<P: Policy> meta::Guest for Component<P> {
             version: P::VERSION.into(),
             summary: P::SUMMARY.into(),
             settings_schema: P::SETTINGS_SCHEMA.map(Into::into),
+            reasons: list(P::REASONS),
+            changes: list(P::CHANGES),
+            needs: list(P::NEEDS),
             attrs: Vec::new(),
         }
     }
@@ -102,6 +115,10 @@ impl<P: Policy> gate::Guest for Component<P> {
             Err(reason) => verdict(vec![reason], Vec::new()),
         }
     }
+}
+
+fn list(names: &[&str]) -> Vec<String> {
+    names.iter().map(|name| (*name).to_owned()).collect()
 }
 
 fn read<P: Policy>(settings: &str) -> Result<P::Settings, Reason> {

@@ -1,6 +1,6 @@
 //! Reasons and verdicts, made in few words.
 
-use crate::{Allowed, Denied, Reason, Severity, Verdict};
+use crate::{Allowed, Change, Denied, Reason, Severity, Value, Verdict};
 
 impl Reason {
     /// A reason of severity `medium`, without field or remedy yet. `code` is 1 to 64 of `a-z`, `0-9` and `-`.
@@ -37,6 +37,24 @@ impl Reason {
     }
 }
 
+impl Change {
+    /// A change of a field, a key of the guest's file, and why.
+    pub fn new(field: &str, value: Value, reason: impl Into<String>) -> Self {
+        Self { field: field.into(), value, reason: reason.into(), attrs: Vec::new() }
+    }
+}
+
+impl Verdict {
+    /// The same with changes, if it's a yes.
+    #[must_use]
+    pub fn with_changes(mut self, changes: Vec<Change>) -> Self {
+        if let Self::Allow(allowed) = &mut self {
+            allowed.changes.extend(changes);
+        }
+        self
+    }
+}
+
 /// Yes, without a warning.
 pub fn allow() -> Verdict {
     verdict(Vec::new(), Vec::new())
@@ -50,7 +68,7 @@ pub fn deny(reason: Reason) -> Verdict {
 /// No when there is a reason, else yes with these warnings.
 pub fn verdict(reasons: Vec<Reason>, warnings: Vec<Reason>) -> Verdict {
     if reasons.is_empty() {
-        Verdict::Allow(Allowed { warnings, attrs: Vec::new() })
+        Verdict::Allow(Allowed { changes: Vec::new(), warnings, attrs: Vec::new() })
     } else {
         Verdict::Deny(Denied { reasons, attrs: Vec::new() })
     }

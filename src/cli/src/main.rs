@@ -60,6 +60,16 @@ struct Arguments {
         value_name = "PROGRAM"
     )]
     policy_compiler: Option<PathBuf>,
+    /// A public key of minisign; where the file exists, bundles have to be signed by it.
+    #[arg(
+        long,
+        global = true,
+        env = "CASEMATE_POLICY_KEY",
+        hide_env_values = true,
+        value_name = "FILE",
+        default_value = "/etc/casemate/policy.pub"
+    )]
+    policy_key: PathBuf,
     #[command(subcommand)]
     command: Command,
 }
@@ -123,6 +133,7 @@ fn paths(arguments: &Arguments) -> Result<Paths, Failure> {
         (&arguments.vmm, &mut paths.vmm),
         (&arguments.policy_compiler, &mut paths.policy_compiler),
     ];
+    paths.policy_key.clone_from(&arguments.policy_key);
     for (choice, path) in choices {
         if let Some(chosen) = choice {
             path.clone_from(chosen);

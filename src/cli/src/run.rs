@@ -20,14 +20,21 @@ pub(crate) struct Options {
         value_name = "BUNDLE"
     )]
     policy: PathBuf,
+    /// Start it although a policy refuses, where the bundle lets an operator decide. The reason is kept with the decision.
+    #[arg(long = "override", value_name = "REASON")]
+    override_why: Option<String>,
     /// Report when the console first shows this text.
     #[arg(long, value_name = "TEXT")]
     note_line: Option<String>,
 }
 
 pub(crate) fn run(paths: &Paths, options: &Options, json: bool) -> Result<ExitCode, Failure> {
-    let run_options =
-        RunOptions { file: &options.file, policy: &options.policy, line: options.note_line.as_deref() };
+    let run_options = RunOptions {
+        file: &options.file,
+        policy: &options.policy,
+        override_why: options.override_why.as_deref(),
+        line: options.note_line.as_deref(),
+    };
     let report =
         casemate_keep::run(paths, run_options, &mut io::stdout().lock(), &mut |step| tell(&step, json))?;
     if json {
@@ -61,10 +68,13 @@ pub(crate) fn tell(step: &Step, json: bool) {
         Step::Admitted { policy } => {
             let names: Vec<_> = policy.plugins.iter().map(|(name, _)| name.as_str()).collect();
             output::aside(&format!(
-                "admitted by {} (asked in {} µs)",
+                "admitted by {} (asked in {} µs; decision {})",
                 names.join(", "),
-                policy.ask.as_micros()
+                policy.ask.as_micros(),
+                policy.decision
             ));
+            policy.changes.iter().for_each(|change| output::aside(&format!("changed: {change}")));
+            policy.overridden.iter().for_each(|what| output::aside(&format!("overridden: {what}")));
             policy.warnings.iter().for_each(|warning| output::aside(&format!("warning: {warning}")));
         }
         Step::Claiming { devices } => {

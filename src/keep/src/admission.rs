@@ -8,12 +8,12 @@ use std::{
 
 use casemate_host::{Image, PciFunction};
 use casemate_policy::{
-    Amounts, Attrs, Config, Device, Disk, Engine, File, GuestSpec, HostState, Net, Operation, Request,
-    Tenant, Verdict,
+    Attrs, Change, Config, Device, Disk, Engine, Field, File, GuestSpec, HostState, Needs, Neighbour, Net,
+    Operation, Outcome, Record, Request, Tenant, Value, Verdict,
 };
-use casemate_spec::{Located, Refusal};
+use casemate_spec::{ByteSize, Guest, Located, Refusal};
 
-use crate::{Paths, PolicyReport, Refusals, compiler};
+use crate::{Decisions, Paths, PolicyReport, Refusals, beside, digest};
 
 /// The images that a guest uses, opened.
 pub(crate) struct Images {
@@ -22,28 +22,81 @@ pub(crate) struct Images {
     pub(crate) disks: Vec<Image>,
 }
 
-/// Asks the bundle whether this guest may run. A denial names the keys of the guest's file.
-pub(crate) fn ask(
-    paths: &Paths,
-    bundle: &Path,
-    located: &Located,
-    images: &Images,
-    functions: &[PciFunction],
+/// Who asks, and what for.
+pub(crate) struct Question<'a> {
+    pub(crate) paths: &'a Paths,
+    pub(crate) bundle: &'a Path,
+    pub(crate) override_why: Option<&'a str>,
+    /// The guest. What policies change is changed here.
+    pub(crate) located: &'a mut Located,
+    /// What it boots from. Where a policy wants a digest, a sealed copy takes the file's place.
+    pub(crate) images: &'a mut Images,
+    pub(crate) functions: &'a [PciFunction],
+}
+
+/// Asks the bundle whether this guest may run, and keeps what was asked and answered. A denial names the keys of the
+/// guest's file.
+pub(crate) fn ask(question: Question<'_>) -> Result<PolicyReport, Refusals> {
+    let decisions = Decisions::below(&question.paths.state);
+    decide(question, &mut |record| decisions.append(record))
+}
+
+/// The same, without keeping it.
+pub(crate) fn rehearse(question: Question<'_>) -> Result<PolicyReport, Refusals> {
+    decide(question, &mut |_| Ok(()))
+}
+
+fn decide(
+    question: Question<'_>,
+    keep: &mut dyn FnMut(&Record) -> Result<(), Refusal>,
 ) -> Result<PolicyReport, Refusals> {
+    let Question { paths, bundle, override_why, located, images, functions } = question;
+    let override_why = override_why.map(checked_reason).transpose()?;
     let started = Instant::now();
-    let config = Config { bundle, cache: &paths.cache, compiler: &paths.policy_compiler };
-    let engine = Engine::open_with(config, &*compiler::launcher(paths))
-        .map_err(|error| Refusals::from(Refusal::from(error)))?;
+    let config =
+        Config { bundle, cache: &paths.cache, compiler: paths.compiler(), key: paths.required_key() };
+    let engine = Engine::open(config);
     let load = started.elapsed();
-    let request = request(located, images, functions);
-    let decision = engine.admit(&request).map_err(|error| Refusals::from(Refusal::from(error)))?;
+    let digests = match &engine {
+        Ok(engine) => Digests::of(engine.needs(), located, images)?,
+        Err(_) => Digests::default(),
+    };
+    let beside = beside::read(&paths.runtime, located.guest.name.as_str());
+    let request = request(located, images, functions, digests, beside);
+    let now = request.now_seconds;
+    let answer =
+        engine.as_ref().map_err(Clone::clone).and_then(|engine| engine.admit(&request, override_why));
+    let record = Record {
+        id: Record::new_id(now)
+            .map_err(|error| Refusal::new("keep-failed", "a decision's name", error, "try again"))?,
+        time_seconds: now,
+        uid: rustix::process::getuid().as_raw(),
+        bundle: text(std::path::absolute(bundle).unwrap_or(bundle.to_owned())),
+        bundle_sha256: engine.as_ref().ok().map(|engine| engine.bundle_digest().to_owned()),
+        override_why: override_why.map(str::to_owned),
+        request,
+        outcome: Outcome::from(&answer),
+    };
+    keep(&record)?;
+    let decision = answer.map_err(Refusal::from)?;
     match &decision.verdict {
-        Verdict::Allow { warnings } => Ok(PolicyReport {
-            plugins: decision.plugins.iter().map(|run| (run.name.clone(), run.digest.clone())).collect(),
-            warnings: warnings.iter().map(ToString::to_string).collect(),
-            load,
-            ask: decision.elapsed,
-        }),
+        Verdict::Allow { warnings } => {
+            make(&mut located.guest, &decision.changes)?;
+            Ok(PolicyReport {
+                decision: record.id,
+                plugins: decision.plugins.iter().map(|run| (run.name.clone(), run.digest.clone())).collect(),
+                changes: decision.changes.iter().map(ToString::to_string).collect(),
+                warnings: warnings.iter().map(ToString::to_string).collect(),
+                overridden: decision
+                    .overridden
+                    .iter()
+                    .flat_map(|overridden| &overridden.reasons)
+                    .map(|reason| format!("{}/{}", reason.plugin, reason.code))
+                    .collect(),
+                load,
+                ask: decision.elapsed,
+            })
+        }
         Verdict::Deny { reasons } => {
             let locations =
                 reasons.iter().map(|reason| reason.field.as_deref().and_then(|key| located.location(key)));
@@ -54,23 +107,98 @@ pub(crate) fn ask(
     }
 }
 
-fn request(located: &Located, images: &Images, functions: &[PciFunction]) -> Request {
+/// An operator's reason: it's what an auditor will read.
+fn checked_reason(why: &str) -> Result<&str, Refusal> {
+    let why = why.trim();
+    if (1..=500).contains(&why.len()) && !why.contains(char::is_control) {
+        return Ok(why);
+    }
+    let cause = "this is not a reason of 1 to 500 characters in one line";
+    Err(Refusal::new("bad-override", "--override", cause, "say why in a sentence, and who allowed it"))
+}
+
+/// Makes the guest what the policies have made of it. The values are within a guest file's limits already.
+fn make(guest: &mut Guest, changes: &[Change]) -> Result<(), Refusal> {
+    for change in changes {
+        let made = match (change.field, &change.to) {
+            (Field::Vcpus, Value::Number(vcpus)) => {
+                u8::try_from(*vcpus).ok().map(|vcpus| guest.vcpus = vcpus)
+            }
+            (Field::Memory, Value::Number(bytes)) => {
+                guest.memory = ByteSize::from_bytes(*bytes);
+                Some(())
+            }
+            (Field::CommandLine, Value::Text(line)) => {
+                guest.boot.command_line.clone_from(line);
+                Some(())
+            }
+            _ => None,
+        };
+        made.ok_or_else(|| {
+            Refusal::new("policy-change", change, "the change cannot be made", "report it with this message")
+        })?;
+    }
+    Ok(())
+}
+
+/// Digests that some policy wants.
+#[derive(Default)]
+struct Digests {
+    kernel: Option<String>,
+    initrd: Option<String>,
+    /// In the order of the disks.
+    disks: Vec<Option<String>>,
+}
+
+impl Digests {
+    fn of(needs: Needs, located: &Located, images: &mut Images) -> Result<Self, Refusal> {
+        let mut digests = Self::default();
+        if needs.kernel_sha256 {
+            let seal = digest::seal("the kernel", &mut images.kernel);
+            digests.kernel = Some(seal.map_err(|refusal| refusal.at(located.location("boot.kernel")))?);
+        }
+        if needs.initrd_sha256
+            && let Some(initrd) = &mut images.initrd
+        {
+            let seal = digest::seal("the initrd", initrd);
+            digests.initrd = Some(seal.map_err(|refusal| refusal.at(located.location("boot.initrd")))?);
+        }
+        if needs.disk_sha256 {
+            let disks = located.guest.disks.iter().zip(&images.disks);
+            let digest = |(disk, image): (&casemate_spec::Disk, &Image)| {
+                if disk.read_only { digest::disk(image) } else { Ok(None) }
+            };
+            digests.disks = disks.map(digest).collect::<Result<_, _>>()?;
+        }
+        Ok(digests)
+    }
+}
+
+fn request(
+    located: &Located,
+    images: &Images,
+    functions: &[PciFunction],
+    digests: Digests,
+    beside: Vec<Neighbour>,
+) -> Request {
     let guest = &located.guest;
+    // Without links and "..": a policy judges folders by it. Relative to the guest's file as a last resort.
     let absolute = |path: &Path| {
         let path = located.resolve(path);
-        std::path::absolute(&path).unwrap_or(path)
+        fs::canonicalize(&path).or_else(|_| std::path::absolute(&path)).unwrap_or(path)
     };
-    let file = |path: &Path, image: &Image| File {
+    let file = |path: &Path, image: &Image, sha256: Option<String>| File {
         path: text(absolute(path)),
         size_bytes: image.size_bytes,
-        sha256: None,
+        sha256,
         attrs: Attrs::new(),
     };
+    let mut disk_digests = digests.disks.into_iter();
     let disks = guest.disks.iter().zip(&images.disks).map(|(disk, image)| Disk {
         path: text(absolute(&disk.path)),
         size_bytes: image.size_bytes,
         read_only: disk.read_only,
-        sha256: None,
+        sha256: disk_digests.next().flatten(),
         attrs: Attrs::new(),
     });
     let nets = guest.nets.iter().map(|net| Net {
@@ -81,19 +209,15 @@ fn request(located: &Located, images: &Images, functions: &[PciFunction]) -> Req
     let devices = guest.devices.iter().filter_map(|device| {
         functions.iter().find(|function| function.address == device.address).map(describe)
     });
+    let initrd = guest.boot.initrd.as_deref().zip(images.initrd.as_ref());
     Request {
         operation: Operation::Create,
         guest: GuestSpec {
             name: guest.name.to_string(),
             vcpus: u32::from(guest.vcpus),
             memory_bytes: guest.memory.bytes(),
-            kernel: file(&guest.boot.kernel, &images.kernel),
-            initrd: guest
-                .boot
-                .initrd
-                .as_deref()
-                .zip(images.initrd.as_ref())
-                .map(|(path, image)| file(path, image)),
+            kernel: file(&guest.boot.kernel, &images.kernel, digests.kernel),
+            initrd: initrd.map(|(path, image)| file(path, image, digests.initrd)),
             command_line: guest.boot.command_line.clone(),
             devices: devices.collect(),
             disks: disks.collect(),
@@ -104,11 +228,11 @@ fn request(located: &Located, images: &Images, functions: &[PciFunction]) -> Req
         tenant: Tenant {
             name: guest.tenant.to_string(),
             quota: None,
-            usage: None::<Amounts>,
+            usage: Some(beside::usage(&beside, guest.tenant.as_str())),
             attrs: Attrs::new(),
         },
         host: host(),
-        beside: Vec::new(),
+        beside,
         now_seconds: SystemTime::now().duration_since(UNIX_EPOCH).map_or(0, |time| time.as_secs()),
         attrs: Attrs::new(),
     }

@@ -17,7 +17,7 @@ use rustix::{
     pipe::{PipeFlags, pipe_with},
 };
 
-use crate::{Paths, admission::Images};
+use crate::{Paths, admission::Images, beside};
 
 /// uids and gids of cells begin here, above those of users, containers and systemd's dynamic users.
 const FIRST_UID: u32 = 0x4361_0000;
@@ -33,23 +33,36 @@ pub(crate) struct Identity {
     /// The uid and gid.
     pub(crate) uid: u32,
     _uid_lock: File,
-    _name_lock: File,
+    name_lock: File,
     socket: PathBuf,
 }
 
 impl Identity {
-    /// Reserves the guest's name, and a uid that no other cell has.
+    /// Reserves the guest's name, and a uid that no other cell has; tells others what the guest has.
     pub(crate) fn reserve(paths: &Paths, guest: &Guest) -> Result<Self, Refusal> {
         paths.make_runtime()?;
         let name = paths.runtime.join(format!("{}.lock", guest.name));
-        let name_lock = try_lock(&name)?.ok_or_else(|| {
+        let mut name_lock = try_lock(&name)?.ok_or_else(|| {
             let remedy = "stop it first, or give this guest another name";
             Refusal::new("guest-runs", &guest.name, "a guest of this name runs already", remedy)
         })?;
+        tell_account(&mut name_lock, guest)?;
         let (uid, uid_lock) = reserve_uid(paths, guest.name.as_str())?;
         let socket = paths.runtime.join(format!("{}.socket", guest.name));
-        Ok(Self { uid, _uid_lock: uid_lock, _name_lock: name_lock, socket })
+        Ok(Self { uid, _uid_lock: uid_lock, name_lock, socket })
     }
+
+    /// Tells others what the guest has now: a policy may have changed it.
+    pub(crate) fn tell(&mut self, guest: &Guest) -> Result<(), Refusal> {
+        tell_account(&mut self.name_lock, guest)
+    }
+}
+
+fn tell_account(lock: &mut File, guest: &Guest) -> Result<(), Refusal> {
+    beside::write(lock, guest).map_err(|error| {
+        let cause = format_args!("its account cannot be written: {error}");
+        Refusal::new("host-folder", &guest.name, cause, "run as root, with space in /run")
+    })
 }
 
 /// A uid that no other cell has, for as long as the lock is held.
@@ -65,6 +78,8 @@ pub(crate) fn reserve_uid(paths: &Paths, whose: &str) -> Result<(u32, File), Ref
 
 impl Drop for Identity {
     fn drop(&mut self) {
+        // Its account; one that stays is nobody's once this process is gone.
+        let _ = self.name_lock.set_len(0);
         let _ = fs::remove_file(&self.socket);
     }
 }

@@ -12,7 +12,7 @@ use std::{
 };
 
 use casemate_jail::{Cell, CellPlan, CgroupPlan, End, Program, Rlimits, start};
-use casemate_policy::{Ended, HOST_LIMITS, Launch, Plain, Streams};
+use casemate_policy::{Compiler, Ended, HOST_LIMITS, Launch, Plain, Streams};
 use rustix::{
     event::{PollFd, PollFlags, Timespec, poll},
     io::Errno,
@@ -24,24 +24,24 @@ use crate::{Paths, cell::reserve_uid};
 /// are counted here as well.
 const MEMORY_BYTES: u64 = (2 << 30) + (64 << 20);
 
-/// How this user runs the policy compiler: root in a cell, anybody else as a process of their own, which still confines
-/// itself.
-pub fn launcher(paths: &Paths) -> Box<dyn Launch + '_> {
-    if rustix::process::geteuid().is_root() { Box::new(InCell { paths }) } else { Box::new(Plain) }
+impl Paths {
+    /// The policy compiler as this user runs it: root in a cell, anybody else as a process of their own, which still
+    /// confines itself.
+    pub fn compiler(&self) -> Compiler<'_> {
+        let launch: &dyn Launch = if rustix::process::geteuid().is_root() { self } else { &Plain };
+        Compiler { program: &self.policy_compiler, launch }
+    }
 }
 
-struct InCell<'a> {
-    paths: &'a Paths,
-}
-
-impl Launch for InCell<'_> {
+/// In a cell below these paths.
+impl Launch for Paths {
     fn launch(&self, program: &Path, streams: Streams) -> Result<Ended, String> {
         let file =
             File::open(program).map_err(|error| format!("{} can't be opened: {error}", program.display()))?;
         let in_words = |refusal: casemate_spec::Refusal| refusal.to_string();
         let program = Program::seal_as(c"casemate-policy-compiler", file).map_err(in_words)?;
-        self.paths.make_runtime().map_err(in_words)?;
-        let (uid, _uid_lock) = reserve_uid(self.paths, "the policy compiler").map_err(in_words)?;
+        self.make_runtime().map_err(in_words)?;
+        let (uid, _uid_lock) = reserve_uid(self, "the policy compiler").map_err(in_words)?;
         let Streams { input, output, complaint } = streams;
         let mut cell = start(CellPlan {
             guest: name(),
@@ -60,7 +60,7 @@ impl Launch for InCell<'_> {
                 file_size_bytes_max: HOST_LIMITS.compiled_bytes as u64,
             },
             cgroup: CgroupPlan {
-                parent: self.paths.cgroup.clone(),
+                parent: self.cgroup.clone(),
                 memory_bytes_max: MEMORY_BYTES,
                 pids_max: 1,
                 cpus_max: 1,

@@ -11,8 +11,11 @@
 
 mod admission;
 mod audit;
+mod beside;
 mod cell;
 mod compiler;
+mod decisions;
+mod digest;
 mod paths;
 mod record;
 mod report;
@@ -20,8 +23,8 @@ mod run;
 mod watch;
 
 pub use audit::{Audit, AuditLine, SignedAudit, Source, audit};
-pub use compiler::launcher;
+pub use decisions::{Decisions, Reading};
 pub use paths::{Paths, PathsError};
 pub use record::{GivenDevice, GivenLandlock, GivenLimits, GuestRecord, running};
 pub use report::{CellReport, DeviceReport, Ending, MachineReport, PolicyReport, Report, Step};
-pub use run::{Refusals, RunOptions, recover, run};
+pub use run::{Refusals, RunOptions, recover, run, try_guest};

@@ -31,6 +31,8 @@ pub struct Paths {
     pub vmm: PathBuf,
     /// The program that compiles policies.
     pub policy_compiler: PathBuf,
+    /// A public key of minisign. Where the file exists, bundles have to be signed by it.
+    pub policy_key: PathBuf,
 }
 
 /// Why the programs cannot be found.
@@ -54,6 +56,7 @@ impl Paths {
             host_file: HOST_FILE.into(),
             vmm: beside.join("casemate-vmm"),
             policy_compiler: beside.join("casemate-policy-compiler"),
+            policy_key: "/etc/casemate/policy.pub".into(),
         })
     }
 
@@ -77,6 +80,12 @@ impl Paths {
                 Err(Refusal::new("file-unreadable", self.host_file.display(), error, remedy))
             }
         }
+    }
+
+    /// The key by which bundles have to be signed, where the host has one.
+    pub fn required_key(&self) -> Option<&Path> {
+        // What can't be looked at may be there: then reading it fails, and refuses.
+        self.policy_key.try_exists().unwrap_or(true).then_some(self.policy_key.as_path())
     }
 
     /// Makes the folder for sockets and locks.

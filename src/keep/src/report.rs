@@ -113,8 +113,14 @@ impl std::fmt::Display for Ending {
 /// The verdict, for the report.
 #[derive(Clone, Debug, Serialize)]
 pub struct PolicyReport {
+    /// The decision's name in the log: `casemate policy explain` takes it.
+    pub decision: String,
     /// Plugins in order: name and digest.
     pub plugins: Vec<(String, String)>,
+    /// What policies have changed, each a line: `memory: 8 GiB -> 4 GiB (small: enough)`.
+    pub changes: Vec<String>,
+    /// Refusals that were overridden, as `plugin/code`.
+    pub overridden: Vec<String>,
     /// Warnings, each a line.
     pub warnings: Vec<String>,
     /// Loading the bundle.

@@ -17,7 +17,7 @@ use casemate_spec::{LIMITS, Located, PciAddress, Refusal, parse_guest};
 
 use crate::{
     CellReport, DeviceReport, MachineReport, Paths, PolicyReport, Report, Step,
-    admission::{self, Images},
+    admission::{self, Images, Question},
     cell::{self, Identity, Resources},
     record::{self, Facts},
     watch,
@@ -54,6 +54,8 @@ pub struct RunOptions<'a> {
     pub file: &'a Path,
     /// The bundle of policies that is asked.
     pub policy: &'a Path,
+    /// Why refusals that may be overridden are.
+    pub override_why: Option<&'a str>,
     /// A text on the console whose time is reported.
     pub line: Option<&'a str>,
 }
@@ -79,7 +81,7 @@ pub fn run(
         tell(recovered.into());
     }
     cell::sweep(paths);
-    let images = open_images(&located)?;
+    let mut images = open_images(&located)?;
     let functions = host.functions()?;
 
     // Judge.
@@ -87,13 +89,21 @@ pub fn run(
     choose_devices(&mut located, &Pools::new(&host, &functions, &host_file.pools)?, &ledger)?;
     let addresses = judge_devices(&located, &host, &functions, &ledger)?;
 
-    // Authorise.
-    let policy = admission::ask(paths, options.policy, &located, &images, &functions)?;
+    // Authorise. The name is reserved before, so that of two guests that start at once one sees the other.
+    let mut identity =
+        Identity::reserve(paths, &located.guest).map_err(|refusal| refusal.at(located.location("name")))?;
+    let policy = admission::ask(Question {
+        paths,
+        bundle: options.policy,
+        override_why: options.override_why,
+        located: &mut located,
+        images: &mut images,
+        functions: &functions,
+    })?;
+    identity.tell(&located.guest)?;
     tell(Step::Admitted { policy: policy.clone() });
 
     // Act.
-    let identity =
-        Identity::reserve(paths, &located.guest).map_err(|refusal| refusal.at(located.location("name")))?;
     // From here on no signal ends this process before all that it took is given back.
     let signals = watch::stop_signals(&located.guest)?;
     let claim = take_devices(&located, &host, &ledger, addresses, tell)?;
@@ -117,6 +127,32 @@ pub fn run(
         tell(Step::Returned { devices: devices.clone() });
     }
     outcome.map(|report| Report { devices, ..report }).map_err(Refusals::from)
+}
+
+/// What would happen to this guest now, up to the policies' verdict. Nothing is changed or recorded.
+///
+/// # Errors
+/// Why it would be refused.
+pub fn try_guest(paths: &Paths, options: RunOptions<'_>) -> Result<PolicyReport, Refusals> {
+    let mut located = parse_guest(options.file, &read_guest_file(options.file)?)?;
+    let mut images = open_images(&located)?;
+    let host = Host::live();
+    let functions = host.functions()?;
+    if !located.guest.devices.is_empty() {
+        let ledger = Ledger::open(&paths.state)?;
+        let host_file = paths.read_host_file()?;
+        judge_devices(&located, &host, &functions, &ledger)?;
+        choose_devices(&mut located, &Pools::new(&host, &functions, &host_file.pools)?, &ledger)?;
+        judge_devices(&located, &host, &functions, &ledger)?;
+    }
+    admission::rehearse(Question {
+        paths,
+        bundle: options.policy,
+        override_why: options.override_why,
+        located: &mut located,
+        images: &mut images,
+        functions: &functions,
+    })
 }
 
 /// Gives back what a keep that was killed left behind.

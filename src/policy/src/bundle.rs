@@ -12,7 +12,9 @@ use toml::Spanned;
 
 use crate::{
     Fault, PolicyError,
+    change::{CASEMATE, Field},
     limits::{HOST_LIMITS, PluginLimits},
+    rule::{Level, Mode, Rule, Rules, Selector},
 };
 
 /// One plugin of a bundle.
@@ -28,6 +30,12 @@ pub(crate) struct Entry {
     pub(crate) settings: String,
     /// What one call may take.
     pub(crate) limits: PluginLimits,
+    /// What its word counts for.
+    pub(crate) rules: Rules,
+    /// What it may change.
+    pub(crate) may_change: Vec<Field>,
+    /// Which of its needs are met; all when none.
+    pub(crate) needs: Option<Vec<String>>,
     /// Where its name stands in the bundle.
     pub(crate) location: Location,
 }
@@ -49,6 +57,15 @@ struct RawEntry {
     settings: toml::Table,
     #[serde(default)]
     limits: RawLimits,
+    #[serde(default)]
+    mode: Mode,
+    #[serde(default)]
+    level: Level,
+    #[serde(default)]
+    r#for: Vec<Spanned<Selector>>,
+    #[serde(default)]
+    may_change: Vec<Spanned<String>>,
+    needs: Option<Vec<String>>,
 }
 
 #[derive(Default, Deserialize)]
@@ -109,6 +126,9 @@ impl Reader<'_> {
     fn entry(&self, index: usize, raw: RawEntry) -> Result<Entry, PolicyError> {
         let key = |name: &str| format!("plugin[{index}].{name}");
         let name = raw.name.get_ref();
+        if name == CASEMATE {
+            return Err(self.refuse(&raw.name, key("name"), "this name is Casemate's own"));
+        }
         if !is_code(name) {
             let cause = format!("{:?} is not a name: use 1 to 64 of a-z, 0-9 and -", short(name));
             return Err(self.refuse(&raw.name, key("name"), cause));
@@ -126,7 +146,22 @@ impl Reader<'_> {
         let settings: Map<String, Value> = settings
             .collect::<Result<_, &str>>()
             .map_err(|cause| self.refuse(&raw.name, key("settings"), cause))?;
+        if let Some(selector) = raw.r#for.iter().find(|selector| selector.get_ref().flaw().is_some()) {
+            let flaw = selector.get_ref().flaw().unwrap_or_default();
+            return Err(self.refuse(selector, key("for"), flaw));
+        }
+        let selectors = raw.r#for.into_iter().map(Spanned::into_inner).collect();
+        let may_change = raw.may_change.iter().map(|name| {
+            Field::named(name.get_ref()).ok_or_else(|| {
+                let all = Field::ALL.map(Field::name).join(", ");
+                let cause = format!("{:?} can't be changed; these can: {all}", short(name.get_ref()));
+                self.refuse(name, key("may_change"), cause)
+            })
+        });
         Ok(Entry {
+            rules: Rules { default: Rule { mode: raw.mode, level: raw.level }, selectors },
+            may_change: may_change.collect::<Result<_, _>>()?,
+            needs: raw.needs,
             path: self.file.parent().unwrap_or(Path::new("")).join(path),
             digest: digest.clone(),
             settings: Value::Object(settings).to_string(),
@@ -248,10 +283,35 @@ mod tests {
             ("fuel = 1000", "full = 1000", "[policy-bundle] p/b.toml:9: "),
             ("devices = [\"8086:\"]", "devices = inf", "[policy-bundle] p/b.toml:2: plugin[0].settings: "),
             ("[[plugin]]", "[[plugin]", "[policy-bundle] p/b.toml:1: "),
+            ("path", "may_change = [\"name\"]\npath", "[policy-bundle] p/b.toml:3: plugin[0].may_change: "),
+            ("path", "for = [{ tenants = [] }]\npath", "[policy-bundle] p/b.toml:3: plugin[0].for: "),
+            ("path", "for = [{ mode = \"on\" }]\npath", "[policy-bundle] p/b.toml:3: "),
+            ("\"limits\"", "\"casemate\"", "[policy-bundle] p/b.toml:2: plugin[0].name: "),
         ] {
             let text = refused(from, to);
             assert!(text.starts_with(start), "{text}");
         }
+    }
+
+    #[test]
+    fn the_first_selector_that_fits_holds() {
+        let with = "path = \"x\"\nmode = \"warn\"\nfor = [\n\
+            { tenants = [\"acme\"], operations = [\"create\"], mode = \"off\" },\n\
+            { tenants = [\"acme\", \"b\"], mode = \"enforce\", level = \"soft\" },\n]";
+        let text = good().replacen("path = \"../x.wasm\"", with, 1);
+        let rules = parse(Path::new("b.toml"), &text).unwrap().remove(0).rules;
+        let mut request: crate::Request =
+            serde_json::from_str(include_str!("../examples/request.json")).unwrap();
+        let mut rule = |tenant: &str, operation| {
+            request.tenant.name = tenant.into();
+            request.operation = operation;
+            rules.rule(&request)
+        };
+        use crate::Operation::{Create, Resume};
+        assert_eq!(rule("acme", Create), Rule { mode: Mode::Off, level: Level::Hard });
+        assert_eq!(rule("acme", Resume), Rule { mode: Mode::Enforce, level: Level::Soft });
+        assert_eq!(rule("b", Create), Rule { mode: Mode::Enforce, level: Level::Soft });
+        assert_eq!(rule("c", Create), Rule { mode: Mode::Warn, level: Level::Hard });
     }
 
     #[test]

@@ -68,11 +68,20 @@ impl Launch for Plain {
     }
 }
 
-/// The program, and the way to run it.
+/// The program `casemate-policy-compiler`, and the way to run it.
 #[derive(Clone, Copy)]
-pub(crate) struct Compiler<'a> {
-    pub(crate) program: &'a Path,
-    pub(crate) launch: &'a dyn Launch,
+pub struct Compiler<'a> {
+    /// The program.
+    pub program: &'a Path,
+    /// Who runs it.
+    pub launch: &'a dyn Launch,
+}
+
+impl<'a> Compiler<'a> {
+    /// The program as a child of this process: see [`Plain`].
+    pub fn plain(program: &'a Path) -> Self {
+        Self { program, launch: &Plain }
+    }
 }
 
 /// Compiles `component`; `name` is how an error calls it.

@@ -4,6 +4,7 @@ use casemate_spec::PciAddress;
 
 use crate::{
     bundle::is_code,
+    change::Value,
     limits::HOST_LIMITS,
     request::{self as ours, Attrs},
     verdict::{LogLevel, Reason, Severity, Verdict},
@@ -141,12 +142,51 @@ fn neighbour(neighbour: &ours::Neighbour) -> types::Neighbour {
 }
 
 /// A plugin's answer, checked. The error says which rule it breaks.
-pub(crate) fn verdict(plugin: &str, verdict: types::Verdict) -> Result<Verdict, String> {
+pub(crate) fn answer(plugin: &str, verdict: types::Verdict) -> Result<PluginAnswer, String> {
     match verdict {
-        types::Verdict::Allow(allowed) => Ok(Verdict::Allow { warnings: reasons(plugin, allowed.warnings)? }),
+        types::Verdict::Allow(allowed) => {
+            let changes = changes(allowed.changes)?;
+            Ok(PluginAnswer {
+                verdict: Verdict::Allow { warnings: reasons(plugin, allowed.warnings)? },
+                changes,
+            })
+        }
         types::Verdict::Deny(denied) if denied.reasons.is_empty() => Err("it denies without a reason".into()),
-        types::Verdict::Deny(denied) => Ok(Verdict::Deny { reasons: reasons(plugin, denied.reasons)? }),
+        types::Verdict::Deny(denied) => Ok(PluginAnswer {
+            verdict: Verdict::Deny { reasons: reasons(plugin, denied.reasons)? },
+            changes: Vec::new(),
+        }),
     }
+}
+
+/// What one plugin says.
+pub(crate) struct PluginAnswer {
+    pub(crate) verdict: Verdict,
+    pub(crate) changes: Vec<Wish>,
+}
+
+/// A change that a plugin wants; whether it may is not known yet.
+pub(crate) struct Wish {
+    pub(crate) field: String,
+    /// None when it's of a kind that no field has.
+    pub(crate) value: Option<Value>,
+    pub(crate) reason: String,
+}
+
+fn changes(changes: Vec<types::Change>) -> Result<Vec<Wish>, String> {
+    if changes.len() > HOST_LIMITS.reasons {
+        return Err(format!("it wants {} changes; at most {} are read", changes.len(), HOST_LIMITS.reasons));
+    }
+    let wish = |theirs: types::Change| Wish {
+        field: one_line(&theirs.field).chars().take(64).collect(),
+        value: match theirs.value {
+            types::Value::Number(number) => Some(Value::Number(number)),
+            types::Value::Text(text) => Some(Value::Text(text)),
+            types::Value::Flag(_) | types::Value::Texts(_) => None,
+        },
+        reason: one_line(&theirs.reason).chars().take(1_000).collect(),
+    };
+    Ok(changes.into_iter().map(wish).collect())
 }
 
 /// A plugin's reasons, checked.
@@ -186,6 +226,7 @@ fn reason(plugin: &str, theirs: types::Reason) -> Result<Reason, String> {
         message: one_line(&theirs.message),
         field: theirs.field.as_deref().map(one_line),
         remedy: theirs.remedy.as_deref().map(one_line),
+        overridable: false,
         attrs: theirs.attrs.iter().map(|(name, value)| (one_line(name), one_line(value))).collect(),
     })
 }

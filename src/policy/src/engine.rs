@@ -1,23 +1,21 @@
 //! Opens a bundle, asks it.
 
-use std::{
-    io::Read,
-    path::Path,
-    time::{Duration, Instant},
-};
+use std::{io::Read, path::Path, time::Duration};
 
+use casemate_spec::Location;
 use sha2::{Digest, Sha256};
 
 use crate::{
     Fault, PolicyError, bundle,
     cache::{Cache, hex},
-    compiler::{Compiler, Launch, Plain},
-    contract,
+    change::Field,
+    compiler::Compiler,
+    contract::{self, Description},
     limits::{HOST_LIMITS, PluginLimits},
-    plugin::{Answer, Loader, Parts, Plugin, surface},
-    request::Request,
+    plugin::{Loader, Parts, Plugin, surface},
+    rule::Rules,
     sandbox::Ticker,
-    verdict::{Decision, Verdict},
+    signature,
 };
 
 /// The wasmtime that host and compiler are built with; a test holds it against both lock files.
@@ -34,7 +32,9 @@ pub struct Config<'a> {
     /// A folder of Casemate's own for compiled plugins; it's made when it isn't there, and has to have mode 0700.
     pub cache: &'a Path,
     /// The program `casemate-policy-compiler`. It's started for plugins that aren't in the cache.
-    pub compiler: &'a Path,
+    pub compiler: Compiler<'a>,
+    /// A public key of minisign: with one, the bundle has to be signed by it.
+    pub key: Option<&'a Path>,
 }
 
 /// A plugin that was loaded.
@@ -48,15 +48,53 @@ pub struct Installed {
     pub summary: String,
     /// SHA-256 of its component, in hexadecimal.
     pub digest: String,
+    /// Codes of the reasons that it may give.
+    pub reasons: Vec<String>,
     /// How long compiling took; none when it was in the cache.
     pub compile_time: Option<Duration>,
 }
 
 /// A bundle that is ready to be asked. It can be shared among threads.
 pub struct Engine {
-    plugins: Vec<Plugin>,
+    pub(crate) plugins: Vec<Plugin>,
     installed: Vec<Installed>,
-    ticker: Ticker,
+    bundle_digest: String,
+    needs: Needs,
+    pub(crate) ticker: Ticker,
+}
+
+/// What plugins have to know that costs the host time.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+pub struct Needs {
+    /// The kernel's digest: `kernel-sha256`.
+    pub kernel_sha256: bool,
+    /// The initrd's: `initrd-sha256`.
+    pub initrd_sha256: bool,
+    /// Those of disks that the guest may only read: `disk-sha256`.
+    pub disk_sha256: bool,
+}
+
+impl Needs {
+    /// Adds a need by its name; false when it's none.
+    fn add(&mut self, name: &str) -> bool {
+        match name {
+            "kernel-sha256" => self.kernel_sha256 = true,
+            "initrd-sha256" => self.initrd_sha256 = true,
+            "disk-sha256" => self.disk_sha256 = true,
+            _ => return false,
+        }
+        true
+    }
+}
+
+/// A plugin's file that takes the place of the one that the bundle names, whatever its digest: to see what it would
+/// say before the bundle is changed.
+#[derive(Clone, Copy, Debug)]
+pub struct Substitute<'a> {
+    /// Whose place, by its name in the bundle; the plugin's own name when left out.
+    pub name: Option<&'a str>,
+    /// The component.
+    pub file: &'a Path,
 }
 
 /// The engine's settings, on which what is compiled depends: host and compiler both start from these.
@@ -86,23 +124,76 @@ impl Engine {
     /// # Errors
     /// Whatever is wrong with any of them: a bundle is taken whole or not at all.
     pub fn open(config: Config<'_>) -> Result<Self, PolicyError> {
-        Self::open_with(config, &Plain)
+        Self::open_with(config, None)
     }
 
-    /// The same, with another way to run the compiler.
+    /// The same, with a plugin in the place of another.
     ///
     /// # Errors
-    /// As [`open`](Self::open).
-    pub fn open_with(config: Config<'_>, launch: &dyn Launch) -> Result<Self, PolicyError> {
+    /// As [`Engine::open`], and `policy-bundle` when the bundle has no plugin of this name.
+    pub fn open_with(config: Config<'_>, substitute: Option<Substitute<'_>>) -> Result<Self, PolicyError> {
         let source = read_bundle(config.bundle)?;
-        let entries = bundle::parse(config.bundle, &source)?;
+        if let Some(key) = config.key {
+            signature::check(config.bundle, source.as_bytes(), key)?;
+        }
+        let mut entries = bundle::parse(config.bundle, &source)?;
+        if let Some(substitute) = substitute {
+            let bytes = read_component(substitute.file)?;
+            let name = match substitute.name {
+                Some(name) => name.to_owned(),
+                None => install(substitute.file, config.cache, config.compiler)?.name,
+            };
+            let entry = entries.iter_mut().find(|entry| entry.name == name).ok_or_else(|| {
+                let cause =
+                    format!("it has no plugin {name:?} whose place {} could take", substitute.file.display());
+                PolicyError::new(Fault::Bundle, config.bundle.display(), cause)
+            })?;
+            entry.path = substitute.file.to_owned();
+            entry.digest = hex(&Sha256::digest(&bytes));
+        }
+        Self::load(config, hex(&Sha256::digest(&source)), &entries)
+    }
+
+    /// One plugin as a bundle of its own, enforced, with these settings (a JSON object).
+    ///
+    /// # Errors
+    /// As [`Engine::open`].
+    pub fn open_plugin(
+        file: &Path,
+        settings: &str,
+        cache: &Path,
+        compiler: Compiler<'_>,
+    ) -> Result<Self, PolicyError> {
+        let seen = install(file, cache, compiler)?;
+        let config = Config { bundle: file, cache, compiler, key: None };
+        let may_change = seen.changes.iter().filter_map(|name| Field::named(name)).collect();
+        let entry = bundle::Entry {
+            name: seen.name,
+            path: file.to_owned(),
+            digest: seen.digest.clone(),
+            settings: settings.to_owned(),
+            limits: PluginLimits::DEFAULT,
+            rules: Rules::default(),
+            may_change,
+            needs: None,
+            location: Location { file: file.to_owned(), line: 1, key: "plugin".into() },
+        };
+        Self::load(config, seen.digest, &[entry])
+    }
+
+    fn load(
+        config: Config<'_>,
+        bundle_digest: String,
+        entries: &[bundle::Entry],
+    ) -> Result<Self, PolicyError> {
         let cache = Cache::open(config.cache)?;
         let (engine, ticker) = start()?;
         let engine_tag = engine_tag();
-        let compiler = Compiler { program: config.compiler, launch };
-        let loader = Loader { engine: &engine, engine_tag: &engine_tag, cache: &cache, compiler };
-        let mut opened = Self { plugins: Vec::new(), installed: Vec::new(), ticker };
-        for entry in &entries {
+        let loader =
+            Loader { engine: &engine, engine_tag: &engine_tag, cache: &cache, compiler: config.compiler };
+        let (plugins, installed, needs) = (Vec::new(), Vec::new(), Needs::default());
+        let mut opened = Self { plugins, installed, bundle_digest, needs, ticker };
+        for entry in entries {
             opened.add(&loader, entry).map_err(|error| error.at(entry.location.clone()))?;
         }
         Ok(opened)
@@ -121,19 +212,47 @@ impl Engine {
             digest: &digest,
             limits: entry.limits,
             settings: &entry.settings,
+            rules: entry.rules.clone(),
+            may_change: entry.may_change.clone(),
             component: &loaded.component,
         };
         let plugin = Plugin::link(loader.engine, parts)?;
         let description = plugin.describe(&self.ticker)?;
         plugin.check_settings(&self.ticker)?;
+        self.permit(entry, &description)?;
         self.plugins.push(plugin);
         self.installed.push(Installed {
             name: entry.name.clone(),
             version: contract::one_line(&description.version),
             summary: contract::one_line(&description.summary),
             digest,
+            reasons: description.reasons.iter().map(|code| contract::one_line(code)).collect(),
             compile_time: loaded.compile_time,
         });
+        Ok(())
+    }
+
+    /// Holds what the bundle permits against what the plugin says it wants.
+    fn permit(&mut self, entry: &bundle::Entry, description: &Description) -> Result<(), PolicyError> {
+        let unwanted =
+            entry.may_change.iter().find(|field| !description.changes.iter().any(|n| n == field.name()));
+        if let Some(field) = unwanted {
+            let cause = format!("it may change {field}, and says that it never does");
+            return Err(PolicyError::new(Fault::Bundle, &entry.name, cause));
+        }
+        if let Some(need) = entry.needs.iter().flatten().find(|need| !description.needs.contains(need)) {
+            let cause = format!("{:?} is none of its needs: {}", need, description.needs.join(", "));
+            return Err(PolicyError::new(Fault::Bundle, &entry.name, cause));
+        }
+        for need in &description.needs {
+            let met =
+                entry.rules.is_ever_asked() && entry.needs.as_ref().is_none_or(|needs| needs.contains(need));
+            let needs = if met { &mut self.needs } else { &mut Needs::default() };
+            if !needs.add(need) {
+                let cause = format!("it needs {need:?}, which this Casemate does not know");
+                return Err(PolicyError::new(Fault::Contract, &entry.name, cause));
+            }
+        }
         Ok(())
     }
 
@@ -142,27 +261,14 @@ impl Engine {
         &self.installed
     }
 
-    /// Asks all plugins. One denial is enough; all are asked nevertheless, so that a user learns everything at once.
-    ///
-    /// # Errors
-    /// There is no verdict, and the guest must not start: the request is too large, or a plugin failed. That holds even
-    /// when another plugin has denied already.
-    pub fn admit(&self, request: &Request) -> Result<Decision, PolicyError> {
-        let start = Instant::now();
-        check_size(request)?;
-        let question = contract::request(request);
-        let (mut denials, mut warnings, mut runs) = (Vec::new(), Vec::new(), Vec::new());
-        for plugin in &self.plugins {
-            let Answer { value, run } = plugin.admit(&self.ticker, &question)?;
-            match value {
-                Verdict::Allow { warnings: new } => warnings.extend(new),
-                Verdict::Deny { reasons } => denials.extend(reasons),
-            }
-            runs.push(run);
-        }
-        let verdict =
-            if denials.is_empty() { Verdict::Allow { warnings } } else { Verdict::Deny { reasons: denials } };
-        Ok(Decision { verdict, plugins: runs, elapsed: start.elapsed() })
+    /// SHA-256 of the bundle's text, in hexadecimal.
+    pub fn bundle_digest(&self) -> &str {
+        &self.bundle_digest
+    }
+
+    /// What the plugins have to know that costs the host time.
+    pub fn needs(&self) -> Needs {
+        self.needs
     }
 }
 
@@ -181,6 +287,12 @@ pub struct Inspection {
     pub summary: String,
     /// A JSON Schema of its settings.
     pub settings_schema: Option<String>,
+    /// Codes of the reasons that it may give.
+    pub reasons: Vec<String>,
+    /// Fields that it may want to change.
+    pub changes: Vec<String>,
+    /// What it has to know that costs the host time.
+    pub needs: Vec<String>,
     /// Names of what it imports.
     pub imports: Vec<String>,
     /// Names of what it exports.
@@ -194,26 +306,12 @@ pub struct Inspection {
 ///
 /// # Errors
 /// The file is no plugin that [`Engine::open`] would take, or it can't be compiled.
-pub fn install(file: &Path, cache: &Path, compiler: &Path) -> Result<Inspection, PolicyError> {
-    install_with(file, cache, compiler, &Plain)
-}
-
-/// The same, with another way to run the compiler.
-///
-/// # Errors
-/// As [`install`].
-pub fn install_with(
-    file: &Path,
-    cache: &Path,
-    compiler: &Path,
-    launch: &dyn Launch,
-) -> Result<Inspection, PolicyError> {
+pub fn install(file: &Path, cache: &Path, compiler: Compiler<'_>) -> Result<Inspection, PolicyError> {
     let bytes = read_component(file)?;
     let digest = hex(&Sha256::digest(&bytes));
     let cache = Cache::open(cache)?;
     let (engine, ticker) = start()?;
     let engine_tag = engine_tag();
-    let compiler = Compiler { program: compiler, launch };
     let loader = Loader { engine: &engine, engine_tag: &engine_tag, cache: &cache, compiler };
     let name = file.display().to_string();
     let loaded = loader.load(&name, &digest, &bytes)?;
@@ -222,6 +320,8 @@ pub fn install_with(
         digest: &digest,
         limits: PluginLimits::DEFAULT,
         settings: "{}",
+        rules: Rules::default(),
+        may_change: Vec::new(),
         component: &loaded.component,
     };
     let description = Plugin::link(&engine, parts)?.describe(&ticker)?;
@@ -233,6 +333,9 @@ pub fn install_with(
         version: contract::one_line(&description.version),
         summary: contract::one_line(&description.summary),
         settings_schema: description.settings_schema,
+        reasons: description.reasons.iter().map(|text| contract::one_line(text)).collect(),
+        changes: description.changes.iter().map(|text| contract::one_line(text)).collect(),
+        needs: description.needs.iter().map(|text| contract::one_line(text)).collect(),
         imports,
         exports,
         compile_time: loaded.compile_time,
@@ -281,34 +384,11 @@ fn read_component(path: &Path) -> Result<Vec<u8>, PolicyError> {
 }
 
 /// A regular file's bytes, or none when there are more than `most`.
-fn read(path: &Path, most: usize) -> std::io::Result<Option<Vec<u8>>> {
+pub(crate) fn read(path: &Path, most: usize) -> std::io::Result<Option<Vec<u8>>> {
     if !std::fs::metadata(path)?.is_file() {
         return Err(std::io::Error::other("it isn't a regular file"));
     }
     let mut bytes = Vec::new();
     std::fs::File::open(path)?.take(most as u64 + 1).read_to_end(&mut bytes)?;
     Ok(Some(bytes).filter(|bytes| bytes.len() <= most))
-}
-
-fn check_size(request: &Request) -> Result<(), PolicyError> {
-    struct Counter(usize);
-    impl std::io::Write for Counter {
-        fn write(&mut self, bytes: &[u8]) -> std::io::Result<usize> {
-            self.0 = self.0.saturating_add(bytes.len());
-            Ok(bytes.len())
-        }
-        fn flush(&mut self) -> std::io::Result<()> {
-            Ok(())
-        }
-    }
-    let mut counter = Counter(0);
-    let subject = &request.guest.name;
-    serde_json::to_writer(&mut counter, request)
-        .map_err(|error| PolicyError::new(Fault::Request, subject, error))?;
-    if counter.0 <= HOST_LIMITS.request_bytes {
-        return Ok(());
-    }
-    let cause =
-        format!("the request has {} bytes; at most {} are passed", counter.0, HOST_LIMITS.request_bytes);
-    Err(PolicyError::new(Fault::Request, subject, cause))
 }

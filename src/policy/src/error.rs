@@ -11,6 +11,8 @@ pub enum Fault {
     BundleMissing,
     /// The bundle can't be read, or says what can't be.
     Bundle,
+    /// The bundle isn't signed by the host's key.
+    Signature,
     /// The bundle names no plugin: nothing would decide.
     Empty,
     /// A plugin's file isn't there.
@@ -43,6 +45,14 @@ pub enum Fault {
     Memory,
     /// A plugin's answer breaks the rules.
     Answer,
+    /// A plugin changes what it may not, or to what can't be.
+    Change,
+    /// Two plugins want a field to be two things.
+    Conflict,
+    /// A plugin isn't content with what it has changed itself.
+    Unstable,
+    /// A file of cases can't be used.
+    Cases,
     /// The engine itself can't be had.
     Engine,
 }
@@ -65,6 +75,9 @@ impl Fault {
                 "name a bundle that exists; policies/default.toml is the shipped one",
             ),
             Self::Bundle => ("policy-bundle", "correct the bundle; docs/policies.md shows every key"),
+            Self::Signature => {
+                ("policy-signature", "have whoever holds the key sign it: minisign -S -m BUNDLE")
+            }
             Self::Empty => {
                 ("policy-none", "name at least one [[plugin]]: without a policy nothing is admitted")
             }
@@ -103,6 +116,19 @@ impl Fault {
                 "raise the plugin's limits in the bundle, or report it to the plugin's author",
             ),
             Self::Answer => ("policy-answer", "report it to the plugin's author"),
+            Self::Change => (
+                "policy-change",
+                "permit it in the bundle (`may_change`), or report it to the plugin's author",
+            ),
+            Self::Conflict => (
+                "policy-conflict",
+                "let only one of them change the field: take it out of the other's `may_change`",
+            ),
+            Self::Unstable => (
+                "policy-unstable",
+                "report it to the plugin's author, or take the field out of its `may_change`",
+            ),
+            Self::Cases => ("policy-cases", "correct the file; docs/policies.md shows one"),
             Self::Engine => ("policy-engine", "report it with this message"),
         }
     }
@@ -171,6 +197,7 @@ mod tests {
         let all = [
             BundleMissing,
             Bundle,
+            Signature,
             Empty,
             Missing,
             Digest,
@@ -187,6 +214,10 @@ mod tests {
             Timeout,
             Memory,
             Answer,
+            Change,
+            Conflict,
+            Unstable,
+            Cases,
             Engine,
         ];
         let handbook = include_str!("../../../docs/policies.md");

@@ -19,21 +19,31 @@
 
 mod bundle;
 mod cache;
+mod cases;
+mod chain;
+mod change;
 mod compiler;
 mod contract;
 mod engine;
 mod error;
 mod limits;
 mod plugin;
+mod record;
 mod request;
+mod rule;
 mod sandbox;
+mod signature;
 mod verdict;
 
-pub use compiler::{EXIT_INVALID, Ended, Launch, Plain, Streams};
-pub use engine::{Config, Engine, Inspection, Installed, engine_config, install, install_with};
+pub use cases::{CaseResult, Coverage, run_cases};
+pub use change::{Change, Field, Value};
+pub use compiler::{Compiler, EXIT_INVALID, Ended, Launch, Plain, Streams};
+pub use engine::{Config, Engine, Inspection, Installed, Needs, Substitute, engine_config, install};
 pub use error::{Fault, PolicyError};
 pub use limits::{HOST_LIMITS, HostLimits, PluginLimits};
+pub use record::{Difference, Outcome, Record, Stance, replay};
 pub use request::{
     Amounts, Attrs, Device, Disk, File, GuestSpec, HostState, Neighbour, Net, Operation, Request, Tenant,
 };
-pub use verdict::{Decision, LogLevel, LogLine, PluginRun, Reason, Severity, Verdict};
+pub use rule::{Level, Mode, Rule};
+pub use verdict::{Decision, LogLevel, LogLine, Override, PluginRun, Reason, Severity, Verdict};

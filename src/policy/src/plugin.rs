@@ -10,11 +10,13 @@ use wasmtime::{
 use crate::{
     Fault, PolicyError,
     cache::{Cache, EntryKey},
+    change::Field,
     compiler::{self, Compiler},
-    contract::{self, Admission, AdmissionPre, Description, types},
+    contract::{self, Admission, AdmissionPre, Description, PluginAnswer, types},
     limits::{HOST_LIMITS, PluginLimits},
+    rule::{Rule, Rules},
     sandbox::{LogFlood, Sandbox, Ticker},
-    verdict::{PluginRun, Verdict},
+    verdict::PluginRun,
 };
 
 /// What loading needs.
@@ -74,6 +76,8 @@ pub(crate) struct Parts<'a> {
     pub(crate) digest: &'a str,
     pub(crate) limits: PluginLimits,
     pub(crate) settings: &'a str,
+    pub(crate) rules: Rules,
+    pub(crate) may_change: Vec<Field>,
     pub(crate) component: &'a Component,
 }
 
@@ -83,6 +87,8 @@ pub(crate) struct Plugin {
     pub(crate) digest: String,
     limits: PluginLimits,
     settings: String,
+    pub(crate) rules: Rules,
+    pub(crate) may_change: Vec<Field>,
     pre: AdmissionPre<Sandbox>,
 }
 
@@ -95,7 +101,7 @@ pub(crate) struct Answer<R> {
 impl Plugin {
     /// Links a component: what it imports and exports is checked here, and nothing of it runs yet.
     pub(crate) fn link(engine: &wasmtime::Engine, parts: Parts<'_>) -> Result<Self, PolicyError> {
-        let Parts { name, digest, limits, settings, component } = parts;
+        let Parts { name, digest, limits, settings, rules, may_change, component } = parts;
         let (imports, exports) = surface(engine, component);
         let allowed = |import: &String| contract::IMPORTS.iter().any(|start| import.starts_with(start));
         if let Some(import) = imports.iter().find(|import| !allowed(import)) {
@@ -110,7 +116,8 @@ impl Plugin {
         let mut linker = Linker::<Sandbox>::new(engine);
         Admission::add_to_linker::<_, HasSelf<_>>(&mut linker, |sandbox| sandbox).map_err(off)?;
         let pre = linker.instantiate_pre(component).and_then(AdmissionPre::new).map_err(off)?;
-        Ok(Self { name: name.into(), digest: digest.into(), limits, settings: settings.into(), pre })
+        let (name, digest, settings) = (name.into(), digest.into(), settings.into());
+        Ok(Self { name, digest, limits, settings, rules, may_change, pre })
     }
 
     /// What the plugin tells of itself.
@@ -137,13 +144,30 @@ impl Plugin {
         &self,
         ticker: &Ticker,
         request: &types::Request,
-    ) -> Result<Answer<Verdict>, PolicyError> {
+    ) -> Result<Answer<PluginAnswer>, PolicyError> {
         let call = |plugin: &Admission, store: &mut Store<Sandbox>| {
             plugin.casemate_policy_gate().call_admit(store, &self.settings, request)
         };
         let Answer { value, run } = self.call(ticker, call)?;
-        let value = contract::verdict(&self.name, value).map_err(|cause| self.bad_answer(cause))?;
+        let value = contract::answer(&self.name, value).map_err(|cause| self.bad_answer(cause))?;
         Ok(Answer { value, run })
+    }
+
+    /// What is known of a call before it's made.
+    pub(crate) fn unasked(&self, rule: Rule) -> PluginRun {
+        PluginRun {
+            name: self.name.clone(),
+            digest: self.digest.clone(),
+            elapsed: Duration::ZERO,
+            fuel: 0,
+            log: Vec::new(),
+            log_dropped_bytes: 0,
+            rule,
+            allowed: None,
+            would_refuse: Vec::new(),
+            would_change: Vec::new(),
+            error: None,
+        }
     }
 
     fn bad_answer(&self, cause: String) -> PolicyError {
@@ -171,12 +195,11 @@ impl Plugin {
         let sandbox = store.into_data();
         let value = answer.map_err(|error| self.fault(&error, &sandbox))?;
         let run = PluginRun {
-            name: self.name.clone(),
-            digest: self.digest.clone(),
             elapsed: start.elapsed(),
             fuel,
             log: sandbox.log,
             log_dropped_bytes: sandbox.log_dropped_bytes,
+            ..self.unasked(Rule::default())
         };
         Ok(Answer { value, run })
     }

@@ -16,7 +16,7 @@ use std::{
     time::{Duration, Instant},
 };
 
-use casemate_policy::{Config, Engine, Verdict, install};
+use casemate_policy::{Compiler, Config, Engine, Verdict, install};
 use casemate_spec::Refusal;
 use common::*;
 
@@ -35,8 +35,9 @@ fn codes(decision: &casemate_policy::Decision) -> Vec<String> {
 fn the_shipped_bundle_admits_a_modest_guest() {
     let bundle = root().join("policies/default.toml");
     let engine =
-        Engine::open(Config { bundle: &bundle, cache: shared_cache(), compiler: compiler() }).unwrap();
-    let decision = engine.admit(&request()).unwrap();
+        Engine::open(Config { bundle: &bundle, cache: shared_cache(), compiler: compiler(), key: None })
+            .unwrap();
+    let decision = engine.admit(&request(), None).unwrap();
     assert!(decision.is_allowed(), "{decision:?}");
     assert_eq!(engine.plugins()[0].name, "limits");
     assert_eq!(decision.plugins[0].digest, sha256(&fs::read(limits()).unwrap()));
@@ -86,14 +87,14 @@ fn warnings_hold_nothing_up() {
     let engine = open(&entry("limits", &limits(), "")).unwrap();
     let mut request = request();
     request.guest.vcpus = 9;
-    let Verdict::Allow { warnings } = engine.admit(&request).unwrap().verdict else { panic!("denied") };
+    let Verdict::Allow { warnings } = engine.admit(&request, None).unwrap().verdict else { panic!("denied") };
     assert_eq!(warnings[0].code, "overcommitted");
 }
 
 #[test]
 fn what_is_missing_or_not_what_it_was_refuses() {
     let missing = Path::new("/nowhere/bundle.toml");
-    let config = Config { bundle: missing, cache: shared_cache(), compiler: compiler() };
+    let config = Config { bundle: missing, cache: shared_cache(), compiler: compiler(), key: None };
     assert_eq!(code_of(Engine::open(config)), "policy-bundle-missing");
     assert_eq!(code_of(open("")), "policy-none");
     assert_eq!(code_of(open("[[plugin]]\nname = 'x'\n")), "policy-bundle");
@@ -156,8 +157,8 @@ fn a_failure_is_an_error_even_beside_a_denial_and_others_go_on() {
     let engine = open(&bundle).unwrap();
     let well = open(&how("well", "")).unwrap();
     for _ in 0..3 {
-        assert_eq!(code_of(engine.admit(&request())), "policy-trap");
-        assert!(well.admit(&request()).unwrap().is_allowed());
+        assert_eq!(code_of(engine.admit(&request(), None)), "policy-trap");
+        assert!(well.admit(&request(), None).unwrap().is_allowed());
     }
 }
 
@@ -180,7 +181,9 @@ fn a_message_stays_one_line_and_draws_nothing() {
 fn nothing_is_remembered_from_one_call_to_the_next() {
     let engine = open(&how("remember", "")).unwrap();
     for _ in 0..3 {
-        let Verdict::Allow { warnings } = engine.admit(&request()).unwrap().verdict else { panic!("denied") };
+        let Verdict::Allow { warnings } = engine.admit(&request(), None).unwrap().verdict else {
+            panic!("denied")
+        };
         assert_eq!(warnings[0].message, "1");
     }
 }
@@ -189,7 +192,7 @@ fn nothing_is_remembered_from_one_call_to_the_next() {
 fn the_same_question_takes_the_same_fuel_and_gets_the_same_answer() {
     let bundle = entry("limits", &limits(), "max_memory = '1 GiB', devices = ['1af4:']");
     let ask = |engine: &Engine| {
-        let decision = engine.admit(&request()).unwrap();
+        let decision = engine.admit(&request(), None).unwrap();
         let fuel: Vec<_> = decision.plugins.iter().map(|run| run.fuel).collect();
         (serde_json::to_string(&decision.verdict).unwrap(), fuel)
     };
@@ -210,9 +213,9 @@ fn a_request_that_is_too_large_is_not_asked() {
     let engine = open(&entry("limits", &limits(), "")).unwrap();
     let mut request = request();
     request.attrs.insert("padding".into(), "x".repeat(256 << 10));
-    assert_eq!(code_of(engine.admit(&request)), "policy-request");
+    assert_eq!(code_of(engine.admit(&request, None)), "policy-request");
     request.attrs.insert("padding".into(), "x".repeat(200 << 10));
-    assert!(engine.admit(&request).unwrap().is_allowed());
+    assert!(engine.admit(&request, None).unwrap().is_allowed());
 }
 
 #[test]
@@ -259,18 +262,22 @@ fn what_is_no_component_is_told_from_a_broken_compiler() {
 fn without_a_compiler_only_what_is_in_the_cache_loads() {
     let folder = tempfile::tempdir().unwrap();
     let (bundle, cache) = (root().join("policies/default.toml"), folder.path().join("cache"));
-    let open = |compiler| Engine::open(Config { bundle: &bundle, cache: &cache, compiler });
-    assert_eq!(code_of(open(Path::new("/nowhere"))), "policy-compiler");
+    let open = |compiler| Engine::open(Config { bundle: &bundle, cache: &cache, compiler, key: None });
+    assert_eq!(code_of(open(Compiler::plain(Path::new("/nowhere")))), "policy-compiler");
     assert!(open(compiler()).unwrap().plugins()[0].compile_time.is_some());
-    assert!(open(Path::new("/nowhere")).unwrap().plugins()[0].compile_time.is_none());
+    assert!(open(Compiler::plain(Path::new("/nowhere"))).unwrap().plugins()[0].compile_time.is_none());
 }
 
 #[test]
 fn the_compiler_has_given_everything_up_before_it_reads() {
     use std::process::{Command, Stdio};
     // It waits for a component that doesn't come.
-    let mut child =
-        Command::new(compiler()).stdin(Stdio::piped()).stdout(Stdio::null()).env_clear().spawn().unwrap();
+    let mut child = Command::new(compiler().program)
+        .stdin(Stdio::piped())
+        .stdout(Stdio::null())
+        .env_clear()
+        .spawn()
+        .unwrap();
     let proc = |file: &str| fs::read_to_string(format!("/proc/{}/{file}", child.id())).unwrap();
     let start = Instant::now();
     while !proc("status").contains("Seccomp:\t2") && start.elapsed() < Duration::from_secs(20) {

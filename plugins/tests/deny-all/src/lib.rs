@@ -12,6 +12,7 @@ impl Policy for DenyAll {
     const NAME: &'static str = env!("CARGO_PKG_NAME");
     const SUMMARY: &'static str = "Says no to everything.";
     const VERSION: &'static str = env!("CARGO_PKG_VERSION");
+    const REASONS: &'static [&'static str] = &["closed"];
 
     type Settings = Nothing;
 

@@ -24,6 +24,7 @@ impl Policy for Forbidden {
     const NAME: &'static str = env!("CARGO_PKG_NAME");
     const SUMMARY: &'static str = "Wants the network.";
     const VERSION: &'static str = env!("CARGO_PKG_VERSION");
+    const REASONS: &'static [&'static str] = &[];
 
     type Settings = Nothing;
 

@@ -55,6 +55,7 @@ impl Policy for Misbehave {
     const NAME: &'static str = env!("CARGO_PKG_NAME");
     const SUMMARY: &'static str = "Misbehaves as its settings say.";
     const VERSION: &'static str = env!("CARGO_PKG_VERSION");
+    const REASONS: &'static [&'static str] = &[];
 
     type Settings = Settings;
 

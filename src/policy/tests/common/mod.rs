@@ -9,8 +9,8 @@ use std::{
 };
 
 use casemate_policy::{
-    Attrs, Config, Decision, Device, Engine, File, GuestSpec, HostState, Operation, PolicyError, Request,
-    Tenant,
+    Attrs, Compiler, Config, Decision, Device, Engine, File, GuestSpec, HostState, Operation, PolicyError,
+    Request, Tenant,
 };
 use sha2::{Digest, Sha256};
 use tempfile::TempDir;
@@ -19,8 +19,13 @@ pub fn root() -> &'static Path {
     Path::new(concat!(env!("CARGO_MANIFEST_DIR"), "/../.."))
 }
 
-/// The compiler: CASEMATE_POLICY_COMPILER, or built here, once, beside what Cargo builds. The first time takes minutes.
-pub fn compiler() -> &'static Path {
+/// The compiler, run as a process of its own.
+pub fn compiler() -> Compiler<'static> {
+    Compiler::plain(compiler_program())
+}
+
+/// CASEMATE_POLICY_COMPILER, or built here, once, beside what Cargo builds. The first time takes minutes.
+fn compiler_program() -> &'static Path {
     static COMPILER: OnceLock<PathBuf> = OnceLock::new();
     COMPILER.get_or_init(|| {
         if let Some(path) = std::env::var_os("CASEMATE_POLICY_COMPILER") {
@@ -96,12 +101,12 @@ pub fn open_with(bundle: &str, cache: &Path) -> Result<Engine, PolicyError> {
     let folder = tempfile::tempdir().unwrap();
     let path = folder.path().join("bundle.toml");
     std::fs::write(&path, bundle).unwrap();
-    Engine::open(Config { bundle: &path, cache, compiler: compiler() })
+    Engine::open(Config { bundle: &path, cache, compiler: compiler(), key: None })
 }
 
 /// Opens the text as a bundle and asks it.
 pub fn admit(bundle: &str) -> Result<Decision, PolicyError> {
-    open(bundle)?.admit(&request())
+    open(bundle)?.admit(&request(), None)
 }
 
 pub fn request() -> Request {

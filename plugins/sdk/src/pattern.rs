@@ -2,13 +2,14 @@
 
 use std::fmt;
 
-use casemate_plugin_sdk::Device;
 use serde::{Deserialize, Deserializer, de::Error};
+
+use crate::Device;
 
 /// `[vendor]:[device][:class]` in hexadecimal, where what is left out, or `*`, matches all: `8086:100e`, `10de:`,
 /// `::0108`. A class has 2, 4 or 6 digits: base class, subclass, programming interface.
 #[derive(Clone, Debug, PartialEq)]
-pub(crate) struct Pattern {
+pub struct Pattern {
     text: String,
     vendor: Option<u16>,
     device: Option<u16>,
@@ -17,7 +18,8 @@ pub(crate) struct Pattern {
 }
 
 impl Pattern {
-    pub(crate) fn parse(text: &str) -> Option<Self> {
+    /// The kind that a text says, or none.
+    pub fn parse(text: &str) -> Option<Self> {
         let mut parts = text.split(':');
         let (vendor, device) = (parts.next()?, parts.next()?);
         let class = parts.next().unwrap_or("");
@@ -31,7 +33,8 @@ impl Pattern {
         Some(Self { text: text.to_owned(), vendor: id(vendor)?, device: id(device)?, class })
     }
 
-    pub(crate) fn matches(&self, device: &Device) -> bool {
+    /// Whether a device is of this kind.
+    pub fn matches(&self, device: &Device) -> bool {
         self.vendor.is_none_or(|vendor| vendor == device.vendor)
             && self.device.is_none_or(|id| id == device.device)
             && self.class.is_none_or(|(class, below)| class == device.class >> below)
