@@ -16,7 +16,7 @@ impl Policy for Plugin {
     const NAME: &'static str = env!("CARGO_PKG_NAME");
     const SUMMARY: &'static str = env!("CARGO_PKG_DESCRIPTION");
     const VERSION: &'static str = env!("CARGO_PKG_VERSION");
-    const REASONS: &'static [&'static str] = &["too-long"];
+    const REASONS: &'static [&'static str] = &["long-name"];
 
     type Settings = Settings;
 
@@ -25,7 +25,7 @@ impl Policy for Plugin {
         let mut reasons = Vec::new();
         if length > longest {
             let message = format!("{length} characters are more than the {longest} that a name may have");
-            reasons.push(Reason::new("too-long", message).field("name").remedy("choose a shorter name"));
+            reasons.push(Reason::new("long-name", message).field("name").remedy("choose a shorter name"));
         }
         verdict(reasons, Vec::new())
     }

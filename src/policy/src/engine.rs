@@ -25,7 +25,7 @@ const WASMTIME: &str = "48.0.8";
 const CONFIG_VERSION: u32 = 1;
 
 /// Where things are.
-#[derive(Clone, Copy, Debug)]
+#[derive(Clone, Copy)]
 pub struct Config<'a> {
     /// The bundle: `policies/default.toml`.
     pub bundle: &'a Path,

@@ -9,7 +9,11 @@ pub(crate) const LIST: &str = "docs/refusals.md";
 
 /// Words that look like codes and are none: drivers, checks of `casemate doctor`, threads, kinds of descriptors.
 const NO_CODES: &[&str] = &[
+    "device-taken",
+    "disk-sha256",
     "guest-ram",
+    "initrd-sha256",
+    "kernel-sha256",
     "kvm-backend",
     "kvm-vcpu",
     "kvm-vfio",
