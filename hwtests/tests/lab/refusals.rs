@@ -78,17 +78,15 @@ pub(crate) fn wrong_images(ctx: &mut Ctx) -> Result<(), Failure> {
         let path = ctx.directory().join(name);
         fs::write(&path, contents).map(|()| path)
     };
-    let mut bz_image = vec![0; 4096];
-    bz_image.splice(0x202..0x206, *b"HdrS");
-    let (text, bz_image) = (file("text", b"this is no kernel\n")?, file("bzImage", &bz_image)?);
+    let (text, archive) = (file("text", b"this is no kernel\n")?, file("initrd.cpio", b"070701")?);
     let (empty, odd, good) =
         (file("empty.img", b"")?, file("odd.img", b"odd")?, file("disk.img", &[0; 4096])?);
     let (missing, same) = (ctx.directory().join("missing"), ctx.directory().join("same.img"));
     std::os::unix::fs::symlink(&good, &same)?;
     let guest = || ctx.guest("true");
     let cases: Vec<(GuestFile, &str, &str, &Path, &[&str])> = vec![
-        (guest()?.kernel(&text), "kernel-not-elf", "boot.kernel", &text, &["text", "vmlinux"]),
-        (guest()?.kernel(&bz_image), "kernel-not-elf", "boot.kernel", &bz_image, &["a bzImage"]),
+        (guest()?.kernel(&text), "kernel-format", "boot.kernel", &text, &["text", "vmlinux"]),
+        (guest()?.kernel(&archive), "kernel-format", "boot.kernel", &archive, &["cpio archive"]),
         (guest()?.kernel(&missing), "kernel-unreadable", "boot.kernel", &missing, &["No such file"]),
         (
             guest()?.kernel(ctx.directory()),

@@ -69,10 +69,10 @@ pub fn open_image(path: &Path, read_only: bool) -> Result<Image, Refusal> {
     Ok(Image { fd: file.into(), size_bytes })
 }
 
-/// Opens a guest kernel: an ELF file for x86-64 (`vmlinux`).
+/// Opens a guest kernel: an ELF file for x86-64 (`vmlinux`), or a bzImage (`vmlinuz`).
 ///
 /// # Errors
-/// `kernel-unreadable`, `kernel-not-elf`.
+/// `kernel-unreadable`, `kernel-format`.
 pub fn open_kernel(path: &Path) -> Result<Image, Refusal> {
     let image = open_file("kernel", path)?;
     let mut start = [0u8; 1024];
@@ -80,13 +80,11 @@ pub fn open_kernel(path: &Path) -> Result<Image, Refusal> {
     let read = read_start(&file, &mut start)
         .map_err(|error| What { name: "kernel", writes: false }.unreadable(path, error))?;
     if let Some(found) = not_a_kernel(start.get(..read).unwrap_or_default()) {
-        let remedy =
-            "name an uncompressed ELF vmlinux for x86-64 (a bzImage holds one: scripts/extract-vmlinux)";
         return Err(Refusal::new(
-            "kernel-not-elf",
+            "kernel-format",
             path.display(),
-            format!("this is {found}, not an ELF kernel"),
-            remedy,
+            format!("this is {found}, not a kernel for x86-64"),
+            "name a distribution's vmlinuz (a bzImage), or an uncompressed ELF vmlinux",
         ));
     }
     Ok(Image { fd: file.into(), ..image })
@@ -202,8 +200,10 @@ fn read_start(file: &File, start: &mut [u8]) -> io::Result<usize> {
     Ok(filled)
 }
 
-/// What the file is instead of a 64-bit x86 ELF executable; `None` when it is one.
+/// What the file is instead of a 64-bit x86 ELF executable or a bzImage; `None` when it is one.
 fn not_a_kernel(start: &[u8]) -> Option<String> {
+    /// Where a bzImage's setup header has its magic (`Documentation/arch/x86/boot.rst`).
+    const BZ_IMAGE: (usize, &[u8]) = (0x202, b"HdrS");
     const ELF_64_LITTLE: [u8; 6] = [0x7f, b'E', b'L', b'F', 2, 1];
     const EM_X86_64: [u8; 2] = [62, 0];
     if start.starts_with(&ELF_64_LITTLE) {
@@ -211,9 +211,12 @@ fn not_a_kernel(start: &[u8]) -> Option<String> {
         return (machine != EM_X86_64).then(|| format!("an ELF file for machine {machine:?}"));
     }
     let magic = |offset: usize, magic: &[u8]| start.get(offset..).is_some_and(|rest| rest.starts_with(magic));
+    if magic(BZ_IMAGE.0, BZ_IMAGE.1) {
+        return None;
+    }
     let known = [
         (0, b"\x7fELF".as_slice(), "an ELF file of 32 bits or big-endian"),
-        (0x202, b"HdrS", "a bzImage"),
+        (4, b"zimg", "a compressed EFI kernel of another architecture"),
         (0, b"\x1f\x8b", "gzip-compressed"),
         (0, b"\x28\xb5\x2f\xfd", "zstd-compressed"),
         (0, b"\xfd7zXZ", "xz-compressed"),
@@ -288,9 +291,11 @@ mod tests {
         let mut bz_image = vec![0u8; 1024];
         bz_image[..2].copy_from_slice(b"MZ");
         bz_image[0x202..0x206].copy_from_slice(b"HdrS");
+        assert_eq!(open_kernel(&file(&directory, &bz_image)).unwrap().size_bytes, 1024);
         elf[18] = 183;
         for (bytes, found) in [
-            (bz_image.as_slice(), "a bzImage"),
+            (&bz_image[..0x200], "an EFI program"),
+            (b"MZ\0\0zimg", "another architecture"),
             (elf.as_slice(), "machine [183, 0]"),
             (b"\x1f\x8b\x08", "gzip"),
             (b"kernel = 1\n", "text"),
@@ -298,7 +303,7 @@ mod tests {
             (b"\x00\x01", "no known format"),
         ] {
             let refusal = open_kernel(&file(&directory, bytes)).unwrap_err();
-            assert_eq!(refusal.code, "kernel-not-elf");
+            assert_eq!(refusal.code, "kernel-format");
             assert!(refusal.cause.contains(found), "{refusal}");
         }
         assert_eq!(open_kernel(directory.path()).unwrap_err().code, "kernel-unreadable");
@@ -316,7 +321,8 @@ mod tests {
         #[test]
         fn any_start_is_judged(start in prop::collection::vec(any::<u8>(), 0..600)) {
             let elf = start.starts_with(b"\x7fELF\x02\x01");
-            prop_assert!(elf || not_a_kernel(&start).is_some());
+            let bz_image = start.get(0x202..0x206) == Some(b"HdrS");
+            prop_assert!(elf || bz_image || not_a_kernel(&start).is_some());
         }
     }
 }

@@ -105,7 +105,7 @@ pub struct Guest {
 /// What a guest boots. Paths are as written; relative ones count from the guest file's folder.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub struct Boot {
-    /// An ELF `vmlinux` with a PVH entry.
+    /// A bzImage, or an ELF `vmlinux` with a PVH entry.
     pub kernel: PathBuf,
     /// An initial RAM disk.
     pub initrd: Option<PathBuf>,

@@ -6,6 +6,7 @@ use kvm_bindings::{
 use kvm_ioctls::{Kvm, VcpuExit, VcpuFd};
 
 use crate::{
+    boot::Entry,
     error::{During, Error},
     layout,
 };
@@ -91,7 +92,7 @@ fn cpuid_for(supported: &CpuId, id: u8, count: u8) -> Result<CpuId, Error> {
 }
 
 /// Makes a new processor ready: CPUID and memory types; the first one starts at `entry`, the others wait for it.
-pub(crate) fn prepare(vcpu: &VcpuFd, supported: &CpuId, id: u8, count: u8, entry: u64) -> Result<(), Error> {
+pub(crate) fn prepare(vcpu: &VcpuFd, supported: &CpuId, id: u8, count: u8, entry: Entry) -> Result<(), Error> {
     vcpu.set_cpuid2(&cpuid_for(supported, id, count)?).during("setting CPUID")?;
     // IA32_MTRR_DEF_TYPE: on, write-back. Linux takes memory for uncached without it.
     let memory_types = kvm_msr_entry { index: 0x2FF, data: 1 << 11 | 6, ..Default::default() };
@@ -103,8 +104,12 @@ pub(crate) fn prepare(vcpu: &VcpuFd, supported: &CpuId, id: u8, count: u8, entry
     Ok(())
 }
 
-/// The state in which PVH starts a kernel: 32-bit protected mode, flat segments, paging off, EBX = start info.
-fn start_at(vcpu: &VcpuFd, entry: u64) -> Result<(), Error> {
+/// The table of segments at [`layout::SEGMENTS`]: code at selector 0x10 and data at 0x18, both flat, as Linux's 32-bit
+/// boot protocol has them; PVH leaves the selectors open.
+pub(crate) const SEGMENTS: [u64; 4] = [0, 0, 0x00CF_9B00_0000_FFFF, 0x00CF_9300_0000_FFFF];
+
+/// The state in which PVH and Linux's 32-bit protocol start a kernel: 32-bit protected mode, flat segments, paging off.
+fn start_at(vcpu: &VcpuFd, entry: Entry) -> Result<(), Error> {
     let mut special = vcpu.get_sregs().during("reading a processor's state")?;
     let flat = |kind| kvm_segment {
         limit: u32::MAX,
@@ -115,15 +120,18 @@ fn start_at(vcpu: &VcpuFd, entry: u64) -> Result<(), Error> {
         g: 1,
         ..Default::default()
     };
-    special.cs = kvm_segment { selector: 0x08, ..flat(0xB) };
-    let data = kvm_segment { selector: 0x10, ..flat(0x3) };
+    special.cs = kvm_segment { selector: 0x10, ..flat(0xB) };
+    let data = kvm_segment { selector: 0x18, ..flat(0x3) };
     (special.ds, special.es, special.fs, special.gs, special.ss) = (data, data, data, data, data);
-    special.tr = kvm_segment { selector: 0x18, limit: 0x67, type_: 0xB, present: 1, ..Default::default() };
+    special.tr = kvm_segment { selector: 0x20, limit: 0x67, type_: 0xB, present: 1, ..Default::default() };
+    special.gdt.base = layout::SEGMENTS;
+    special.gdt.limit = size_of_val(&SEGMENTS) as u16 - 1;
     special.cr0 = 1;
     special.cr4 = 0;
     special.efer = 0;
     vcpu.set_sregs(&special).during("setting a processor's state")?;
-    let registers = kvm_regs { rip: entry, rbx: layout::START_INFO, rflags: 2, ..Default::default() };
+    let Entry { address, ebx, esi } = entry;
+    let registers = kvm_regs { rip: address, rbx: ebx, rsi: esi, rflags: 2, ..Default::default() };
     vcpu.set_regs(&registers).during("setting a processor's registers")
 }
 

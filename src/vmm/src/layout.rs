@@ -19,6 +19,10 @@ pub(crate) const START_INFO: u64 = 0x6000;
 pub(crate) const MEMORY_MAP: u64 = 0x7000;
 /// The module list (the initrd) that the start info names.
 pub(crate) const MODULES: u64 = 0x8000;
+/// The boot parameters of Linux's own protocol (`struct boot_params`), one page.
+pub(crate) const BOOT_PARAMETERS: u64 = 0x9000;
+/// A table of segments for kernels that load their selectors before they have one of their own.
+pub(crate) const SEGMENTS: u64 = 0x5000;
 /// The kernel's command line, at most 64 KiB.
 pub(crate) const COMMAND_LINE: u64 = 0x2_0000;
 /// End of the RAM below the legacy hole.

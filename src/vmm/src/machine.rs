@@ -19,7 +19,7 @@ use vmm_sys_util::eventfd::EventFd;
 
 use crate::{
     assigned::{self, Registers, RemoteVfio},
-    boot::{self, Images},
+    boot::{self, Entry, Images},
     control::{Attachments, Control, DirectRegion, Doorbell, FIRST_MSI_GSI, Requests, Vectors},
     cpu::{self, Halt},
     entry::file,
@@ -120,6 +120,8 @@ impl Built {
         descriptors.finish()?;
         let rsdp = write_acpi(&memory, machine.vcpus, window64)?;
         let entry = boot::load(&memory, images, rsdp)?;
+        let segments: Vec<u8> = cpu::SEGMENTS.iter().flat_map(|entry| entry.to_le_bytes()).collect();
+        boot::put(&memory, layout::SEGMENTS, &segments)?;
         let vcpus = make_vcpus(&vm, &cpuid, machine.vcpus, entry)?;
         let root = RootBus::new(parts.functions, window64, Arc::clone(&requests))?;
         let (lines, sources) = parts.intx.into_iter().unzip();
@@ -305,7 +307,7 @@ fn write_acpi(memory: &GuestMemoryMmap, vcpus: u8, window64: layout::Range) -> R
     Ok(tables.rsdp)
 }
 
-fn make_vcpus(vm: &VmFd, cpuid: &CpuId, count: u8, entry: u64) -> Result<Vec<VcpuFd>, Error> {
+fn make_vcpus(vm: &VmFd, cpuid: &CpuId, count: u8, entry: Entry) -> Result<Vec<VcpuFd>, Error> {
     (0..count)
         .map(|id| {
             let vcpu = vm.create_vcpu(u64::from(id)).during("making a processor")?;

@@ -40,7 +40,7 @@ pub struct Machine {
     pub command_line: String,
     /// `/dev/kvm`.
     pub kvm: Slot,
-    /// An ELF kernel with a PVH entry, a regular file.
+    /// A bzImage, or an ELF kernel with a PVH entry; a regular file.
     pub kernel: Slot,
     /// An initial RAM disk, a regular file.
     pub initrd: Option<Slot>,
