@@ -75,6 +75,8 @@ pub(crate) const GUEST: Recipe = Recipe {
         "crc32c_generic",
         "ext4",
         "button",
+        "evdev",
+        "pvpanic-mmio",
     ],
 };
 

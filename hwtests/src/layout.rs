@@ -1,6 +1,9 @@
 //! Where the lab keeps its files.
 
-use std::path::{Path, PathBuf};
+use std::{
+    fs, io,
+    path::{Path, PathBuf},
+};
 
 /// The directory of everything the lab builds and leaves: `target/lab` of the workspace, outside of version control.
 #[derive(Clone, Debug)]
@@ -26,6 +29,12 @@ impl Layout {
     /// The guests' kernel: an ELF image with the PVH entry, uncompressed.
     pub fn guest_kernel(&self) -> PathBuf {
         self.root.join("vmlinux")
+    }
+
+    /// The same kernel as its package ships it: a bzImage.
+    pub fn guest_bzimage(&self) -> io::Result<PathBuf> {
+        let release = fs::read_to_string(self.kernel_release())?;
+        Ok(self.kernel_tree().join("boot").join(format!("vmlinuz-{release}")))
     }
 
     /// The guests' initramfs, to which a test's own files are appended as a second archive.

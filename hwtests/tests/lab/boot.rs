@@ -1,9 +1,13 @@
 //! A guest starts, and ends when it wants to.
 
+use std::{fs, time::Duration};
+
 use casemate_hwtests::{
     expect,
     harness::{Ctx, Failure, Finished},
 };
+use rustix::process::Signal;
+use serde_json::Value;
 
 use crate::endings::ending;
 
@@ -43,10 +47,116 @@ pub(crate) fn reboot_ends_the_run(ctx: &mut Ctx) -> Result<(), Failure> {
 }
 
 pub(crate) fn panic_ends_the_run(ctx: &mut Ctx) -> Result<(), Failure> {
-    let guest = ctx.guest("echo c >/proc/sysrq-trigger; sleep 30")?.command_line("console=ttyS0 panic=-1");
-    let run = ctx.run_guest(&guest)?;
+    // Without panic= a kernel stands still afterwards; with it, it resets the machine. Both are told as a panic.
+    for words in ["console=ttyS0", "console=ttyS0 panic=-1"] {
+        let guest = ctx.guest("echo c >/proc/sysrq-trigger; sleep 30")?.command_line(words);
+        let run = ctx.run_guest(&guest)?;
+        run.printed("Kernel panic - not syncing: sysrq triggered crash")?;
+        ended_otherwise(&run, "panic")?;
+    }
+    Ok(())
+}
+
+/// A kernel without the driver that tells of a panic.
+pub(crate) fn panic_untold_is_a_reset(ctx: &mut Ctx) -> Result<(), Failure> {
+    let script = "rmmod pvpanic_mmio; echo c >/proc/sysrq-trigger; sleep 30";
+    let run = ctx.run_guest(&ctx.guest(script)?.command_line("console=ttyS0 panic=-1"))?;
     run.printed("Kernel panic - not syncing")?;
     ended_otherwise(&run, "reset")
+}
+
+pub(crate) fn bzimage_boots(ctx: &mut Ctx) -> Result<(), Failure> {
+    let kernel = ctx.layout().guest_bzimage()?;
+    let script = "echo words: $(cat /proc/cmdline)
+        echo memory: $(awk '/MemTotal/ { print $2 }' /proc/meminfo)
+        echo button: $(ls /sys/bus/acpi/devices | grep -c PNP0C0C)";
+    let run = ctx.run_guest(&ctx.guest(script)?.kernel(&kernel))?;
+    run.success()?.printed("CASEMATE-TEST-ENDED 0")?;
+    let words = run.value("words:")?;
+    expect!(words == "console=ttyS0 quiet", "the guest sees the command line {words:?}");
+    let kib: u64 = run.value("memory:")?.parse()?;
+    expect!((196 << 10..=256 << 10).contains(&kib), "the guest has 256 MiB and sees {kib} KiB");
+    expect!(run.value("button:")? == "1", "it found no ACPI tables");
+    Ok(())
+}
+
+pub(crate) fn eight_vcpus_come_up(ctx: &mut Ctx) -> Result<(), Failure> {
+    vcpus_come_up(ctx, 8, Duration::from_secs(90))
+}
+
+pub(crate) fn sixty_four_vcpus_come_up(ctx: &mut Ctx) -> Result<(), Failure> {
+    vcpus_come_up(ctx, 64, Duration::from_secs(800))
+}
+
+fn vcpus_come_up(ctx: &mut Ctx, count: u32, within: Duration) -> Result<(), Failure> {
+    let script = "echo vcpus: $(nproc)
+        echo packages: $(cat /sys/devices/system/cpu/cpu*/topology/physical_package_id | sort -u | wc -l)
+        echo cores: $(cat /sys/devices/system/cpu/cpu*/topology/core_id | sort -u | wc -l)
+        echo threads: $(cat /sys/devices/system/cpu/cpu*/topology/thread_siblings_list | sort -u | wc -l)";
+    let run = ctx.start_guest(&ctx.guest(script)?.vcpus(count))?.wait(within)?;
+    let count = count.to_string();
+    for (what, seen) in
+        [("vcpus:", count.as_str()), ("packages:", "1"), ("cores:", &count), ("threads:", &count)]
+    {
+        let value = run.success()?.value(what)?;
+        expect!(value == seen, "of {what} there should be {seen}, the guest sees {value}");
+    }
+    Ok(())
+}
+
+/// What the VMM may take beside the guest's memory, in bytes of Pss.
+const VMM_MOST: u64 = 4 << 20;
+
+/// With a disk, a network card, entropy and a console in use, the VMM takes little beside the guest's memory.
+pub(crate) fn vmm_is_small(ctx: &mut Ctx) -> Result<(), Failure> {
+    let disk = ctx.directory().join("disk.img");
+    fs::write(&disk, vec![1; 8 << 20])?;
+    let script = "dd if=/dev/vda of=/dev/null bs=64k
+        head -c 4096 /dev/hwrng >/dev/null
+        ip addr add 192.0.2.2/24 dev eth0; ip link set eth0 up; ping -c 2 192.0.2.1 && echo used-all
+        sleep 2";
+    let guest =
+        ctx.guest(script)?.vcpus(1).memory("128 MiB").disk(&disk, false).net("cmtest0", "192.0.2.1/24");
+    let run = ctx.run_guest(&guest)?;
+    run.success()?.printed("used-all")?;
+    let report = run.report()?;
+    let bytes = report.pointer("/cell/memory_bytes").and_then(Value::as_u64);
+    let bytes = bytes.ok_or_else(|| Failure::new(format_args!("the report tells no memory: {report}")))?;
+    println!("# the VMM takes {} KiB", bytes >> 10);
+    expect!((1..=VMM_MOST).contains(&bytes), "the VMM takes {bytes} bytes beside the guest's memory");
+    Ok(())
+}
+
+/// For a guest to come to its script.
+const SOON: Duration = Duration::from_secs(60);
+
+pub(crate) fn power_button_is_obeyed(ctx: &mut Ctx) -> Result<(), Failure> {
+    let script = "modprobe evdev; grep . /sys/class/input/event0/device/name
+        echo waits-for-its-button
+        head -c 24 /dev/input/event0 >/dev/null && echo button-was-pressed";
+    for signal in [Signal::TERM, Signal::INT] {
+        let running = ctx.start_guest(&ctx.guest(script)?.vcpus(1))?;
+        running.wait_for_text("waits-for-its-button", SOON)?;
+        running.signal(signal)?;
+        let run = running.wait(Duration::from_secs(30))?;
+        run.success()?.printed("Power Button")?.printed("button-was-pressed")?;
+        expect!(run.stderr.contains("asked-to-power-off"), "nothing was told of it: {}", run.stderr);
+        expect!(ending(&run)? == "power-off", "the guest ended by {}", ending(&run)?);
+    }
+    Ok(())
+}
+
+pub(crate) fn power_button_ignored_stops(ctx: &mut Ctx) -> Result<(), Failure> {
+    let path = ctx.guest("echo ignores-all; sleep 1000")?.vcpus(1).write_into(ctx.directory())?;
+    let file = path.as_os_str();
+    let running =
+        ctx.start(["casemate".as_ref(), "run".as_ref(), "--json".as_ref(), "--grace=1".as_ref(), file])?;
+    running.wait_for_text("ignores-all", SOON)?;
+    running.signal(Signal::TERM)?;
+    let run = running.wait(Duration::from_secs(15))?;
+    run.success()?;
+    expect!(ending(&run)? == "stopped", "the guest ended by {}", ending(&run)?);
+    Ok(())
 }
 
 pub(crate) fn triple_fault_ends_the_run(ctx: &mut Ctx) -> Result<(), Failure> {

@@ -119,8 +119,11 @@ pub(crate) fn signals_stop_in_order(ctx: &mut Ctx) -> Result<(), Failure> {
     for signal in [Signal::TERM, Signal::INT] {
         let running = ctx.start_guest(&guest)?;
         running.wait_for_step("running", SOON)?;
+        // The first is the guest's power button, which this one does not heed.
         running.signal(signal)?;
-        let run = running.wait(Duration::from_secs(20))?;
+        running.wait_for_step("asked-to-power-off", SOON)?;
+        running.signal(signal)?;
+        let run = running.wait(Duration::from_secs(8))?;
         run.success()?;
         expect!(ending(&run)? == "stopped", "the guest ended by {}", ending(&run)?);
         came_back(&run, devices::NVME, Some("nvme"))?;

@@ -7,6 +7,7 @@ mod admission;
 mod audit;
 mod boot;
 mod cell;
+mod console;
 mod documents;
 mod endings;
 mod host_state;
@@ -29,9 +30,21 @@ const TESTS: &[LabTest] = &[
     // Boot
     LabTest::new("guest-boots-and-powers-off", boot::boots_and_powers_off),
     LabTest::new("guest-sees-what-its-file-says", boot::sees_what_its_file_says),
+    LabTest::new("bzimage-boots", boot::bzimage_boots),
+    LabTest::new("eight-vcpus-come-up", boot::eight_vcpus_come_up),
+    LabTest::new("sixty-four-vcpus-come-up", boot::sixty_four_vcpus_come_up)
+        .long("takes minutes where KVM is emulated")
+        .deadline_seconds(900),
+    LabTest::new("vmm-is-small", boot::vmm_is_small),
     LabTest::new("reboot-ends-the-run", boot::reboot_ends_the_run),
     LabTest::new("panic-ends-the-run", boot::panic_ends_the_run),
+    LabTest::new("panic-untold-is-a-reset", boot::panic_untold_is_a_reset),
     LabTest::new("triple-fault-ends-the-run", boot::triple_fault_ends_the_run),
+    LabTest::new("power-button-is-obeyed", boot::power_button_is_obeyed),
+    LabTest::new("power-button-ignored-stops", boot::power_button_ignored_stops),
+    // Console
+    LabTest::new("console-takes-input", console::takes_input),
+    LabTest::new("terminal-is-the-guests", console::terminal_is_the_guests),
     // Emulated devices
     LabTest::new("disk-is-read-and-written", virtio::disk_is_read_and_written),
     LabTest::new("read-only-disk-stays", virtio::read_only_disk_stays),

@@ -1,9 +1,13 @@
-//! Power-off and reset: the registers of a hardware-reduced ACPI machine (ACPI 6.5, 4.8.3.7 and 4.8.3.6).
+//! Power-off and reset: the registers of a hardware-reduced ACPI machine (ACPI 6.5, 4.8.3.7 and 4.8.3.6), and the
+//! interrupt of its power button (4.8.2.2.1.2: a device of its own, told by a generic event device, 5.6.9).
 
 /// First I/O port: sleep control, sleep status, reset, in this order.
 pub const POWER_PORT: u16 = 0x600;
 /// Number of I/O ports, from [`POWER_PORT`].
 pub const POWER_PORTS: u16 = 3;
+
+/// The interrupt by which the power button is pressed: edge-triggered, active high.
+pub const POWER_BUTTON_GSI: u8 = 5;
 
 pub(crate) const SLEEP_CONTROL: u16 = 0;
 pub(crate) const SLEEP_STATUS: u16 = 1;

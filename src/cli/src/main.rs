@@ -22,7 +22,7 @@ Exit codes:
   0  done; a guest powered itself off, or was stopped, and its devices are clean
   1  refused: what, why and what to do is on stderr, one line each; the host is as it was
   2  the command line is wrong
-  3  the guest ended as it should not: reset, triple fault, a fault, or its VMM died
+  3  the guest ended as it should not: reset, panic, triple fault, a fault, or its VMM died
   4  the guest ended, or a killed run was cleaned up after, and a device did not prove itself clean or is not back
   5  casemate audit found a line that is not as it must be
 
@@ -80,7 +80,8 @@ enum Command {
     Doctor,
     /// List the PCI functions of this host, and say of each whether a guest can have it, or why not.
     Devices(devices::Options),
-    /// Run one guest from its file until it ends. Its console is on stdout, Casemate's own words are on stderr.
+    /// Run one guest from its file until it ends. Its console is on stdout and, if that is a terminal, on stdin; Casemate's
+    /// own words are on stderr. SIGTERM and SIGINT press the guest's power button; a second one stops it.
     Run(run::Options),
     /// List the guests that run on this host.
     Ps,

@@ -1,8 +1,8 @@
 //! `casemate run`.
 
-use std::{io, path::PathBuf, process::ExitCode};
+use std::{io, path::PathBuf, process::ExitCode, time::Duration};
 
-use casemate_keep::{DeviceReport, Paths, Report, RunOptions, Step};
+use casemate_keep::{DeviceReport, Input, Paths, Report, RunOptions, Step};
 use casemate_spec::ByteSize;
 use clap::Args;
 
@@ -26,14 +26,28 @@ pub(crate) struct Options {
     /// Report when the console first shows this text.
     #[arg(long, value_name = "TEXT")]
     note_line: Option<String>,
+    /// Give the guest's console what standard input holds, though it is no terminal.
+    #[arg(long)]
+    stdin: bool,
+    /// How long a guest may take to power off when this program is asked to end, before it is stopped.
+    #[arg(long, value_name = "SECONDS", default_value_t = 10, value_parser = clap::value_parser!(u32).range(..=86400))]
+    grace: u32,
 }
 
 pub(crate) fn run(paths: &Paths, options: &Options, json: bool) -> Result<ExitCode, Failure> {
+    let input = if options.stdin { Input::Stream } else { Input::terminal_if_any() };
+    if input == Input::Terminal && !json {
+        output::aside(
+            "the terminal is the guest's; Ctrl-] asks it to power off, and stops it when pressed again",
+        );
+    }
     let run_options = RunOptions {
         file: &options.file,
         policy: &options.policy,
         override_why: options.override_why.as_deref(),
         line: options.note_line.as_deref(),
+        input,
+        grace: Duration::from_secs(options.grace.into()),
     };
     let report =
         casemate_keep::run(paths, run_options, &mut io::stdout().lock(), &mut |step| tell(&step, json))?;
@@ -98,6 +112,9 @@ pub(crate) fn tell(step: &Step, json: bool) {
             output::aside(&format!("the guest runs, {} ms after its VMM was started", elapsed.as_millis()));
         }
         Step::Log { line } => output::aside(&format!("the VMM says: {line}")),
+        Step::AskedToPowerOff { grace } => {
+            output::aside(&format!("asked the guest to power off; it is stopped in {} s", grace.as_secs()));
+        }
         Step::Ended { ending } => output::aside(&format!("the guest has ended: {ending}")),
         Step::Returned { devices } => devices.iter().for_each(|device| output::aside(&returned(device))),
     }

@@ -128,6 +128,8 @@ pub(crate) struct Started {
     pub(crate) channel: Channel,
     /// The guest's serial port.
     pub(crate) console: OwnedFd,
+    /// What the guest's serial port reads.
+    pub(crate) console_input: Option<OwnedFd>,
     /// The VMM's own words.
     pub(crate) log: OwnedFd,
     /// What it was given, for its record.
@@ -140,6 +142,8 @@ pub(crate) struct Resources<'a> {
     pub(crate) images: &'a Images,
     pub(crate) taps: &'a [Tap],
     pub(crate) claim: Option<&'a Claim>,
+    /// Whether the guest's console has input.
+    pub(crate) input: bool,
 }
 
 /// Starts the VMM in a closed cell and hands it the machine.
@@ -175,6 +179,7 @@ pub(crate) fn start(
         // One for each virtual processor, and one for all that the VMM does beside.
         cpus_max: u32::from(guest.vcpus) + 1,
     };
+    let (input_read, console_input) = resources.input.then(pipe).transpose()?.unzip();
     let cell = casemate_jail::start(CellPlan {
         guest: guest.name.to_string(),
         uid: identity.uid,
@@ -190,8 +195,9 @@ pub(crate) fn start(
         tied_to_parent: true,
     })?;
     let channel = Channel::new(peer);
-    send_machine(&channel, guest, resources, console_write.as_fd())?;
-    Ok(Started { cell, channel, console, log, rlimits, cgroup })
+    let ends = ConsoleEnds { output: console_write.as_fd(), input: input_read.as_ref().map(AsFd::as_fd) };
+    send_machine(&channel, guest, resources, ends)?;
+    Ok(Started { cell, channel, console, console_input, log, rlimits, cgroup })
 }
 
 /// A listening socket for the cell, and the keep's connection to it.
@@ -237,11 +243,17 @@ impl<'a> Descriptors<'a> {
     }
 }
 
+/// The cell's ends of the console's pipes.
+struct ConsoleEnds<'a> {
+    output: BorrowedFd<'a>,
+    input: Option<BorrowedFd<'a>>,
+}
+
 fn send_machine(
     channel: &Channel,
     guest: &Guest,
     resources: &Resources<'_>,
-    console: BorrowedFd<'_>,
+    console: ConsoleEnds<'_>,
 ) -> Result<(), Refusal> {
     let kvm = File::options().read(true).write(true).open("/dev/kvm").map_err(|error| {
         let remedy =
@@ -257,7 +269,8 @@ fn send_machine(
         kvm: fds.add(kvm.as_fd()),
         kernel: fds.add(resources.images.kernel.fd.as_fd()),
         initrd: resources.images.initrd.as_ref().map(|image| fds.add(image.fd.as_fd())),
-        console: fds.add(console),
+        console: fds.add(console.output),
+        console_input: console.input.map(|input| fds.add(input)),
         disks: (guest.disks.iter().zip(&resources.images.disks).enumerate())
             .map(|(number, (disk, image))| Disk {
                 image: fds.add(image.fd.as_fd()),

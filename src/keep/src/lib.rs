@@ -16,6 +16,7 @@ mod cell;
 mod compiler;
 mod decisions;
 mod digest;
+mod input;
 mod paths;
 mod record;
 mod report;
@@ -24,6 +25,7 @@ mod watch;
 
 pub use audit::{Audit, AuditLine, SignedAudit, Source, audit};
 pub use decisions::{Decisions, Reading};
+pub use input::{ESCAPE, Input};
 pub use paths::{Paths, PathsError};
 pub use record::{GivenDevice, GivenLandlock, GivenLimits, GuestRecord, running};
 pub use report::{CellReport, DeviceReport, Ending, MachineReport, PolicyReport, Report, Step};

@@ -54,6 +54,12 @@ pub enum Step {
         /// A line.
         line: String,
     },
+    /// The guest's power button was pressed.
+    AskedToPowerOff {
+        /// How long it may take before it is stopped.
+        #[serde(rename = "grace_ms", serialize_with = "milliseconds")]
+        grace: Duration,
+    },
     /// The guest has ended; its devices are reset and given back next.
     Ended {
         /// How.
@@ -74,6 +80,8 @@ pub enum Ending {
     PowerOff,
     /// It asked for a reset.
     Reset,
+    /// Its kernel told that it had panicked.
+    Panic,
     /// A processor fell into a triple fault.
     TripleFault,
     /// It was stopped from outside.
@@ -102,6 +110,7 @@ impl std::fmt::Display for Ending {
         match self {
             Self::PowerOff => f.write_str("powered off"),
             Self::Reset => f.write_str("asked for a reset, and was stopped"),
+            Self::Panic => f.write_str("its kernel panicked; its console tells why"),
             Self::TripleFault => f.write_str("triple fault: a processor could not go on"),
             Self::Stopped => f.write_str("stopped"),
             Self::Fault { why } => write!(f, "the machine could not go on: {why}"),

@@ -4,8 +4,8 @@ use std::{
     fmt,
     fs::File,
     io::{Read, Write},
-    os::unix::net::UnixStream,
     path::Path,
+    time::Duration,
 };
 
 use casemate_filters::Role;
@@ -16,11 +16,11 @@ use casemate_host::{
 use casemate_spec::{LIMITS, Located, PciAddress, Refusal, parse_guest};
 
 use crate::{
-    CellReport, DeviceReport, MachineReport, Paths, PolicyReport, Report, Step,
+    CellReport, DeviceReport, Input, MachineReport, Paths, PolicyReport, Report, Step,
     admission::{self, Images, Question},
     cell::{self, Identity, Resources},
     record::{self, Facts},
-    watch,
+    watch::{self, StopSignals},
 };
 
 /// Why a guest was not run: at least one refusal, each a line.
@@ -58,6 +58,10 @@ pub struct RunOptions<'a> {
     pub override_why: Option<&'a str>,
     /// A text on the console whose time is reported.
     pub line: Option<&'a str>,
+    /// What the guest's console reads.
+    pub input: Input,
+    /// How long a guest that was asked to power off may take before it is stopped.
+    pub grace: Duration,
 }
 
 /// Runs a guest until its end. Its console goes to `console`; `tell` hears of each step.
@@ -105,7 +109,7 @@ pub fn run(
 
     // Act.
     // From here on no signal ends this process before all that it took is given back.
-    let signals = watch::stop_signals(&located.guest)?;
+    let signals = StopSignals::take(&located.guest)?;
     let claim = take_devices(&located, &host, &ledger, addresses, tell)?;
     let prepared = Prepared {
         paths,
@@ -133,8 +137,8 @@ pub fn run(
 ///
 /// # Errors
 /// Why it would be refused.
-pub fn try_guest(paths: &Paths, options: RunOptions<'_>) -> Result<PolicyReport, Refusals> {
-    let mut located = parse_guest(options.file, &read_guest_file(options.file)?)?;
+pub fn try_guest(paths: &Paths, file: &Path, policy: &Path) -> Result<PolicyReport, Refusals> {
+    let mut located = parse_guest(file, &read_guest_file(file)?)?;
     let mut images = open_images(&located)?;
     let host = Host::live();
     let functions = host.functions()?;
@@ -147,8 +151,8 @@ pub fn try_guest(paths: &Paths, options: RunOptions<'_>) -> Result<PolicyReport,
     }
     admission::rehearse(Question {
         paths,
-        bundle: options.policy,
-        override_why: options.override_why,
+        bundle: policy,
+        override_why: None,
         located: &mut located,
         images: &mut images,
         functions: &functions,
@@ -174,7 +178,7 @@ struct Prepared<'a> {
     located: &'a Located,
     text: &'a str,
     identity: &'a Identity,
-    signals: UnixStream,
+    signals: StopSignals,
     images: &'a Images,
     policy: PolicyReport,
 }
@@ -189,7 +193,8 @@ impl Prepared<'_> {
     ) -> Result<Report, Refusal> {
         let guest = &self.located.guest;
         let taps = make_taps(self.located)?;
-        let resources = Resources { images: self.images, taps: &taps, claim };
+        let resources =
+            Resources { images: self.images, taps: &taps, claim, input: self.options.input != Input::None };
         let started = cell::start(self.paths, guest, self.identity, &resources)?;
         if claim.is_some() {
             ledger.note_cell(&Owner::this_process(guest.name.as_str())?, started.cell.pid())?;

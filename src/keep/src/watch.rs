@@ -11,7 +11,7 @@ use std::{
 
 use casemate_jail::Cell;
 use casemate_spec::{Guest, Refusal};
-use casemate_wire::{Counters, End, FromCell, ToCell, WireError};
+use casemate_wire::{Channel, Counters, End, FromCell, ToCell, WireError};
 use rustix::{
     event::{PollFd, PollFlags, Timespec, poll},
     io::Errno,
@@ -21,6 +21,7 @@ use signal_hook::consts::{SIGINT, SIGTERM};
 use crate::{
     Ending, RunOptions, Step,
     cell::{Started, first_word, printable},
+    input,
 };
 
 /// How often the cell's memory is measured.
@@ -40,8 +41,8 @@ pub(crate) struct Seen {
     pub(crate) line: Option<Duration>,
 }
 
-/// Watches the cell until its process has ended. The console's bytes go to `console`, steps to `tell`; `signals` is what
-/// [`stop_signals`] gave.
+/// Watches the cell until its process has ended. The console's bytes go to `console`, steps to `tell`; a signal brings
+/// the end on.
 ///
 /// # Errors
 /// When the machine was refused by the cell before it ran.
@@ -49,16 +50,18 @@ pub(crate) fn until_end(
     started: Started,
     guest: &Guest,
     options: &RunOptions<'_>,
-    signals: &UnixStream,
+    signals: &StopSignals,
     console: &mut dyn Write,
     tell: &mut dyn FnMut(Step),
 ) -> Result<Seen, Refusal> {
-    let Started { mut cell, channel, console: console_pipe, log: log_pipe, .. } = started;
+    let Started { mut cell, channel, console: console_pipe, console_input, log: log_pipe, .. } = started;
+    let terminal = console_input.map(|pipe| input::carry(options.input, pipe, signals, guest));
+    let _terminal = terminal.transpose()?;
     let mut watch = Watch {
         begun: Instant::now(),
         running: false,
-        stopping: false,
         ended: None,
+        ending: FromOutside::Untouched,
         deadline: None,
         memory_bytes: None,
         line: options.line.map(LineWatch::new),
@@ -73,7 +76,7 @@ pub(crate) fn until_end(
             talking.then(|| channel.as_fd()),
             console_pipe.as_ref().map(AsFd::as_fd),
             log_pipe.as_ref().map(AsFd::as_fd),
-            Some(signals.as_fd()),
+            Some(signals.read.as_fd()),
         ]);
         let [ended, message, console_ready, log_ready, signalled] = ready;
         if console_ready {
@@ -93,17 +96,13 @@ pub(crate) fn until_end(
                 }
             }
         } else if signalled {
-            drain(signals);
-            watch.stopping = true;
-            if channel.send(&ToCell::Stop, &[]).is_err() || watch.deadline.is_some() {
-                let _ = cell.kill();
-            }
-            watch.deadline = Some(Instant::now() + LAST_WORDS);
+            signals.drain();
+            watch.stop(options.grace, &channel, &cell, tell);
         } else if ended && !console_ready && !log_ready {
             break;
         }
         if watch.deadline.is_some_and(|deadline| Instant::now() > deadline) {
-            let _ = cell.kill();
+            watch.stop(options.grace, &channel, &cell, tell);
         }
         watch.sample(&cell, guest);
     }
@@ -113,24 +112,39 @@ pub(crate) fn until_end(
     watch.seen(guest, how)
 }
 
-/// A socket that becomes readable when the user or the system asks this program to stop, which it does no longer at once.
-pub(crate) fn stop_signals(guest: &Guest) -> Result<UnixStream, Refusal> {
-    let make = || {
-        let (read, write) = UnixStream::pair()?;
-        read.set_nonblocking(true)?;
-        for signal in [SIGINT, SIGTERM] {
-            signal_hook::low_level::pipe::register(signal, write.try_clone()?)?;
-        }
-        Ok(read)
-    };
-    make().map_err(|error: std::io::Error| {
-        Refusal::new(
-            "keep-failed",
-            &guest.name,
-            format_args!("signals cannot be watched: {error}"),
-            "try again",
-        )
-    })
+/// What asks this program to stop: the user's and the system's signals, which end it no longer at once, and the escape
+/// key.
+pub(crate) struct StopSignals {
+    read: UnixStream,
+    write: UnixStream,
+}
+
+impl StopSignals {
+    /// Takes the signals over.
+    pub(crate) fn take(guest: &Guest) -> Result<Self, Refusal> {
+        let make = || {
+            let (read, write) = UnixStream::pair()?;
+            read.set_nonblocking(true)?;
+            for signal in [SIGINT, SIGTERM] {
+                signal_hook::low_level::pipe::register(signal, write.try_clone()?)?;
+            }
+            Ok(Self { read, write })
+        };
+        make().map_err(|error: std::io::Error| {
+            let cause = format_args!("signals cannot be watched: {error}");
+            Refusal::new("keep-failed", &guest.name, cause, "try again")
+        })
+    }
+
+    /// What another thread writes to as if it were a signal.
+    pub(crate) fn another(&self) -> std::io::Result<UnixStream> {
+        self.write.try_clone()
+    }
+
+    fn drain(&self) {
+        let mut bytes = [0; 16];
+        while (&self.read).read(&mut bytes).is_ok_and(|count| count > 0) {}
+    }
 }
 
 /// Which of the descriptors have something to say, at the latest after [`SAMPLE`].
@@ -150,11 +164,6 @@ fn wait<const N: usize>(fds: &[Option<BorrowedFd<'_>>; N]) -> [bool; N] {
     ready
 }
 
-fn drain(mut signals: &UnixStream) {
-    let mut bytes = [0; 16];
-    while signals.read(&mut bytes).is_ok_and(|count| count > 0) {}
-}
-
 /// Reads once from a pipe; closes it at its end.
 fn read_pipe(pipe: &mut Option<OwnedFd>, buffer: &mut [u8]) -> usize {
     let Some(fd) = pipe else { return 0 };
@@ -168,11 +177,22 @@ fn read_pipe(pipe: &mut Option<OwnedFd>, buffer: &mut [u8]) -> usize {
     }
 }
 
+/// How far the guest's end was brought on from outside.
+#[derive(Clone, Copy, PartialEq, Eq)]
+enum FromOutside {
+    Untouched,
+    /// Its power button was pressed.
+    Asked,
+    /// Its VMM was told to stop, or said by itself that it ends.
+    Told,
+}
+
 struct Watch {
     begun: Instant,
     running: bool,
-    stopping: bool,
     ended: Option<(End, Counters)>,
+    ending: FromOutside,
+    /// When the next step towards the end is due.
     deadline: Option<Instant>,
     memory_bytes: Option<u64>,
     line: Option<LineWatch>,
@@ -197,10 +217,30 @@ impl Watch {
         self.log.take(buffer.get(..count).unwrap_or_default(), tell);
     }
 
+    /// One step further towards the guest's end: its power button, then its VMM, then its process.
+    fn stop(&mut self, grace: Duration, channel: &Channel, cell: &Cell, tell: &mut dyn FnMut(Step)) {
+        let (message, ending, patience) = match self.ending {
+            FromOutside::Untouched if self.running => (ToCell::PowerButton, FromOutside::Asked, grace),
+            FromOutside::Untouched | FromOutside::Asked => (ToCell::Stop, FromOutside::Told, LAST_WORDS),
+            FromOutside::Told => {
+                let _ = cell.kill();
+                return;
+            }
+        };
+        if channel.send(&message, &[]).is_err() {
+            let _ = cell.kill();
+        } else if message == ToCell::PowerButton {
+            tell(Step::AskedToPowerOff { grace });
+        }
+        self.ending = ending;
+        self.deadline = Some(Instant::now() + patience);
+    }
+
     fn hear(&mut self, message: FromCell, tell: &mut dyn FnMut(Step)) -> Result<(), Refusal> {
         match message {
             FromCell::Ended { end, counters } if self.running => {
                 self.ended = Some((end, counters));
+                self.ending = FromOutside::Told;
                 self.deadline = Some(Instant::now() + LAST_WORDS);
             }
             message if !self.running => {
@@ -224,18 +264,19 @@ impl Watch {
     }
 
     fn seen(self, guest: &Guest, how: String) -> Result<Seen, Refusal> {
-        if !self.running && !self.stopping && self.ended.is_none() {
+        if !self.running && self.ending != FromOutside::Told && self.ended.is_none() {
             let remedy = "see its log above; a call stopped by seccomp is named in the kernel's log too";
             return Err(Refusal::new("cell-died", &guest.name, format_args!("the VMM {how}"), remedy));
         }
         let (ending, counters) = match self.ended {
             // It had no time for a last word, or did not take it.
-            None if self.stopping => (Ending::Stopped, Counters::default()),
+            None if self.ending == FromOutside::Told => (Ending::Stopped, Counters::default()),
             None => (Ending::CellDied { how }, Counters::default()),
             Some((end, counters)) => (
                 match end {
                     End::PowerOff => Ending::PowerOff,
                     End::Reset => Ending::Reset,
+                    End::Panic => Ending::Panic,
                     End::TripleFault => Ending::TripleFault,
                     End::Stopped => Ending::Stopped,
                     End::Fault(why) => Ending::Fault { why: printable(&why) },

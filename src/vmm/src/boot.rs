@@ -128,11 +128,7 @@ impl Kernel {
 }
 
 /// Puts the initrd at the end of the room.
-fn load_initrd(
-    memory: &GuestMemoryMmap,
-    mut initrd: File,
-    room: layout::Range,
-) -> Result<(u64, u64), Error> {
+fn load_initrd(memory: &GuestMemoryMmap, mut initrd: File, room: layout::Range) -> Result<(u64, u64), Error> {
     let refuse = |cause: &dyn std::fmt::Display| Error::Initrd(cause.to_string());
     let size = initrd.seek(SeekFrom::End(0)).map_err(|error| refuse(&error))?;
     initrd.rewind().map_err(|error| refuse(&error))?;

@@ -8,8 +8,10 @@ use std::{
     collections::BTreeMap,
     sync::{
         Arc,
+        atomic::{AtomicBool, Ordering},
         mpsc::{self, Receiver, Sender, SyncSender},
     },
+    time::{Duration, Instant},
 };
 
 use casemate_passthrough::VfioDevice;
@@ -71,8 +73,13 @@ pub(crate) enum Change {
     },
 }
 
+/// What a guest that has panicked is given to write the rest of its console and to end by itself. A kernel tells of its
+/// panic first and prints more afterwards; without `panic=` on its command line it then stands still.
+const LAST_WORDS: Duration = Duration::from_secs(1);
+
 enum Request {
     Change(Change, SyncSender<Result<(), String>>),
+    Panicked,
     End(End),
 }
 
@@ -80,6 +87,7 @@ enum Request {
 pub(crate) struct Requests {
     sender: Sender<Request>,
     wake: EventFd,
+    panicked: AtomicBool,
 }
 
 impl Requests {
@@ -103,12 +111,20 @@ impl Requests {
             }
         });
         let wake = EventFd::new(libc::EFD_NONBLOCK).expect("an eventfd");
-        Arc::new(Self { sender, wake })
+        Arc::new(Self { sender, wake, panicked: AtomicBool::new(false) })
     }
 
     /// Says that the guest has ended. The process ends soon after.
     pub(crate) fn end(&self, end: End) {
         self.send(Request::End(end));
+    }
+
+    /// Says that the guest's kernel has panicked. It may end by itself yet; if not, it is ended soon.
+    pub(crate) fn panicked(&self) {
+        // Once: a guest that says it in a loop fills no queue.
+        if !self.panicked.swap(true, Ordering::Relaxed) {
+            self.send(Request::Panicked);
+        }
     }
 
     fn send(&self, request: Request) {
@@ -157,6 +173,7 @@ pub(crate) struct Control {
     attachments: Vec<Attachments>,
     devices: Vec<Arc<VfioDevice>>,
     slots: Slots,
+    panic_deadline: Option<Instant>,
 }
 
 /// Memory slots in use by mapped registers: numbers are reused.
@@ -171,8 +188,8 @@ impl Control {
     pub(crate) fn new(vm: Arc<VmFd>, first_slot: u32) -> Result<(Self, Arc<Requests>), Error> {
         let (sender, receiver) = mpsc::channel();
         let wake = EventFd::new(libc::EFD_NONBLOCK | libc::EFD_CLOEXEC).during("making an eventfd")?;
-        let requests =
-            Arc::new(Requests { sender, wake: wake.try_clone().during("duplicating an eventfd")? });
+        let copy = wake.try_clone().during("duplicating an eventfd")?;
+        let requests = Arc::new(Requests { sender, wake: copy, panicked: AtomicBool::new(false) });
         let slots = Slots { next: first_slot, free: Vec::new(), taken: BTreeMap::new() };
         let control = Self {
             vm,
@@ -183,6 +200,7 @@ impl Control {
             attachments: Vec::new(),
             devices: Vec::new(),
             slots,
+            panic_deadline: None,
         };
         Ok((control, requests))
     }
@@ -215,13 +233,32 @@ impl Control {
         self.devices.len() - 1
     }
 
+    /// How long control may sleep.
+    pub(crate) fn patience(&self) -> Option<Duration> {
+        self.panic_deadline.map(|deadline| deadline.saturating_duration_since(Instant::now()))
+    }
+
     /// Does what was asked since the last call. Returns how the guest ended, once it has.
     pub(crate) fn serve(&mut self) -> Option<End> {
         let _ = self.wake.read();
+        let end = self.serve_requests();
+        let panicked = self.panic_deadline.is_some();
+        match end {
+            // By which way a panicked kernel left is its `panic=` setting's business.
+            Some(End::PowerOff | End::Reset | End::TripleFault) if panicked => Some(End::Panic),
+            None if self.patience() == Some(Duration::ZERO) => Some(End::Panic),
+            end => end,
+        }
+    }
+
+    fn serve_requests(&mut self) -> Option<End> {
         while let Ok(request) = self.receiver.try_recv() {
             match request {
                 Request::Change(change, reply) => {
                     let _ = reply.send(self.apply(change).map_err(|error| error.to_string()));
+                }
+                Request::Panicked => {
+                    self.panic_deadline.get_or_insert_with(|| Instant::now() + LAST_WORDS);
                 }
                 Request::End(end) => return Some(end),
             }

@@ -92,7 +92,13 @@ fn cpuid_for(supported: &CpuId, id: u8, count: u8) -> Result<CpuId, Error> {
 }
 
 /// Makes a new processor ready: CPUID and memory types; the first one starts at `entry`, the others wait for it.
-pub(crate) fn prepare(vcpu: &VcpuFd, supported: &CpuId, id: u8, count: u8, entry: Entry) -> Result<(), Error> {
+pub(crate) fn prepare(
+    vcpu: &VcpuFd,
+    supported: &CpuId,
+    id: u8,
+    count: u8,
+    entry: Entry,
+) -> Result<(), Error> {
     vcpu.set_cpuid2(&cpuid_for(supported, id, count)?).during("setting CPUID")?;
     // IA32_MTRR_DEF_TYPE: on, write-back. Linux takes memory for uncached without it.
     let memory_types = kvm_msr_entry { index: 0x2FF, data: 1 << 11 | 6, ..Default::default() };

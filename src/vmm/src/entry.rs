@@ -5,6 +5,7 @@ use std::{
     fs::File,
     os::fd::{AsFd, AsRawFd, BorrowedFd, FromRawFd, OwnedFd},
     process::ExitCode,
+    time::Duration,
 };
 
 use casemate_filters::Role;
@@ -27,6 +28,10 @@ const CONTROL: i32 = 3;
 /// Exit codes: 0 when the guest ended and the keep was told how, 1 when the machine was refused and the keep was told
 /// why, 2 when the keep could not be told.
 pub fn enter() -> ExitCode {
+    // One arena for all threads: they allocate little, and glibc reads a file to learn how many processors there are
+    // before it makes a ninth.
+    // SAFETY: sets a number of the allocator's, and there is one thread yet.
+    unsafe { libc::mallopt(libc::M_ARENA_MAX, 1) };
     if let Err(error) = casemate_filters::install(Role::Build) {
         eprintln!("casemate-vmm: the filter cannot be installed: {error}");
         return ExitCode::from(2);
@@ -61,7 +66,7 @@ fn conversation(listener: OwnedFd) -> Result<ExitCode, Error> {
         }
     };
     channel.send(&FromCell::Running, &[])?;
-    match (Control { poll, listener, channel: Some(channel), running }).run()? {}
+    match (Control { poll, listener, channel: Some(channel), running, button: false }).run()? {}
 }
 
 fn bounded(mut text: String) -> String {
@@ -114,7 +119,12 @@ struct Control {
     listener: OwnedFd,
     channel: Option<Channel>,
     running: Running,
+    /// The power button is to be pressed.
+    button: bool,
 }
+
+/// When a press of the power button that found the IOAPIC in use is tried again.
+const BUTTON_AGAIN: Duration = Duration::from_millis(10);
 
 /// What woke the control thread.
 const REQUEST: u64 = 0;
@@ -132,10 +142,27 @@ impl Control {
         let mut events = Vec::with_capacity(4);
         loop {
             events.clear();
-            match epoll::wait(&self.poll, rustix::buffer::spare_capacity(&mut events), None) {
+            self.button = self.button && !self.running.platform.press_power_button();
+            let again = self.button.then_some(BUTTON_AGAIN);
+            let patience = self
+                .running
+                .control
+                .patience()
+                .into_iter()
+                .chain(again)
+                .min()
+                .map(rustix::event::Timespec::try_from);
+            let patience = patience.transpose().unwrap_or_default();
+            let space = rustix::buffer::spare_capacity(&mut events);
+            match epoll::wait(&self.poll, space, patience.as_ref()) {
                 Err(rustix::io::Errno::INTR) => continue,
                 result => result.during("waiting for events")?,
             };
+            if events.is_empty()
+                && let Some(end) = self.running.control.serve()
+            {
+                self.end(end);
+            }
             for event in &events {
                 let end = match event.data.u64() {
                     REQUEST => self.running.control.serve(),
@@ -165,6 +192,10 @@ impl Control {
     fn hear(&mut self) -> Option<End> {
         match self.channel.as_ref()?.receive::<ToCell>() {
             Ok((ToCell::Stop, _)) => Some(End::Stopped),
+            Ok((ToCell::PowerButton, _)) => {
+                self.button = true;
+                None
+            }
             Ok((ToCell::Start { .. }, _)) => None,
             Err(WireError::Malformed | WireError::TooLarge) => None,
             Err(_) => {

@@ -8,7 +8,7 @@
 //! - A guest's fault ends this guest. Nothing a guest writes can make this program panic; if it did, the process would
 //!   end, and the guest with it.
 //!
-//! Unsafe is allowed here for three things, each in one place: descriptors taken over at the start (`entry`), memory
+//! Unsafe is allowed here for three things, each in one place: the start (descriptors taken over, `entry`), memory
 //! slots, whose mappings must outlive them (`memory`, `control`), and mapped device registers (`assigned`).
 #![allow(unsafe_code)]
 

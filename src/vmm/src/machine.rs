@@ -1,6 +1,7 @@
 //! From the keep's message to a running machine.
 
 use std::{
+    fs::File,
     os::fd::{FromRawFd, IntoRawFd, OwnedFd},
     sync::{Arc, Barrier},
     thread,
@@ -37,6 +38,7 @@ pub(crate) struct Built {
     intx: Vec<IntxSource>,
     control: Control,
     platform: Arc<Platform>,
+    console_input: Option<File>,
     held: Held,
 }
 
@@ -117,6 +119,7 @@ impl Built {
             command_line: machine.command_line,
         };
         let console = file(descriptors.take(machine.console)?);
+        let console_input = machine.console_input.map(|slot| descriptors.take(slot)).transpose()?.map(file);
         descriptors.finish()?;
         let rsdp = write_acpi(&memory, machine.vcpus, window64)?;
         let entry = boot::load(&memory, images, rsdp)?;
@@ -132,15 +135,17 @@ impl Built {
             intx: sources,
             control: parts.control,
             platform,
+            console_input,
             held: Held { _memory: memory, _passthrough: passthrough },
         })
     }
 
     /// Makes the threads, narrows every filter, and lets the processors go.
     pub(crate) fn start(self) -> Result<Running, Error> {
-        let Self { vcpus, workers, intx, control, platform, held } = self;
+        let Self { vcpus, workers, intx, control, platform, console_input, held } = self;
         // Every thread passes here with its narrow filter on before the first guest instruction.
-        let ready = Arc::new(Barrier::new(vcpus.len() + workers.len() + intx.len() + 1));
+        let threads = vcpus.len() + workers.len() + intx.len() + console_input.iter().count();
+        let ready = Arc::new(Barrier::new(threads + 1));
         for (id, vcpu) in vcpus.into_iter().enumerate() {
             let (platform, ready) = (Arc::clone(&platform), Arc::clone(&ready));
             spawn(format!("vcpu{id}"), move || {
@@ -163,6 +168,14 @@ impl Built {
                 narrow(Role::Rest);
                 ready.wait();
                 source.run(&ioapic);
+            })?;
+        }
+        if let Some(input) = console_input {
+            let (platform, ready) = (Arc::clone(&platform), Arc::clone(&ready));
+            spawn("console".into(), move || {
+                narrow(Role::Rest);
+                ready.wait();
+                platform.feed_serial(input);
             })?;
         }
         narrow(Role::Rest);

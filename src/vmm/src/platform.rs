@@ -2,15 +2,17 @@
 
 use std::{
     fs::File,
+    io::{self, Read},
     sync::{
-        Arc, Mutex, MutexGuard, PoisonError,
+        Arc, Condvar, Mutex, MutexGuard, PoisonError, TryLockError,
         atomic::{AtomicU64, Ordering},
     },
+    time::Duration,
 };
 
 use casemate_chipset::{
-    IOAPIC_PINS, IoApic, Msi, MsiSink, POWER_PORT, POWER_PORTS, Power, PowerEvent, SERIAL_GSI, SERIAL_PORT,
-    SERIAL_PORTS, Serial,
+    IOAPIC_PINS, IoApic, Msi, MsiSink, PANIC_PORT, PANIC_PORTS, POWER_BUTTON_GSI, POWER_PORT, POWER_PORTS,
+    Power, PowerEvent, SERIAL_GSI, SERIAL_PORT, SERIAL_PORTS, Serial, panic_read, panic_write,
 };
 use casemate_pci::MsiMessage;
 use casemate_wire::{Counters, End};
@@ -64,13 +66,27 @@ impl MsiSink for SignalMsi {
 /// The devices that all processors reach.
 pub(crate) struct Platform {
     root: RootBus,
-    serial: Mutex<Serial<File>>,
+    serial: Mutex<SerialPort>,
+    /// The guest took input from the serial port while some waited for room.
+    serial_room: Condvar,
     ioapic: SharedIoApic,
     intx: Vec<Intx>,
     power: Mutex<Power>,
     requests: Arc<Requests>,
     counters: ExitCounters,
 }
+
+/// The serial port, and whether input waits for room in it.
+struct SerialPort {
+    port: Serial<File>,
+    starved: bool,
+}
+
+/// The serial port's register that input is read from.
+const SERIAL_DATA: u16 = 0;
+/// How long input waits for room at most before it is offered again: a guest can make room without reading, by
+/// resetting the port.
+const SERIAL_PATIENCE: Duration = Duration::from_secs(1);
 
 /// Exits to user space, counted by all processors.
 #[derive(Default)]
@@ -102,9 +118,64 @@ impl Platform {
         let sink = SignalMsi { vm, requests: Arc::clone(&requests) };
         let ioapic = Arc::new(Mutex::new(IoApic::new(sink)));
         let pins = Arc::clone(&ioapic);
-        let serial = Mutex::new(Serial::new(console, move || lock(&pins).pulse(SERIAL_GSI)));
-        let counters = ExitCounters::default();
-        Self { root, serial, ioapic, intx, power: Mutex::default(), requests, counters }
+        let port = Serial::new(console, move || lock(&pins).pulse(SERIAL_GSI));
+        Self {
+            root,
+            serial: Mutex::new(SerialPort { port, starved: false }),
+            serial_room: Condvar::new(),
+            ioapic,
+            intx,
+            power: Mutex::default(),
+            requests,
+            counters: ExitCounters::default(),
+        }
+    }
+
+    /// Presses the power button; false when another thread has the IOAPIC, which may just wait for the control thread
+    /// to route one of its pins: so that thread does not wait for it in turn.
+    pub(crate) fn press_power_button(&self) -> bool {
+        match self.ioapic.try_lock() {
+            Ok(mut ioapic) => ioapic.pulse(POWER_BUTTON_GSI),
+            Err(TryLockError::Poisoned(poisoned)) => poisoned.into_inner().pulse(POWER_BUTTON_GSI),
+            Err(TryLockError::WouldBlock) => return false,
+        }
+        true
+    }
+
+    /// Gives the guest all of `input` by its serial port, as fast as it reads. Returns at the input's end.
+    pub(crate) fn feed_serial(&self, mut input: File) {
+        let mut buffer = [0; 64];
+        loop {
+            match input.read(&mut buffer) {
+                Ok(0) => return,
+                Ok(count) => self.type_in(buffer.get(..count).unwrap_or_default()),
+                Err(error) if error.kind() == io::ErrorKind::Interrupted => {}
+                Err(_) => return,
+            }
+        }
+    }
+
+    fn type_in(&self, mut bytes: &[u8]) {
+        let mut serial = lock(&self.serial);
+        loop {
+            let taken = serial.port.enqueue(bytes);
+            bytes = bytes.get(taken..).unwrap_or_default();
+            if bytes.is_empty() {
+                return;
+            }
+            serial.starved = true;
+            let waited = self.serial_room.wait_timeout(serial, SERIAL_PATIENCE);
+            serial = waited.unwrap_or_else(PoisonError::into_inner).0;
+        }
+    }
+
+    fn read_serial(&self, offset: u16, data: &mut [u8]) {
+        let mut serial = lock(&self.serial);
+        serial.port.read(offset, data);
+        if serial.starved && offset == SERIAL_DATA {
+            serial.starved = false;
+            self.serial_room.notify_one();
+        }
     }
 
     /// The IOAPIC, for those who raise its lines.
@@ -143,16 +214,18 @@ impl Bus for Processor {
         self.0.counters.pio.fetch_add(1, Ordering::Relaxed);
         data.fill(0xFF);
         if let Some(offset) = port_offset(port, SERIAL_PORT, SERIAL_PORTS, data.len()) {
-            lock(&self.0.serial).read(offset, data);
+            self.0.read_serial(offset, data);
         } else if let Some(offset) = port_offset(port, POWER_PORT, POWER_PORTS, data.len()) {
             lock(&self.0.power).read(offset, data);
+        } else if port_offset(port, PANIC_PORT, PANIC_PORTS, data.len()).is_some() {
+            panic_read(data);
         }
     }
 
     fn port_write(&mut self, port: u16, data: &[u8]) {
         self.0.counters.pio.fetch_add(1, Ordering::Relaxed);
         if let Some(offset) = port_offset(port, SERIAL_PORT, SERIAL_PORTS, data.len()) {
-            lock(&self.0.serial).write(offset, data);
+            lock(&self.0.serial).port.write(offset, data);
         } else if let Some(offset) = port_offset(port, POWER_PORT, POWER_PORTS, data.len()) {
             let event = lock(&self.0.power).write(offset, data);
             match event {
@@ -160,6 +233,8 @@ impl Bus for Processor {
                 Some(PowerEvent::Reset) => self.0.end(End::Reset),
                 None => {}
             }
+        } else if port_offset(port, PANIC_PORT, PANIC_PORTS, data.len()).is_some() && panic_write(data) {
+            self.0.requests.panicked();
         }
     }
 

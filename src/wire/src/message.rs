@@ -25,6 +25,8 @@ pub enum ToCell {
         /// The machine.
         machine: Box<Machine>,
     },
+    /// Press the power button: the guest may shut down in order.
+    PowerButton,
     /// Stop at once; the guest is not asked.
     Stop,
 }
@@ -46,6 +48,8 @@ pub struct Machine {
     pub initrd: Option<Slot>,
     /// Where the serial port writes to.
     pub console: Slot,
+    /// Where the serial port reads from; a pipe.
+    pub console_input: Option<Slot>,
     /// Emulated disks.
     pub disks: Vec<Disk>,
     /// Emulated network cards.
@@ -117,6 +121,8 @@ pub enum End {
     PowerOff,
     /// The guest asked for a reset.
     Reset,
+    /// The guest's kernel told that it has panicked.
+    Panic,
     /// A processor fell into a triple fault.
     TripleFault,
     /// The keep said [`ToCell::Stop`].

@@ -6,14 +6,17 @@ use acpi_tables::{
     Aml, AmlSink,
     aml::{
         AddressSpace, AddressSpaceCacheable, And, Arg, CreateDWordField, Device, EISAName, Else, Equal, IO,
-        If, Interrupt, Local, Method, Name, NotEqual, ONE, Or, Package, PackageBuilder, Path,
+        If, Interrupt, Local, Method, Name, NotEqual, Notify, ONE, Or, Package, PackageBuilder, Path,
         ResourceTemplate, Return, Scope, Store, Uuid, ZERO,
     },
     sdt::Sdt,
 };
 
 use super::{AcpiSpec, OEM_ID, OEM_REVISION, OEM_TABLE_ID, PciHost};
-use crate::{POWER_PORT, POWER_PORTS, SERIAL_GSI, SERIAL_PORT, SERIAL_PORTS, intx_gsi, power::SLEEP_TYPE_S5};
+use crate::{
+    PANIC_PORT, PANIC_PORTS, POWER_BUTTON_GSI, POWER_PORT, POWER_PORTS, SERIAL_GSI, SERIAL_PORT,
+    SERIAL_PORTS, intx_gsi, power::SLEEP_TYPE_S5,
+};
 
 const HEADER_SIZE_BYTES: u32 = 36;
 
@@ -32,6 +35,8 @@ pub(super) fn dsdt(spec: &AcpiSpec, ecam: &Range<u64>) -> Sdt {
     host_bridge(&spec.pci, &mut devices);
     motherboard(ecam, &mut devices);
     serial_port(&mut devices);
+    power_button(&mut devices);
+    panic_notifier(&mut devices);
     for id in 0..spec.vcpus {
         processor(id, &mut devices);
     }
@@ -144,6 +149,43 @@ fn serial_port(sink: &mut dyn AmlSink) {
             &Name::new("_HID".into(), &EISAName::new("PNP0501")),
             &Name::new("_UID".into(), &ZERO),
             &Name::new("_CRS".into(), &ResourceTemplate::new(vec![&ports, &interrupt])),
+        ],
+    )
+    .to_aml_bytes(sink);
+}
+
+/// The power button, and the generic event device whose one event is that it was pressed.
+fn power_button(sink: &mut dyn AmlSink) {
+    const PRESSED: u8 = 0x80;
+    let interrupt = Interrupt::new(true, true, false, false, u32::from(POWER_BUTTON_GSI));
+    let button = Path::new("PWRB");
+    Device::new(
+        button,
+        vec![&Name::new("_HID".into(), &EISAName::new("PNP0C0C")), &Name::new("_UID".into(), &ZERO)],
+    )
+    .to_aml_bytes(sink);
+    let full_name = Path::new("\\_SB_.PWRB");
+    let pressed = Notify::new(&full_name, &PRESSED);
+    Device::new(
+        "GED0".into(),
+        vec![
+            &Name::new("_HID".into(), &"ACPI0013"),
+            &Name::new("_UID".into(), &ZERO),
+            &Name::new("_CRS".into(), &ResourceTemplate::new(vec![&interrupt])),
+            &Method::new("_EVT".into(), 1, true, vec![&pressed]),
+        ],
+    )
+    .to_aml_bytes(sink);
+}
+
+fn panic_notifier(sink: &mut dyn AmlSink) {
+    let port = IO::new(PANIC_PORT, PANIC_PORT, 1, PANIC_PORTS as u8);
+    Device::new(
+        "PEVT".into(),
+        vec![
+            &Name::new("_HID".into(), &"QEMU0001"),
+            &Name::new("_UID".into(), &ZERO),
+            &Name::new("_CRS".into(), &ResourceTemplate::new(vec![&port])),
         ],
     )
     .to_aml_bytes(sink);

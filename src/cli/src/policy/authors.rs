@@ -7,7 +7,7 @@ use std::{
     time::{Duration, Instant},
 };
 
-use casemate_keep::{Decisions, Paths, RunOptions, Step, try_guest};
+use casemate_keep::{Decisions, Paths, Step, try_guest};
 use casemate_policy::{Request, run_cases};
 use casemate_spec::Refusal;
 use serde_json::json;
@@ -25,7 +25,7 @@ pub(crate) fn rehearse(
     bundle: &Path,
     as_json: bool,
 ) -> Result<ExitCode, Failure> {
-    let report = try_guest(paths, RunOptions { file, policy: bundle, override_why: None, line: None })?;
+    let report = try_guest(paths, file, bundle)?;
     if as_json {
         output::json(&report);
     } else {
