@@ -47,6 +47,7 @@ const TESTS: &[LabTest] = &[
     LabTest::new("terminal-is-the-guests", console::terminal_is_the_guests),
     // Emulated devices
     LabTest::new("disk-is-read-and-written", virtio::disk_is_read_and_written),
+    LabTest::new("disk-discards", virtio::disk_discards),
     LabTest::new("read-only-disk-stays", virtio::read_only_disk_stays),
     LabTest::new("network-carries-both-ways", virtio::network_carries_both_ways),
     LabTest::new("entropy-is-there", virtio::entropy_is_there),

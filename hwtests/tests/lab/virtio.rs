@@ -4,6 +4,7 @@ use std::{
     fs,
     io::{Read, Write},
     net::{TcpListener, TcpStream},
+    os::unix::fs::MetadataExt,
     sync::mpsc,
     thread,
     time::Duration,
@@ -29,6 +30,28 @@ pub(crate) fn disk_is_read_and_written(ctx: &mut Ctx) -> Result<(), Failure> {
     let after = fs::read(&disk)?;
     expect!(after.starts_with(b"written by the guest\n"), "what the guest wrote is not in the disk");
     expect!(after.get(21..) == contents.get(21..), "the guest's write changed more than it wrote");
+    Ok(())
+}
+
+/// What the guest discards or zeroes reads as zeros, and takes no room on the host any more.
+pub(crate) fn disk_discards(ctx: &mut Ctx) -> Result<(), Failure> {
+    let disk = ctx.directory().join("disk.img");
+    fs::write(&disk, vec![0xA5; 8 << 20])?;
+    let room = || -> Result<u64, Failure> { Ok(fs::metadata(&disk)?.blocks() * 512) };
+    let before = room()?;
+    let script = "blkdiscard -o 1048576 -l 4194304 /dev/vda && echo it discarded
+        blkdiscard -z -o 6291456 -l 1048576 /dev/vda && echo it zeroed
+        echo most: $(cat /sys/block/vda/queue/discard_max_bytes) $(cat /sys/block/vda/queue/write_zeroes_max_bytes)";
+    let run = ctx.run_guest(&ctx.guest(script)?.disk(&disk, false))?;
+    run.success()?.printed("it discarded")?.printed("it zeroed")?;
+    let most = run.value("most:")?;
+    expect!(most == "2147483648 2147483648", "the guest may discard and zero {most} bytes at once");
+    let after = fs::read(&disk)?;
+    let cleared = |at: usize| (1 << 20..5 << 20).contains(&at) || (6 << 20..7 << 20).contains(&at);
+    let wrong = after.iter().enumerate().position(|(at, byte)| *byte != if cleared(at) { 0 } else { 0xA5 });
+    expect!(wrong.is_none() && after.len() == 8 << 20, "byte {wrong:?} of {} is wrong", after.len());
+    let given_back = before.saturating_sub(room()?);
+    expect!(given_back >= 5 << 20, "only {given_back} bytes were given back to the host");
     Ok(())
 }
 

@@ -6,10 +6,15 @@ use std::{
     os::fd::{AsFd, OwnedFd},
 };
 
+use rustix::{
+    fs::{FallocateFlags, fallocate},
+    io::Errno,
+};
 use virtio_bindings::virtio_blk::{
-    VIRTIO_BLK_F_BLK_SIZE, VIRTIO_BLK_F_FLUSH, VIRTIO_BLK_F_RO, VIRTIO_BLK_F_SEG_MAX, VIRTIO_BLK_F_SIZE_MAX,
-    VIRTIO_BLK_S_IOERR, VIRTIO_BLK_S_OK, VIRTIO_BLK_S_UNSUPP, VIRTIO_BLK_T_FLUSH, VIRTIO_BLK_T_GET_ID,
-    VIRTIO_BLK_T_IN, VIRTIO_BLK_T_OUT,
+    VIRTIO_BLK_F_BLK_SIZE, VIRTIO_BLK_F_DISCARD, VIRTIO_BLK_F_FLUSH, VIRTIO_BLK_F_RO, VIRTIO_BLK_F_SEG_MAX,
+    VIRTIO_BLK_F_SIZE_MAX, VIRTIO_BLK_F_WRITE_ZEROES, VIRTIO_BLK_S_IOERR, VIRTIO_BLK_S_OK,
+    VIRTIO_BLK_S_UNSUPP, VIRTIO_BLK_T_DISCARD, VIRTIO_BLK_T_FLUSH, VIRTIO_BLK_T_GET_ID, VIRTIO_BLK_T_IN,
+    VIRTIO_BLK_T_OUT, VIRTIO_BLK_T_WRITE_ZEROES, VIRTIO_BLK_WRITE_ZEROES_FLAG_UNMAP,
 };
 
 use crate::{
@@ -27,6 +32,12 @@ const SEGMENTS_MAX: u16 = QUEUE_SIZE - 2;
 const SEGMENT_MAX_BYTES: u32 = 1 << 20;
 /// So the most that one request can ask, and the driver cannot reach past it honestly.
 const REQUEST_MAX_BYTES: usize = SEGMENTS_MAX as usize * SEGMENT_MAX_BYTES as usize;
+/// Ranges of one discard or write-zeroes request.
+const RANGES_MAX: usize = 32;
+/// `struct virtio_blk_discard_write_zeroes`.
+const RANGE_BYTES: usize = 16;
+/// Sectors of one range, 2 GiB: what a file system gives back at once without holding up the disk for long.
+const RANGE_MAX_SECTORS: u32 = 4 << 20;
 const HEADER_BYTES: usize = 16;
 const SERIAL_BYTES: usize = 20;
 /// Requests handled before the worker looks for other events.
@@ -66,6 +77,13 @@ enum Failure {
     Unsupported,
 }
 
+impl From<Errno> for Failure {
+    fn from(error: Errno) -> Self {
+        // The driver then does without: it zeroes by writing, and no longer discards.
+        if error == Errno::OPNOTSUPP { Self::Unsupported } else { Self::Io }
+    }
+}
+
 impl From<io::Error> for Failure {
     fn from(_: io::Error) -> Self {
         Self::Io
@@ -86,13 +104,21 @@ impl Blk {
         for (to, from) in serial.iter_mut().zip(backend.serial.bytes()) {
             *to = from;
         }
-        // struct virtio_blk_config up to blk_size: capacity, size_max, seg_max, geometry, blk_size.
+        // struct virtio_blk_config up to write_zeroes_may_unmap: capacity, size_max, seg_max, geometry, blk_size,
+        // topology to num_queues (not offered), what a discard may have, what a write-zeroes may have.
         let config = [
             &(size_bytes / SECTOR_BYTES).to_le_bytes()[..],
             &SEGMENT_MAX_BYTES.to_le_bytes(),
             &u32::from(SEGMENTS_MAX).to_le_bytes(),
             &[0; 4],
             &(SECTOR_BYTES as u32).to_le_bytes(),
+            &[0; 12],
+            &RANGE_MAX_SECTORS.to_le_bytes(),
+            &(RANGES_MAX as u32).to_le_bytes(),
+            &1u32.to_le_bytes(),
+            &RANGE_MAX_SECTORS.to_le_bytes(),
+            &(RANGES_MAX as u32).to_le_bytes(),
+            &[1, 0, 0, 0],
         ]
         .concat();
         let disk = Disk { file: backend.file.into(), size_bytes, read_only: backend.read_only, serial };
@@ -105,9 +131,9 @@ impl Device for Blk {
         Kind::Block
     }
     fn features(&self) -> u64 {
-        let read_only = u64::from(self.disk.read_only) << VIRTIO_BLK_F_RO;
-        read_only
-            | 1 << VIRTIO_BLK_F_SIZE_MAX
+        let clearing = 1 << VIRTIO_BLK_F_DISCARD | 1 << VIRTIO_BLK_F_WRITE_ZEROES;
+        let kind = if self.disk.read_only { 1 << VIRTIO_BLK_F_RO } else { clearing };
+        kind | 1 << VIRTIO_BLK_F_SIZE_MAX
             | 1 << VIRTIO_BLK_F_SEG_MAX
             | 1 << VIRTIO_BLK_F_BLK_SIZE
             | 1 << VIRTIO_BLK_F_FLUSH
@@ -162,11 +188,20 @@ impl Disk {
                 read_at(self.file.as_fd(), &request.writable, 0..room, offset)?;
                 Ok(room)
             }
-            VIRTIO_BLK_T_OUT if self.read_only => Err(Failure::Io),
+            VIRTIO_BLK_T_OUT | VIRTIO_BLK_T_DISCARD | VIRTIO_BLK_T_WRITE_ZEROES if self.read_only => {
+                Err(Failure::Io)
+            }
             VIRTIO_BLK_T_OUT => {
                 let data = HEADER_BYTES..request.readable.bytes();
                 let offset = self.offset(sector, data.len())?;
                 write_at(self.file.as_fd(), &request.readable, data, offset)?;
+                if write_through {
+                    self.file.sync_data()?;
+                }
+                Ok(0)
+            }
+            kind @ (VIRTIO_BLK_T_DISCARD | VIRTIO_BLK_T_WRITE_ZEROES) => {
+                self.clear(request, kind == VIRTIO_BLK_T_DISCARD)?;
                 if write_through {
                     self.file.sync_data()?;
                 }
@@ -182,6 +217,45 @@ impl Disk {
             }
             _ => Err(Failure::Unsupported),
         }
+    }
+
+    /// Discards, or fills with zeros, the ranges that the request names (virtio 1.3, 5.2.6). All are checked before the
+    /// first is touched.
+    fn clear(&self, request: &Request<'_>, discard: bool) -> Result<(), Failure> {
+        let length = request.readable.bytes().checked_sub(HEADER_BYTES).ok_or(Failure::Io)?;
+        let mut data = [0; RANGES_MAX * RANGE_BYTES];
+        let data = data.get_mut(..length).filter(|data| !data.is_empty()).ok_or(Failure::Io)?;
+        if !length.is_multiple_of(RANGE_BYTES) || !request.readable.read(HEADER_BYTES, data) {
+            return Err(Failure::Io);
+        }
+        let (ranges, _) = data.as_chunks::<RANGE_BYTES>();
+        let ranges = ranges.iter().map(|range| self.range(range, discard));
+        for (offset, length, mode) in ranges.collect::<Result<Vec<_>, _>>()? {
+            if length > 0 {
+                fallocate(&self.file, mode | FallocateFlags::KEEP_SIZE, offset, length)?;
+            }
+        }
+        Ok(())
+    }
+
+    /// Offset and length in the file of one range, and how it is cleared.
+    fn range(&self, range: &[u8; RANGE_BYTES], discard: bool) -> Result<(u64, u64, FallocateFlags), Failure> {
+        let [s0, s1, s2, s3, s4, s5, s6, s7, n0, n1, n2, n3, flags @ ..] = *range;
+        let (sectors, flags) = (u32::from_le_bytes([n0, n1, n2, n3]), u32::from_le_bytes(flags));
+        let mode = match (discard, flags) {
+            (true, 0) | (false, VIRTIO_BLK_WRITE_ZEROES_FLAG_UNMAP) => FallocateFlags::PUNCH_HOLE,
+            (false, 0) => FallocateFlags::ZERO_RANGE,
+            // 5.2.6.2: a flag that does not belong to the request, or that nobody knows.
+            _ => return Err(Failure::Unsupported),
+        };
+        let length = u64::from(sectors) * SECTOR_BYTES;
+        let start = u64::from_le_bytes([s0, s1, s2, s3, s4, s5, s6, s7]).checked_mul(SECTOR_BYTES);
+        let start = start.filter(|start| {
+            start
+                .checked_add(length)
+                .is_some_and(|end| end <= self.size_bytes && sectors <= RANGE_MAX_SECTORS)
+        });
+        Ok((start.ok_or(Failure::Io)?, length, mode))
     }
 
     /// Where in the file `length` bytes from `sector` on are.
