@@ -50,6 +50,7 @@ const TESTS: &[LabTest] = &[
     LabTest::new("disk-discards", virtio::disk_discards),
     LabTest::new("read-only-disk-stays", virtio::read_only_disk_stays),
     LabTest::new("network-carries-both-ways", virtio::network_carries_both_ways),
+    LabTest::new("free-memory-goes-back", virtio::free_memory_goes_back),
     LabTest::new("entropy-is-there", virtio::entropy_is_there),
     // Policy
     LabTest::new("too-big-is-refused", admission::too_big_is_refused),

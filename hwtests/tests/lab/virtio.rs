@@ -12,8 +12,10 @@ use std::{
 
 use casemate_hwtests::{
     expect,
-    harness::{Ctx, Failure},
+    harness::{Ctx, Failure, wait_until},
 };
+
+use crate::endings::cell_of;
 
 pub(crate) fn disk_is_read_and_written(ctx: &mut Ctx) -> Result<(), Failure> {
     let disk = ctx.directory().join("disk.img");
@@ -75,6 +77,34 @@ pub(crate) fn read_only_disk_stays(ctx: &mut Ctx) -> Result<(), Failure> {
         run.value("first bytes:")?
     );
     expect!(fs::read(first)?.iter().all(|byte| *byte == b'a'), "the read-only disk was changed");
+    Ok(())
+}
+
+/// What the process has in memory, in bytes.
+fn resident_bytes(pid: u32) -> Option<u64> {
+    let status = fs::read_to_string(format!("/proc/{pid}/status")).ok()?;
+    let line = status.lines().find_map(|line| line.strip_prefix("VmRSS:"))?;
+    line.trim().strip_suffix(" kB")?.parse::<u64>().ok().map(|kib| kib << 10)
+}
+
+pub(crate) fn free_memory_goes_back(ctx: &mut Ctx) -> Result<(), Failure> {
+    const SOON: Duration = Duration::from_secs(60);
+    let script = "mount -t tmpfs -o size=100% tmpfs /tmp
+        head -c 120M /dev/zero | tr '\\0' x >/tmp/fill; echo has-filled
+        rm /tmp/fill; echo has-freed
+        sleep 10; yes | head -c 60M >/tmp/again; echo digest: $(sha256sum </tmp/again | cut -d' ' -f1)";
+    let digest = ctx.shell("yes | head -c 60M | sha256sum | cut -d' ' -f1")?;
+    let running = ctx.start_guest(&ctx.guest(script)?.vcpus(1))?;
+    let (vmm, _) = cell_of(&running)?;
+    running.wait_for_text("has-filled", SOON)?;
+    let full = resident_bytes(vmm).unwrap_or_default();
+    wait_until("100 MiB of the guest's go back", Duration::from_secs(30), || {
+        resident_bytes(vmm).is_some_and(|now| now + (100 << 20) <= full)
+    })?;
+    // And what went back can be used again.
+    let run = running.wait(SOON)?;
+    let seen = run.success()?.value("digest:")?;
+    expect!(seen == digest, "the guest wrote {digest} to memory it had back, and read {seen}");
     Ok(())
 }
 

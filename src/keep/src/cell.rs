@@ -215,7 +215,7 @@ fn control_socket(path: &PathBuf) -> Result<(OwnedFd, OwnedFd), Errno> {
 
 /// Threads of the VMM, and the kernel's own on its behalf (KVM's page recovery, VFIO's).
 fn threads(guest: &Guest) -> u64 {
-    let devices = guest.disks.len() + guest.nets.len() + guest.devices.len() + 2;
+    let devices = guest.disks.len() + guest.nets.len() + guest.devices.len() + 4;
     u64::from(guest.vcpus) * 2 + devices as u64 + 8
 }
 

@@ -2,7 +2,7 @@
 
 use std::os::fd::BorrowedFd;
 
-use virtio_bindings::virtio_ids::{VIRTIO_ID_BLOCK, VIRTIO_ID_NET, VIRTIO_ID_RNG};
+use virtio_bindings::virtio_ids::{VIRTIO_ID_BALLOON, VIRTIO_ID_BLOCK, VIRTIO_ID_NET, VIRTIO_ID_RNG};
 use vm_memory::GuestMemoryError;
 
 use crate::active::Active;
@@ -16,6 +16,8 @@ pub enum Kind {
     Block,
     /// Entropy source.
     Entropy,
+    /// Memory balloon.
+    Balloon,
 }
 
 impl Kind {
@@ -25,6 +27,7 @@ impl Kind {
             Self::Net => VIRTIO_ID_NET,
             Self::Block => VIRTIO_ID_BLOCK,
             Self::Entropy => VIRTIO_ID_RNG,
+            Self::Balloon => VIRTIO_ID_BALLOON,
         };
         // All ids are small.
         id as u16
@@ -35,7 +38,7 @@ impl Kind {
         match self {
             Self::Net => 0x02_00_00,
             Self::Block => 0x01_80_00,
-            Self::Entropy => 0xff_00_00,
+            Self::Entropy | Self::Balloon => 0xff_00_00,
         }
     }
 
@@ -45,6 +48,7 @@ impl Kind {
             Self::Net => "virtio-net",
             Self::Block => "virtio-blk",
             Self::Entropy => "virtio-rng",
+            Self::Balloon => "virtio-balloon",
         }
     }
 }

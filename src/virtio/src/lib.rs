@@ -13,10 +13,11 @@
 //! - Nothing is known of KVM: a doorbell in and an interrupt out are eventfds, which the VMM ties to ioeventfd and
 //!   irqfd.
 //!
-//! Unsafe code stands in `vectored` alone: system calls that read or write guest memory directly, for which the safe
+//! Unsafe code stands in `vectored` alone: system calls that reach guest memory directly, for which the safe
 //! wrappers would need references to memory that the guest changes.
 
 mod active;
+mod balloon;
 mod blk;
 mod common;
 mod device;
@@ -32,6 +33,7 @@ mod worker;
 mod testing;
 
 pub use active::{Active, Memory};
+pub use balloon::Balloon;
 pub use blk::{Blk, BlkBackend};
 pub use device::{Device, DeviceError, Fault, Kind, Progress};
 pub use interrupt::Interrupt;

@@ -1,4 +1,4 @@
-//! System calls that move bytes between a file and guest memory, without a copy in between.
+//! System calls that move bytes between a file and guest memory, without a copy in between, or that give memory back.
 //!
 //! The one module of the crate with unsafe code: safe wrappers want references, and there must be none to memory that
 //! a guest changes at any time.
@@ -82,6 +82,23 @@ pub(crate) fn send(
         // SAFETY: the first part is `header`, the others are as in `write_at`; `writev` only reads them.
         unsafe { libc::writev(file.as_raw_fd(), all.as_ptr(), all.len() as c_int) }
     })
+}
+
+/// Gives the whole pages in `buffers` back to the host; they read as zeros, and take memory again when touched. A page
+/// that the kernel does not take stays as it is.
+pub(crate) fn release(buffers: &Buffers<'_>) {
+    const PAGE_BYTES: usize = 4096;
+    for slice in buffers.range(0..buffers.bytes()) {
+        let guard = slice.ptr_guard_mut();
+        let start = guard.as_ptr() as usize;
+        let end = start.saturating_add(slice.len()) / PAGE_BYTES * PAGE_BYTES;
+        let head_bytes = start.next_multiple_of(PAGE_BYTES).saturating_sub(start);
+        let Some(length @ 1..) = end.checked_sub(start.saturating_add(head_bytes)) else { continue };
+        // SAFETY: the pages lie in `slice`, guest memory that `buffers` borrows, so the pointer stays in its mapping.
+        // That memory is private and anonymous, nothing but the guest gives its bytes a meaning, and no reference to it
+        // exists: that they turn to zeros is no more than the guest could have written.
+        unsafe { libc::madvise(guard.as_ptr().add(head_bytes).cast(), length, libc::MADV_DONTNEED) };
+    }
 }
 
 /// Repeats `call` until all of `range` is moved.

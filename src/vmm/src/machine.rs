@@ -11,7 +11,9 @@ use casemate_chipset::{AcpiSpec, PciHost, RESET_CODE, RESET_VECTOR, intx_gsi, ta
 use casemate_filters::Role;
 use casemate_passthrough::{AssignedFunction, Container, Probe, VfioDevice};
 use casemate_pci::{Function, HostBridge};
-use casemate_virtio::{Blk, BlkBackend, Device, Net, PciParts, PciTransport, Rng, Worker, vector_count};
+use casemate_virtio::{
+    Balloon, Blk, BlkBackend, Device, Net, PciParts, PciTransport, Rng, Worker, vector_count,
+};
 use casemate_wire::{Descriptors, End, Machine};
 use kvm_bindings::{CpuId, KVM_CAP_SPLIT_IRQCHIP, kvm_enable_cap};
 use kvm_ioctls::{Cap, DeviceFd, Kvm, VcpuFd, VmFd};
@@ -97,6 +99,10 @@ impl Built {
         }
         for net in machine.nets {
             parts.add_virtio(Box::new(Net::new(descriptors.take(net.tap)?, net.mac)))?;
+        }
+        // What an assigned device reaches by DMA is pinned, and must not be given back.
+        if machine.container.is_none() {
+            parts.add_virtio(Box::new(Balloon::new()))?;
         }
         let passthrough = match machine.container {
             Some(container) => {
