@@ -132,8 +132,8 @@ const SOON: Duration = Duration::from_secs(60);
 
 pub(crate) fn power_button_is_obeyed(ctx: &mut Ctx) -> Result<(), Failure> {
     let script = "modprobe evdev; grep . /sys/class/input/event0/device/name
-        echo waits-for-its-button
-        head -c 24 /dev/input/event0 >/dev/null && echo button-was-pressed";
+        exec 3</dev/input/event0; echo waits-for-its-button
+        head -c 24 <&3 >/dev/null && echo button-was-pressed";
     for signal in [Signal::TERM, Signal::INT] {
         let running = ctx.start_guest(&ctx.guest(script)?.vcpus(1))?;
         running.wait_for_text("waits-for-its-button", SOON)?;

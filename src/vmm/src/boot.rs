@@ -291,7 +291,7 @@ mod tests {
         memory.read_slice(&mut code, GuestAddress(entry.address)).unwrap();
         assert_eq!(&code, b"first instruction");
         let mut line = [0; 6];
-        memory.read_slice(&mut line, GuestAddress(u64::from({ header.cmd_line_ptr }))).unwrap();
+        memory.read_slice(&mut line, GuestAddress(u64::from(header.cmd_line_ptr))).unwrap();
         assert_eq!(&line, b"quiet\0");
     }
 

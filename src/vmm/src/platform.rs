@@ -35,7 +35,7 @@ pub(crate) struct SignalMsi {
 
 /// The IOAPIC, shared by processors and the threads that wait for INTx.
 ///
-/// Who holds its lock may wait for the control thread, so control never takes it.
+/// Who holds its lock may wait for the control thread, so control never waits for it.
 pub(crate) type SharedIoApic = Arc<Mutex<IoApic<SignalMsi>>>;
 
 impl MsiSink for SignalMsi {
