@@ -49,17 +49,30 @@ pub(crate) fn run(paths: &Paths, options: &Options, json: bool) -> Result<ExitCo
         input,
         grace: Duration::from_secs(options.grace.into()),
     };
-    let report =
-        casemate_keep::run(paths, run_options, &mut io::stdout().lock(), &mut |step| tell(&step, json))?;
+    let mut unclean = false;
+    let ran = casemate_keep::run(paths, run_options, Box::new(io::stdout()), &mut |step| {
+        if let Step::Returned { devices } = &step {
+            unclean |= devices.iter().any(|device| !device.clean);
+        }
+        tell(&step, json);
+    });
+    let report = match ran {
+        Ok(report) => report,
+        Err(refusals) if unclean => {
+            output::failure(&refusals, json);
+            return Ok(ExitCode::from(4));
+        }
+        Err(refusals) => return Err(refusals),
+    };
     if json {
         output::json_aside(&serde_json::json!({ "report": report }));
     } else {
         summary(&report);
     }
-    Ok(match (report.ending.is_orderly(), report.devices.iter().all(|device| device.clean)) {
-        (_, false) => ExitCode::from(4),
-        (false, true) => ExitCode::from(3),
-        (true, true) => ExitCode::SUCCESS,
+    Ok(match (report.ending.is_orderly(), unclean) {
+        (_, true) => ExitCode::from(4),
+        (false, false) => ExitCode::from(3),
+        (true, false) => ExitCode::SUCCESS,
     })
 }
 

@@ -2,13 +2,13 @@
 
 use std::{
     fmt::Display,
-    fs::{File, OpenOptions},
+    fs::{self, File, OpenOptions},
     io::{self, Seek, SeekFrom},
     os::{
-        fd::OwnedFd,
+        fd::{AsRawFd, OwnedFd},
         unix::fs::{FileExt, FileTypeExt, OpenOptionsExt},
     },
-    path::Path,
+    path::{Path, PathBuf},
 };
 
 use casemate_spec::Refusal;
@@ -24,6 +24,14 @@ pub struct Image {
     pub fd: OwnedFd,
     /// Size of the file or block device.
     pub size_bytes: u64,
+    /// The file that was opened, as the kernel names it: absolute, without links. What the caller's path leads to by now
+    /// may be another.
+    pub path: PathBuf,
+}
+
+/// The kernel's name for an open file.
+fn path_of(file: &File) -> io::Result<PathBuf> {
+    fs::read_link(format!("/proc/self/fd/{}", file.as_raw_fd()))
 }
 
 /// Opens a raw disk: a regular file or a block device, of whole sectors. One guest may write to it, or several may
@@ -66,7 +74,8 @@ pub fn open_image(path: &Path, read_only: bool) -> Result<Image, Refusal> {
         rustix::io::Errno::WOULDBLOCK => in_use(path, error),
         _ => what.unreadable(path, format!("it cannot be locked: {error}")),
     })?;
-    Ok(Image { fd: file.into(), size_bytes })
+    let opened = path_of(&file).map_err(|error| what.unreadable(path, error))?;
+    Ok(Image { fd: file.into(), size_bytes, path: opened })
 }
 
 /// Opens a guest kernel: an ELF file for x86-64 (`vmlinux`), or a bzImage (`vmlinuz`).
@@ -114,7 +123,8 @@ fn open_file(name: &'static str, path: &Path) -> Result<Image, Refusal> {
         return Err(what.unreadable(path, "it is not a regular file"));
     }
     let size_bytes = size(&file).map_err(|error| what.unreadable(path, error))?;
-    Ok(Image { fd: file.into(), size_bytes })
+    let opened = path_of(&file).map_err(|error| what.unreadable(path, error))?;
+    Ok(Image { fd: file.into(), size_bytes, path: opened })
 }
 
 /// What is opened, for messages.

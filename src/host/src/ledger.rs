@@ -75,6 +75,24 @@ pub(crate) struct LastTenant {
     pub(crate) tenant: String,
 }
 
+impl LastTenant {
+    /// Whether both are of one device.
+    fn is_of(&self, other: &Self) -> bool {
+        (self.address, self.vendor, self.device) == (other.address, other.vendor, other.device)
+    }
+
+    /// That nobody but this tenant gets the device.
+    pub(crate) fn refusal(&self) -> Refusal {
+        let cause = format!("tenant {} had it last, and nobody checks its firmware", self.tenant);
+        let remedy = format!(
+            "check or rewrite its firmware, then say so with casemate devices free {}; or say firmware = \"locked\" of its \
+             pool if no guest can change it",
+            self.address
+        );
+        Refusal::new("device-of-another-tenant", self.address, cause, remedy)
+    }
+}
+
 /// One taken device: what it was before anything was touched.
 #[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
 pub(crate) struct DeviceRecord {
@@ -180,11 +198,13 @@ impl Ledger {
     }
 
     /// Writes down that the guest gets the owner's devices, before it does, and whose guest it is: a pool may keep a device
-    /// from other tenants afterwards.
+    /// from other tenants afterwards. `unchecked` are those of which nobody checks the firmware: they stay with the tenant
+    /// who had them last, also when that was after they were chosen.
     ///
     /// # Errors
-    /// `ledger-no-entry` when `owner` has no claim, `device-state` when it has it no longer or already, `ledger-*`.
-    pub fn attach(&self, owner: &Owner, tenant: &str) -> Result<(), Refusal> {
+    /// `device-of-another-tenant`, `ledger-no-entry` when `owner` has no claim, `device-state` when it has it no longer or
+    /// already, `ledger-*`.
+    pub fn attach(&self, owner: &Owner, tenant: &str, unchecked: &[PciAddress]) -> Result<(), Refusal> {
         self.change(|book| {
             let entry = book.entry(owner).ok_or_else(|| {
                 Refusal::new("ledger-no-entry", &owner.guest, "it has no claim", "start the guest again")
@@ -196,6 +216,14 @@ impl Ledger {
                 tenant: tenant.to_owned(),
             };
             let new: Vec<LastTenant> = entry.devices.iter().map(had).collect();
+            let another = |last: &&LastTenant| {
+                last.tenant != tenant
+                    && unchecked.contains(&last.address)
+                    && new.iter().any(|new| new.is_of(last))
+            };
+            if let Some(last) = book.tenants.iter().find(another) {
+                return Err(last.refusal());
+            }
             for device in &new {
                 book.advance(owner, device.address, Move::Attach)?;
             }

@@ -109,26 +109,23 @@ impl<'a> Pools<'a> {
         if !pool.is_some_and(|pool| pool.trusted) {
             contains_strangers(self.host, function)?;
         }
-        let Some(pool) = pool.filter(|pool| pool.firmware == Firmware::Unchecked) else { return Ok(()) };
+        if pool.is_none_or(|pool| pool.firmware != Firmware::Unchecked) {
+            return Ok(());
+        }
         let last = book.tenants.iter().find(|last| {
             last.address == function.address
                 && (last.vendor, last.device) == (function.vendor, function.device)
         });
-        match last.filter(|last| last.tenant != tenant) {
-            None => Ok(()),
-            Some(last) => {
-                let cause = format!(
-                    "tenant {} had it last, and nobody checks its firmware (pool {}, firmware unchecked)",
-                    last.tenant, pool.name
-                );
-                let remedy = format!(
-                    "check or rewrite its firmware, then say so with casemate devices free {}; or say firmware = \
-                     \"locked\" of the pool if no guest can change it",
-                    function.address
-                );
-                Err(Refusal::new("device-of-another-tenant", function.address, cause, remedy))
-            }
-        }
+        last.filter(|last| last.tenant != tenant).map_or(Ok(()), |last| Err(last.refusal()))
+    }
+
+    /// Those of which nobody checks the firmware, for [`Ledger::attach`].
+    pub fn unchecked(&self, addresses: &[PciAddress]) -> Vec<PciAddress> {
+        let unchecked = |address: &PciAddress| {
+            let pool = self.find(*address).and_then(|function| self.pool_of(function));
+            pool.is_some_and(|pool| pool.firmware == Firmware::Unchecked)
+        };
+        addresses.iter().copied().filter(unchecked).collect()
     }
 }
 

@@ -85,7 +85,7 @@ fn unchecked_firmware_stays_with_its_tenant() {
         (device.device, device.state) = (0x0a54, crate::DeviceState::Claimed);
         let entry = entry("web", vec![device]);
         ledger.update(|book| book.entries = vec![entry.clone()]).unwrap();
-        ledger.attach(&entry.owner, tenant).unwrap();
+        ledger.attach(&entry.owner, tenant, &[]).unwrap();
         ledger.update(|book| book.entries.clear()).unwrap();
     };
     had("acme");
@@ -105,7 +105,24 @@ fn unchecked_firmware_stays_with_its_tenant() {
     assert_eq!(ledger.pardon(at(DRIVES[0])).unwrap().last_tenant.as_deref(), Some("other"));
     assert_eq!(choose(&machine, POOL, &[], 1).unwrap(), [DRIVES[0]]);
     let nobody = crate::Owner::this_process("nobody").unwrap();
-    assert_eq!(ledger.attach(&nobody, "acme").unwrap_err().code, "ledger-no-entry");
+    assert_eq!(ledger.attach(&nobody, "acme", &[]).unwrap_err().code, "ledger-no-entry");
+}
+
+#[test]
+fn unchecked_firmware_stays_with_its_tenant_also_when_it_was_chosen_before() {
+    let machine = machine();
+    let ledger = machine.ledger();
+    let attach = |tenant: &str, unchecked: &[PciAddress]| {
+        let mut device = record(DRIVES[0], 20);
+        (device.device, device.state) = (0x0a54, crate::DeviceState::Claimed);
+        let entry = entry("web", vec![device]);
+        ledger.update(|book| book.entries = vec![entry.clone()]).unwrap();
+        ledger.attach(&entry.owner, tenant, unchecked).map_err(|refusal| refusal.code)
+    };
+    let drive = [at(DRIVES[0])];
+    attach("acme", &drive).unwrap();
+    assert_eq!(attach("other", &drive), Err("device-of-another-tenant"));
+    assert_eq!(attach("other", &[at(DRIVES[1])]), Ok(()), "only what nobody checks");
 }
 
 #[test]

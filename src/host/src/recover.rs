@@ -37,7 +37,20 @@ pub struct Recovered {
 /// `ledger-*`, `host-unreadable`. What goes wrong with one claim stands in its [`Recovered`].
 pub fn recover(host: &Host, ledger: &Ledger) -> Result<Vec<Recovered>, Refusal> {
     let adopted = adopt(host, ledger)?;
-    Ok(adopted.into_iter().map(|(owner, entry)| undo(host, ledger, owner, entry)).collect())
+    let one = |(owner, entry): (Owner, Entry)| {
+        let adopted = entry.owner.clone();
+        let mut recovered = undo(host, ledger, owner, entry);
+        // What could not be done is for the next command, whoever's: this process may live as long as its guest.
+        let disowned = ledger.change(|book| {
+            if let Some(left) = book.entry(&adopted) {
+                left.owner = recovered.owner.clone();
+            }
+            Ok(())
+        });
+        recovered.error = recovered.error.or(disowned.err().map(|refusal| refusal.to_string()));
+        recovered
+    };
+    Ok(adopted.into_iter().map(one).collect())
 }
 
 /// Makes this process the owner of what dead ones had, so that no other command does the same work. Tells the former
@@ -223,6 +236,10 @@ mod tests {
             let recovered = recover(&machine.host(), &ledger).unwrap();
             assert!(recovered[0].error.as_ref().unwrap().contains("[vfio-missing]"), "{recovered:?}");
         }
-        assert_eq!(ledger.read().unwrap().entries.len(), 1);
+        let [left] = &ledger.read().unwrap().entries[..] else { panic!("one entry") };
+        assert!(
+            !left.owner.keep.is_alive(&machine.host()),
+            "what is left is for any command, not for this one"
+        );
     }
 }

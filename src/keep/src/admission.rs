@@ -182,20 +182,16 @@ fn request(
     beside: Vec<Neighbour>,
 ) -> Request {
     let guest = &located.guest;
-    // Without links and "..": a policy judges folders by it. Relative to the guest's file as a last resort.
-    let absolute = |path: &Path| {
-        let path = located.resolve(path);
-        fs::canonicalize(&path).or_else(|_| std::path::absolute(&path)).unwrap_or(path)
-    };
-    let file = |path: &Path, image: &Image, sha256: Option<String>| File {
-        path: text(absolute(path)),
+    // The file that was opened, which the guest gets: a policy judges folders by it.
+    let file = |image: &Image, sha256: Option<String>| File {
+        path: text(image.path.clone()),
         size_bytes: image.size_bytes,
         sha256,
         attrs: Attrs::new(),
     };
     let mut disk_digests = digests.disks.into_iter();
     let disks = guest.disks.iter().zip(&images.disks).map(|(disk, image)| Disk {
-        path: text(absolute(&disk.path)),
+        path: text(image.path.clone()),
         size_bytes: image.size_bytes,
         read_only: disk.read_only,
         sha256: disk_digests.next().flatten(),
@@ -209,15 +205,14 @@ fn request(
     let devices = guest.devices.iter().filter_map(|device| {
         functions.iter().find(|function| function.address == device.address).map(describe)
     });
-    let initrd = guest.boot.initrd.as_deref().zip(images.initrd.as_ref());
     Request {
         operation: Operation::Create,
         guest: GuestSpec {
             name: guest.name.to_string(),
             vcpus: u32::from(guest.vcpus),
             memory_bytes: guest.memory.bytes(),
-            kernel: file(&guest.boot.kernel, &images.kernel, digests.kernel),
-            initrd: initrd.map(|(path, image)| file(path, image, digests.initrd)),
+            kernel: file(&images.kernel, digests.kernel),
+            initrd: images.initrd.as_ref().map(|image| file(image, digests.initrd)),
             command_line: guest.boot.command_line.clone(),
             devices: devices.collect(),
             disks: disks.collect(),

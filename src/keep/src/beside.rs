@@ -1,12 +1,12 @@
-//! Which guests run on this host, and what they have: each keep writes it into its guest's name lock.
+//! Which guests run on this host, and what they have: each keep writes an account of its guest, and replaces it as a whole.
 //!
 //! A keep writes its own account before it reads those of others. So of two that start at once at least one sees the
 //! other: together they can't take what only one may have, though both may be refused.
 
 use std::{
     fs::{self, File},
-    io::{self, Read, Seek, SeekFrom, Write},
-    path::Path,
+    io::{self, Read},
+    path::{Path, PathBuf},
 };
 
 use casemate_host::{Host, Process};
@@ -29,8 +29,13 @@ struct Account {
     keep: Process,
 }
 
-/// Writes a guest's account into its name lock, which is held.
-pub(crate) fn write(lock: &mut File, guest: &Guest) -> io::Result<()> {
+/// Where a guest's account is.
+pub(crate) fn account_of(runtime: &Path, guest: &Guest) -> PathBuf {
+    runtime.join(format!("{}.account", guest.name))
+}
+
+/// Writes a guest's account, whose name lock is held.
+pub(crate) fn write(runtime: &Path, guest: &Guest) -> io::Result<()> {
     let keep = Process::with_pid(&Host::live(), std::process::id())
         .ok_or_else(|| io::Error::other("/proc does not tell about this process"))?;
     let account = Account {
@@ -41,18 +46,19 @@ pub(crate) fn write(lock: &mut File, guest: &Guest) -> io::Result<()> {
         devices: guest.devices.iter().map(|device| device.address).collect(),
         keep,
     };
-    lock.set_len(0)?;
-    lock.seek(SeekFrom::Start(0))?;
-    lock.write_all(&serde_json::to_vec(&account)?)
+    // Whoever reads it sees the one or the other, never half of one.
+    let (path, new) = (account_of(runtime, guest), runtime.join(format!("{}.account-new", guest.name)));
+    fs::write(&new, serde_json::to_vec(&account)?)?;
+    fs::rename(new, path)
 }
 
 /// The guests that run on this host, but for the one of this name.
 pub(crate) fn read(runtime: &Path, but: &str) -> Vec<Neighbour> {
     let host = Host::live();
     let Ok(files) = fs::read_dir(runtime) else { return Vec::new() };
-    let locks = files.filter_map(|file| Some(file.ok()?.path()));
-    let mut found: Vec<_> = locks
-        .filter(|path| path.extension().is_some_and(|extension| extension == "lock"))
+    let accounts = files.filter_map(|file| Some(file.ok()?.path()));
+    let mut found: Vec<_> = accounts
+        .filter(|path| path.extension().is_some_and(|extension| extension == "account"))
         .filter_map(|path| {
             let mut text = Vec::new();
             File::open(path).ok()?.take(MOST_BYTES).read_to_end(&mut text).ok()?;
@@ -104,10 +110,9 @@ mod tests {
     fn accounts_of_living_keeps_are_seen_and_summed() {
         let folder = tempfile::tempdir().unwrap();
         for name in ["b", "a"] {
-            write(&mut File::create(folder.path().join(format!("{name}.lock"))).unwrap(), &guest(name))
-                .unwrap();
+            write(folder.path(), &guest(name)).unwrap();
         }
-        File::create(folder.path().join("uid-0.lock")).unwrap();
+        File::create(folder.path().join("+uid-0.account")).unwrap();
         let names =
             |but: &str| -> Vec<_> { read(folder.path(), but).into_iter().map(|guest| guest.name).collect() };
         assert_eq!(names(""), ["a", "b"]);
@@ -116,7 +121,7 @@ mod tests {
         assert_eq!((sum.guests, sum.vcpus, sum.memory_bytes, sum.devices), (2, 4, 2 << 30, 2));
         assert_eq!(usage(&read(folder.path(), ""), "rival").guests, 0);
         // Of another boot, or of a process that is gone.
-        let path = folder.path().join("a.lock");
+        let path = folder.path().join("a.account");
         let text = fs::read_to_string(&path).unwrap();
         let dead = text.replacen("\"start_ticks\":", "\"start_ticks\":9", 1);
         assert_ne!(dead, text);

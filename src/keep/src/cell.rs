@@ -2,8 +2,11 @@
 
 use std::{
     fs::{self, File},
-    os::fd::{AsFd, BorrowedFd, OwnedFd},
-    path::PathBuf,
+    os::{
+        fd::{AsFd, BorrowedFd, OwnedFd},
+        unix::fs::OpenOptionsExt,
+    },
+    path::{Path, PathBuf},
 };
 
 use casemate_host::{Claim, Tap};
@@ -33,7 +36,9 @@ pub(crate) struct Identity {
     /// The uid and gid.
     pub(crate) uid: u32,
     _uid_lock: File,
-    name_lock: File,
+    _name_lock: File,
+    runtime: PathBuf,
+    account: PathBuf,
     socket: PathBuf,
 }
 
@@ -42,33 +47,35 @@ impl Identity {
     pub(crate) fn reserve(paths: &Paths, guest: &Guest) -> Result<Self, Refusal> {
         paths.make_runtime()?;
         let name = paths.runtime.join(format!("{}.lock", guest.name));
-        let mut name_lock = try_lock(&name)?.ok_or_else(|| {
+        let name_lock = try_lock(&name)?.ok_or_else(|| {
             let remedy = "stop it first, or give this guest another name";
             Refusal::new("guest-runs", &guest.name, "a guest of this name runs already", remedy)
         })?;
-        tell_account(&mut name_lock, guest)?;
+        tell_account(&paths.runtime, guest)?;
         let (uid, uid_lock) = reserve_uid(paths, guest.name.as_str())?;
         let socket = paths.runtime.join(format!("{}.socket", guest.name));
-        Ok(Self { uid, _uid_lock: uid_lock, name_lock, socket })
+        let (runtime, account) = (paths.runtime.clone(), beside::account_of(&paths.runtime, guest));
+        Ok(Self { uid, _uid_lock: uid_lock, _name_lock: name_lock, runtime, account, socket })
     }
 
     /// Tells others what the guest has now: a policy may have changed it.
-    pub(crate) fn tell(&mut self, guest: &Guest) -> Result<(), Refusal> {
-        tell_account(&mut self.name_lock, guest)
+    pub(crate) fn tell(&self, guest: &Guest) -> Result<(), Refusal> {
+        tell_account(&self.runtime, guest)
     }
 }
 
-fn tell_account(lock: &mut File, guest: &Guest) -> Result<(), Refusal> {
-    beside::write(lock, guest).map_err(|error| {
+fn tell_account(runtime: &Path, guest: &Guest) -> Result<(), Refusal> {
+    beside::write(runtime, guest).map_err(|error| {
         let cause = format_args!("its account cannot be written: {error}");
         Refusal::new("host-folder", &guest.name, cause, "run as root, with space in /run")
     })
 }
 
-/// A uid that no other cell has, for as long as the lock is held.
+/// A uid that no other cell has, for as long as the lock is held. No guest's name begins with a sign, so its lock is never
+/// taken for one of these.
 pub(crate) fn reserve_uid(paths: &Paths, whose: &str) -> Result<(u32, File), Refusal> {
     for number in 0..UIDS {
-        if let Some(lock) = try_lock(&paths.runtime.join(format!("uid-{number}.lock")))? {
+        if let Some(lock) = try_lock(&paths.runtime.join(format!("+uid-{number}.lock")))? {
             return Ok((FIRST_UID + number, lock));
         }
     }
@@ -79,7 +86,7 @@ pub(crate) fn reserve_uid(paths: &Paths, whose: &str) -> Result<(u32, File), Ref
 impl Drop for Identity {
     fn drop(&mut self) {
         // Its account; one that stays is nobody's once this process is gone.
-        let _ = self.name_lock.set_len(0);
+        let _ = fs::remove_file(&self.account);
         let _ = fs::remove_file(&self.socket);
     }
 }
@@ -113,6 +120,8 @@ fn try_lock(path: &PathBuf) -> Result<Option<File>, Refusal> {
         .create(true)
         .truncate(false)
         .write(true)
+        // A lock can be held by whoever can open the file.
+        .mode(0o600)
         .open(path)
         .map_err(|error| refuse(&error))?;
     match flock(&file, FlockOperation::NonBlockingLockExclusive) {

@@ -47,7 +47,8 @@ pub(crate) fn seal(what: &str, image: &mut Image) -> Result<String, Refusal> {
     copy.seek(SeekFrom::Start(0)).map_err(failed)?;
     let seals = SealFlags::SEAL | SealFlags::SHRINK | SealFlags::GROW | SealFlags::WRITE;
     fcntl_add_seals(&copy, seals).map_err(|error| failed(error.into()))?;
-    *image = Image { fd: OwnedFd::from(copy), size_bytes };
+    image.fd = OwnedFd::from(copy);
+    image.size_bytes = size_bytes;
     Ok(hex(hash))
 }
 
@@ -111,7 +112,7 @@ mod tests {
         let folder = tempfile::tempdir().unwrap();
         let path = folder.path().join("kernel");
         fs::write(&path, "kernel").unwrap();
-        let mut image = Image { fd: File::open(&path).unwrap().into(), size_bytes: 6 };
+        let mut image = Image { fd: File::open(&path).unwrap().into(), size_bytes: 6, path: path.clone() };
         assert_eq!(disk(&image).unwrap().unwrap(), sum(b"kernel"));
         assert_eq!(seal("boot.kernel", &mut image).unwrap(), sum(b"kernel"));
         fs::write(&path, "virus!").unwrap();
@@ -133,9 +134,9 @@ mod tests {
         let file = File::create(&path).unwrap();
         file.set_len(MOST_BYTES + 1).unwrap();
         let fd = File::open(&path).unwrap().into();
-        let mut image = Image { fd, size_bytes: MOST_BYTES + 1 };
+        let mut image = Image { fd, size_bytes: MOST_BYTES + 1, path: path.clone() };
         assert_eq!(seal("boot.kernel", &mut image).unwrap_err().code, "image-digest");
         let fd = File::open(&path).unwrap().into();
-        assert_eq!(disk(&Image { fd, size_bytes: MOST_DISK_BYTES + 1 }).unwrap(), None);
+        assert_eq!(disk(&Image { fd, size_bytes: MOST_DISK_BYTES + 1, path }).unwrap(), None);
     }
 }

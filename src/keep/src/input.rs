@@ -4,7 +4,7 @@ use std::{
     fs::File,
     io::{self, Read, Write},
     os::fd::{AsFd, OwnedFd},
-    thread,
+    panic, thread,
 };
 
 use casemate_spec::{Guest, Refusal};
@@ -55,6 +55,12 @@ impl RawTerminal {
         // Lines of this program's own end in a plain line feed.
         raw.output_modes |= OutputModes::OPOST | OutputModes::ONLCR;
         tcsetattr(stdio::stdin(), OptionalActions::Now, &raw)?;
+        // A panic ends the process without dropping this.
+        let (saved, others) = (before.clone(), panic::take_hook());
+        panic::set_hook(Box::new(move |info| {
+            let _ = tcsetattr(stdio::stdin(), OptionalActions::Now, &saved);
+            others(info);
+        }));
         Ok(Self(before))
     }
 }

@@ -14,6 +14,7 @@ mod audit;
 mod beside;
 mod cell;
 mod compiler;
+mod console;
 mod decisions;
 mod digest;
 mod input;

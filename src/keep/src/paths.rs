@@ -2,8 +2,9 @@
 
 use std::{
     env,
-    fs::File,
+    fs::{self, File},
     io::{self, Read},
+    os::unix::fs::{DirBuilderExt, PermissionsExt},
     path::{Path, PathBuf},
 };
 
@@ -88,9 +89,11 @@ impl Paths {
         self.policy_key.try_exists().unwrap_or(true).then_some(self.policy_key.as_path())
     }
 
-    /// Makes the folder for sockets and locks.
+    /// Makes the folder for sockets and locks, for this user alone.
     pub(crate) fn make_runtime(&self) -> Result<(), Refusal> {
-        std::fs::create_dir_all(&self.runtime).map_err(|error| {
+        let private = fs::Permissions::from_mode(0o700);
+        let made = fs::DirBuilder::new().recursive(true).mode(0o700).create(&self.runtime);
+        made.and_then(|()| fs::set_permissions(&self.runtime, private)).map_err(|error| {
             let remedy = "run as root on a host with /run";
             Refusal::new(
                 "host-folder",

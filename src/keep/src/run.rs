@@ -71,7 +71,7 @@ pub struct RunOptions<'a> {
 pub fn run(
     paths: &Paths,
     options: RunOptions<'_>,
-    console: &mut dyn Write,
+    console: Box<dyn Write + Send>,
     tell: &mut dyn FnMut(Step),
 ) -> Result<Report, Refusals> {
     // Read.
@@ -90,11 +90,13 @@ pub fn run(
 
     // Judge.
     judge_devices(&located, &host, &functions, &ledger)?;
-    choose_devices(&mut located, &Pools::new(&host, &functions, &host_file.pools)?, &ledger)?;
+    let pools = Pools::new(&host, &functions, &host_file.pools)?;
+    choose_devices(&mut located, &pools, &ledger)?;
     let addresses = judge_devices(&located, &host, &functions, &ledger)?;
+    let unchecked = pools.unchecked(&addresses);
 
     // Authorise. The name is reserved before, so that of two guests that start at once one sees the other.
-    let mut identity =
+    let identity =
         Identity::reserve(paths, &located.guest).map_err(|refusal| refusal.at(located.location("name")))?;
     let policy = admission::ask(Question {
         paths,
@@ -110,7 +112,7 @@ pub fn run(
     // Act.
     // From here on no signal ends this process before all that it took is given back.
     let signals = StopSignals::take(&located.guest)?;
-    let claim = take_devices(&located, &host, &ledger, addresses, tell)?;
+    let claim = take_devices(&located, &host, &ledger, Wanted { addresses, unchecked }, tell)?;
     let prepared = Prepared {
         paths,
         options,
@@ -142,7 +144,7 @@ pub fn try_guest(paths: &Paths, file: &Path, policy: &Path) -> Result<PolicyRepo
     let mut images = open_images(&located)?;
     let host = Host::live();
     let functions = host.functions()?;
-    if !located.guest.devices.is_empty() {
+    if !(located.guest.devices.is_empty() && located.guest.pooled.is_empty()) {
         let ledger = Ledger::open(&paths.state)?;
         let host_file = paths.read_host_file()?;
         judge_devices(&located, &host, &functions, &ledger)?;
@@ -188,7 +190,7 @@ impl Prepared<'_> {
         self,
         claim: Option<&Claim>,
         ledger: &Ledger,
-        console: &mut dyn Write,
+        console: Box<dyn Write + Send>,
         tell: &mut dyn FnMut(Step),
     ) -> Result<Report, Refusal> {
         let guest = &self.located.guest;
@@ -197,7 +199,11 @@ impl Prepared<'_> {
             Resources { images: self.images, taps: &taps, claim, input: self.options.input != Input::None };
         let started = cell::start(self.paths, guest, self.identity, &resources)?;
         if claim.is_some() {
-            ledger.note_cell(&Owner::this_process(guest.name.as_str())?, started.cell.pid())?;
+            match ledger.note_cell(&Owner::this_process(guest.name.as_str())?, started.cell.pid()) {
+                // It has ended already; why is for it to say, below.
+                Err(refusal) if refusal.code == "ledger-no-process" => {}
+                noted => noted?,
+            }
         }
         tell(Step::CellClosed {
             pid: started.cell.pid(),
@@ -336,13 +342,21 @@ fn at_device(located: &Located, refusal: Refusal) -> Refusal {
     refusal.at(located.device_location(table))
 }
 
+/// What a guest is to get.
+struct Wanted {
+    addresses: Vec<PciAddress>,
+    /// Those of which nobody checks the firmware.
+    unchecked: Vec<PciAddress>,
+}
+
 fn take_devices(
     located: &Located,
     host: &Host,
     ledger: &Ledger,
-    addresses: Vec<PciAddress>,
+    wanted: Wanted,
     tell: &mut dyn FnMut(Step),
 ) -> Result<Option<Claim>, Refusal> {
+    let Wanted { addresses, unchecked } = wanted;
     if addresses.is_empty() {
         return Ok(None);
     }
@@ -350,8 +364,9 @@ fn take_devices(
     let owner = Owner::this_process(located.guest.name.as_str())?;
     let claim = claim(host, ledger, ClaimRequest { owner: owner.clone(), addresses })
         .map_err(|refusal| at_device(located, refusal))?;
-    if let Err(refusal) = ledger.attach(&owner, located.guest.tenant.as_str()) {
-        claim.release(host, ledger);
+    if let Err(refusal) = ledger.attach(&owner, located.guest.tenant.as_str(), &unchecked) {
+        let devices = claim.release(host, ledger).into_iter().map(DeviceReport::from).collect();
+        tell(Step::Returned { devices });
         return Err(refusal);
     }
     let devices = claim.devices.iter();

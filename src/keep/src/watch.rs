@@ -16,16 +16,19 @@ use rustix::{
     event::{PollFd, PollFlags, Timespec, poll},
     io::Errno,
 };
-use signal_hook::consts::{SIGINT, SIGTERM};
+use signal_hook::consts::{SIGHUP, SIGINT, SIGQUIT, SIGTERM};
 
 use crate::{
     Ending, RunOptions, Step,
     cell::{Started, first_word, printable},
+    console::Console,
     input,
 };
 
 /// How often the cell's memory is measured.
 const SAMPLE: Duration = Duration::from_millis(500);
+/// How often a console whose reader stalls is tried again.
+const RETRY: Duration = Duration::from_millis(20);
 /// A cell that was told to stop, or said that it ends, is killed after this.
 const LAST_WORDS: Duration = Duration::from_secs(5);
 /// Most of one line of the VMM's log.
@@ -51,54 +54,71 @@ pub(crate) fn until_end(
     guest: &Guest,
     options: &RunOptions<'_>,
     signals: &StopSignals,
-    console: &mut dyn Write,
+    console: Box<dyn Write + Send>,
     tell: &mut dyn FnMut(Step),
 ) -> Result<Seen, Refusal> {
     let Started { mut cell, channel, console: console_pipe, console_input, log: log_pipe, .. } = started;
     let terminal = console_input.map(|pipe| input::carry(options.input, pipe, signals, guest));
     let _terminal = terminal.transpose()?;
+    let console = Console::start(console).map_err(|error| {
+        let cause = format_args!("its console cannot be carried: {error}");
+        Refusal::new("keep-failed", &guest.name, cause, "try again")
+    })?;
     let mut watch = Watch {
+        console,
         begun: Instant::now(),
         running: false,
         ended: None,
         ending: FromOutside::Untouched,
         deadline: None,
         memory_bytes: None,
+        next_sample: Instant::now(),
         line: options.line.map(LineWatch::new),
         log: LogLines::default(),
     };
     let mut console_pipe = Some(console_pipe);
     let mut log_pipe = Some(log_pipe);
     let mut talking = true;
+    let mut ended_at: Option<Instant> = None;
     loop {
-        let ready = wait(&[
+        let room = watch.console.has_room();
+        let fds = [
             Some(cell.pidfd()),
             talking.then(|| channel.as_fd()),
-            console_pipe.as_ref().map(AsFd::as_fd),
+            console_pipe.as_ref().filter(|_| room).map(AsFd::as_fd),
             log_pipe.as_ref().map(AsFd::as_fd),
             Some(signals.read.as_fd()),
-        ]);
+        ];
+        let ready = wait(&fds, if room { SAMPLE } else { RETRY });
         let [ended, message, console_ready, log_ready, signalled] = ready;
         if console_ready {
-            watch.console(&mut console_pipe, console);
+            watch.carry(&mut console_pipe);
         }
         if log_ready {
             watch.log(&mut log_pipe, tell);
         }
         if message {
-            match channel.receive::<FromCell>() {
+            let sensible = match channel.receive::<FromCell>() {
                 Ok((message, _)) => watch.hear(message, tell)?,
-                Err(WireError::Closed) => talking = false,
-                // Nonsense from a cell is no reason to listen on.
-                Err(_) => {
+                Err(WireError::Closed) => {
                     talking = false;
-                    let _ = cell.kill();
+                    true
                 }
+                Err(_) => false,
+            };
+            // Nonsense from a cell, or words out of turn, are no reason to listen on.
+            if !sensible {
+                talking = false;
+                let _ = cell.kill();
             }
-        } else if signalled {
+        }
+        // However much a cell says, the user is heard.
+        if signalled {
             signals.drain();
             watch.stop(options.grace, &channel, &cell, tell);
-        } else if ended && !console_ready && !log_ready {
+        }
+        let late = ended && ended_at.get_or_insert_with(Instant::now).elapsed() > LAST_WORDS;
+        if ended && !message && !signalled && !console_ready && !log_ready && (room || late) {
             break;
         }
         if watch.deadline.is_some_and(|deadline| Instant::now() > deadline) {
@@ -107,8 +127,12 @@ pub(crate) fn until_end(
         watch.sample(&cell, guest);
     }
     let how = cell.wait().map_or_else(|error| error.to_string(), |end| end.to_string());
-    cell.close()?;
+    // A cgroup that stays for a while does not make the run another; the next command removes it.
+    let closed = cell.close();
     watch.log.flush(tell);
+    if let Err(refusal) = closed {
+        tell(Step::Log { line: refusal.to_string() });
+    }
     watch.seen(guest, how)
 }
 
@@ -125,7 +149,7 @@ impl StopSignals {
         let make = || {
             let (read, write) = UnixStream::pair()?;
             read.set_nonblocking(true)?;
-            for signal in [SIGINT, SIGTERM] {
+            for signal in [SIGINT, SIGTERM, SIGHUP, SIGQUIT] {
                 signal_hook::low_level::pipe::register(signal, write.try_clone()?)?;
             }
             Ok(Self { read, write })
@@ -147,13 +171,13 @@ impl StopSignals {
     }
 }
 
-/// Which of the descriptors have something to say, at the latest after [`SAMPLE`].
-fn wait<const N: usize>(fds: &[Option<BorrowedFd<'_>>; N]) -> [bool; N] {
+/// Which of the descriptors have something to say, at the latest after `most`, which is below a second.
+fn wait<const N: usize>(fds: &[Option<BorrowedFd<'_>>; N], most: Duration) -> [bool; N] {
     let mut ready = [false; N];
     let present: Vec<(usize, BorrowedFd<'_>)> =
         fds.iter().enumerate().filter_map(|(index, fd)| fd.map(|fd| (index, fd))).collect();
     let mut polled: Vec<PollFd<'_>> = present.iter().map(|(_, fd)| PollFd::new(fd, PollFlags::IN)).collect();
-    let timeout = Timespec { tv_sec: 0, tv_nsec: SAMPLE.as_nanos() as i64 };
+    let timeout = Timespec { tv_sec: 0, tv_nsec: i64::from(most.subsec_nanos()) };
     if poll(&mut polled, Some(&timeout)).is_ok() {
         for ((index, _), poll) in present.iter().zip(&polled) {
             if let Some(flag) = ready.get_mut(*index) {
@@ -188,6 +212,7 @@ enum FromOutside {
 }
 
 struct Watch {
+    console: Console,
     begun: Instant,
     running: bool,
     ended: Option<(End, Counters)>,
@@ -195,17 +220,19 @@ struct Watch {
     /// When the next step towards the end is due.
     deadline: Option<Instant>,
     memory_bytes: Option<u64>,
+    next_sample: Instant,
     line: Option<LineWatch>,
     log: LogLines,
 }
 
 impl Watch {
-    fn console(&mut self, pipe: &mut Option<OwnedFd>, out: &mut dyn Write) {
+    fn carry(&mut self, pipe: &mut Option<OwnedFd>) {
         let mut buffer = [0; 4096];
         let count = read_pipe(pipe, &mut buffer);
         let bytes = buffer.get(..count).unwrap_or_default();
-        // A reader that went away does not stop the guest.
-        let _ = out.write_all(bytes).and_then(|()| out.flush());
+        if !bytes.is_empty() {
+            self.console.take(bytes.to_vec());
+        }
         if let Some(line) = &mut self.line {
             line.see(bytes, self.begun);
         }
@@ -236,9 +263,10 @@ impl Watch {
         self.deadline = Some(Instant::now() + patience);
     }
 
-    fn hear(&mut self, message: FromCell, tell: &mut dyn FnMut(Step)) -> Result<(), Refusal> {
+    /// Takes a cell's word; says whether it was its turn to say it.
+    fn hear(&mut self, message: FromCell, tell: &mut dyn FnMut(Step)) -> Result<bool, Refusal> {
         match message {
-            FromCell::Ended { end, counters } if self.running => {
+            FromCell::Ended { end, counters } if self.running && self.ended.is_none() => {
                 self.ended = Some((end, counters));
                 self.ending = FromOutside::Told;
                 self.deadline = Some(Instant::now() + LAST_WORDS);
@@ -248,13 +276,17 @@ impl Watch {
                 self.running = true;
                 tell(Step::Running { elapsed: self.begun.elapsed() });
             }
-            // A cell that says twice that it runs is not listened to.
-            _ => {}
+            _ => return Ok(false),
         }
-        Ok(())
+        Ok(true)
     }
 
     fn sample(&mut self, cell: &Cell, guest: &Guest) {
+        // Walking a guest's page tables is work for the host: not at every line that the guest prints.
+        if Instant::now() < self.next_sample {
+            return;
+        }
+        self.next_sample = Instant::now() + SAMPLE;
         if self.running
             && self.ended.is_none()
             && let Ok(memory) = cell.memory(guest.memory.bytes())
@@ -264,6 +296,7 @@ impl Watch {
     }
 
     fn seen(self, guest: &Guest, how: String) -> Result<Seen, Refusal> {
+        self.console.close(LAST_WORDS);
         if !self.running && self.ending != FromOutside::Told && self.ended.is_none() {
             let remedy = "see its log above; a call stopped by seccomp is named in the kernel's log too";
             return Err(Refusal::new("cell-died", &guest.name, format_args!("the VMM {how}"), remedy));

@@ -79,8 +79,9 @@ enum Failure {
 
 impl From<Errno> for Failure {
     fn from(error: Errno) -> Self {
-        // The driver then does without: it zeroes by writing, and no longer discards.
-        if error == Errno::OPNOTSUPP { Self::Unsupported } else { Self::Io }
+        // The driver then does without: it zeroes by writing, and no longer discards. A block device of larger sectors
+        // says EINVAL to ranges that are in bounds and not whole ones.
+        if matches!(error, Errno::OPNOTSUPP | Errno::INVAL) { Self::Unsupported } else { Self::Io }
     }
 }
 

@@ -31,6 +31,8 @@ use crate::{
 
 /// Interrupt lines that the IOAPIC has; message-signalled interrupts are numbered from here.
 pub(crate) const FIRST_MSI_GSI: u32 = 24;
+/// Requests served before the keep is heard again.
+const TURN: usize = 64;
 /// Routes that KVM takes (`KVM_MAX_IRQ_ROUTES`).
 const ROUTES_MOST: u32 = 4096;
 
@@ -252,7 +254,9 @@ impl Control {
     }
 
     fn serve_requests(&mut self) -> Option<End> {
-        while let Ok(request) = self.receiver.try_recv() {
+        // Bounded: processors that ask without end must not keep this thread from hearing the keep.
+        for _ in 0..TURN {
+            let Ok(request) = self.receiver.try_recv() else { return None };
             match request {
                 Request::Change(change, reply) => {
                     let _ = reply.send(self.apply(change).map_err(|error| error.to_string()));
@@ -263,6 +267,8 @@ impl Control {
                 Request::End(end) => return Some(end),
             }
         }
+        // There may be more; it is this thread's turn again after the others have been heard.
+        let _ = self.wake.write(1);
         None
     }
 
@@ -273,8 +279,7 @@ impl Control {
                 if gsi >= FIRST_MSI_GSI {
                     return Err(Error::Lacks("such a pin"));
                 }
-                self.routes.insert(gsi, message);
-                self.write_routes()
+                self.write_route(gsi, message)
             }
             Change::Move { function, gone, come } => self.move_bars(function, &gone, &come),
             Change::Msix { device, events } => {
@@ -291,25 +296,25 @@ impl Control {
     /// Routes an interrupt before its irqfd is connected, and disconnects it before its route is dropped: an eventfd
     /// without an irqfd keeps its count, and KVM delivers it when the irqfd comes back.
     fn route(&mut self, gsi: u32, message: Option<MsiMessage>) -> Result<(), Error> {
-        let Some(event) = self.events.get(&gsi) else { return Err(Error::Lacks("such an interrupt")) };
+        if !self.events.contains_key(&gsi) {
+            return Err(Error::Lacks("such an interrupt"));
+        }
         let connected = self.routes.contains_key(&gsi);
         match message {
             Some(message) => {
-                let before = self.routes.insert(gsi, message);
-                if let Err(error) = self.write_routes() {
-                    // KVM takes the table whole or not at all: a message of the guest's that it does not take must not
-                    // stand in the way of the next.
-                    match before {
-                        Some(before) => self.routes.insert(gsi, before),
-                        None => self.routes.remove(&gsi),
-                    };
-                    return Err(error);
-                }
-                if !connected {
-                    self.vm.register_irqfd(event, gsi).during("connecting an interrupt")?;
+                self.write_route(gsi, message)?;
+                if !connected
+                    && let Some(event) = self.events.get(&gsi)
+                    && let Err(error) = self.vm.register_irqfd(event, gsi)
+                {
+                    // Without its irqfd the route counts for nothing, and the next message must try both again.
+                    self.routes.remove(&gsi);
+                    self.write_routes()?;
+                    return Err(error).during("connecting an interrupt");
                 }
             }
             None if connected => {
+                let event = self.events.get(&gsi).ok_or(Error::Lacks("such an interrupt"))?;
                 self.vm.unregister_irqfd(event, gsi).during("disconnecting an interrupt")?;
                 self.routes.remove(&gsi);
                 self.write_routes()?;
@@ -317,6 +322,18 @@ impl Control {
             None => {}
         }
         Ok(())
+    }
+
+    /// Adds or replaces one route. KVM takes the table whole or not at all: a message of the guest's that it does not take
+    /// must not stand in the way of the next.
+    fn write_route(&mut self, gsi: u32, message: MsiMessage) -> Result<(), Error> {
+        let before = self.routes.insert(gsi, message);
+        self.write_routes().inspect_err(|_| {
+            match before {
+                Some(before) => self.routes.insert(gsi, before),
+                None => self.routes.remove(&gsi),
+            };
+        })
     }
 
     fn write_routes(&self) -> Result<(), Error> {

@@ -169,7 +169,9 @@ impl Control {
                     KEEP => self.hear(),
                     _ => {
                         // While the keep is there, whoever else comes is hung up on.
-                        if let Some(channel) = accept(&self.listener)?.filter(|_| self.channel.is_none()) {
+                        // A visitor who cannot be looked at costs the visit, not the guest.
+                        let visitor = accept(&self.listener).unwrap_or(None);
+                        if let Some(channel) = visitor.filter(|_| self.channel.is_none()) {
                             self.watch(channel.as_fd(), KEEP)?;
                             self.channel = Some(channel);
                         }

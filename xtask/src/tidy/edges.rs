@@ -187,7 +187,10 @@ fn output(mut command: Command) -> Result<String, String> {
 
 fn metadata(manifest: &str) -> Result<Vec<Package>, String> {
     let path = workspace().join(manifest).display().to_string();
-    let text = output(cargo(&["metadata", "--no-deps", "--format-version", "1", "--manifest-path", &path]))?;
+    let ask = ["metadata", "--format-version", "1", "--manifest-path", &path];
+    // With dependencies the lock file is read, and refused when it does not fit; for the edges they are only in the way.
+    output(cargo(&[&ask[..], &["--locked"]].concat()))?;
+    let text = output(cargo(&[&ask[..], &["--no-deps"]].concat()))?;
     parse_metadata(&text).ok_or_else(|| format!("cargo metadata of {manifest} cannot be read"))
 }
 
