@@ -46,6 +46,18 @@ impl SerialEvents for Losses {
     fn in_buffer_empty(&self) {}
 }
 
+/// Registers, and of their bits those that tell of received data (16550D data sheet, table II).
+const IER: u8 = 1;
+const IER_RECEIVED: u8 = 1;
+const IIR: u16 = 2;
+const IIR_NONE: u8 = 1;
+const IIR_RECEIVED: u8 = 0b100;
+const IIR_MASK: u8 = 0b1111;
+const LCR: u8 = 3;
+const LCR_DIVISOR: u8 = 1 << 7;
+const LSR: u8 = 5;
+const LSR_RECEIVED: u8 = 1;
+
 impl<W: Write> Serial<W> {
     /// A port that writes to `output` and calls `interrupt` for each edge of its interrupt line.
     ///
@@ -57,8 +69,22 @@ impl<W: Write> Serial<W> {
     /// Reads the register at `offset` from [`SERIAL_PORT`], once for each byte of `data`.
     pub fn read(&mut self, offset: u16, data: &mut [u8]) {
         for byte in data {
-            *byte = u8::try_from(offset).map_or(0, |offset| self.uart.read(offset));
+            *byte = match offset {
+                IIR => self.interrupt_identification(),
+                _ => u8::try_from(offset).map_or(0, |offset| self.uart.read(offset)),
+            };
         }
+    }
+
+    /// What the guest is told of pending interrupts. Received data are a level, as in a 16550: pending until the last byte
+    /// is read. vm-superio forgets them at the first, and a guest that pauses after some (Linux: after 256) would leave the
+    /// rest where it is, for ever when the FIFO is full.
+    fn interrupt_identification(&mut self) -> u8 {
+        let told = self.uart.read(IIR as u8);
+        let divisor = self.uart.read(LCR) & LCR_DIVISOR != 0;
+        let wanted = !divisor && self.uart.read(IER) & IER_RECEIVED != 0;
+        let received = self.uart.read(LSR) & LSR_RECEIVED != 0;
+        if told & IIR_NONE != 0 && wanted && received { told & !IIR_MASK | IIR_RECEIVED } else { told }
     }
 
     /// Writes the register at `offset` from [`SERIAL_PORT`], once with each byte of `data` (as `rep outsb` does).
@@ -98,13 +124,33 @@ mod tests {
     };
 
     const DATA: u16 = 0;
-    const IER: u16 = 1;
-    const LSR: u16 = 5;
+    const IER: u16 = super::IER as u16;
+    const LSR: u16 = super::LSR as u16;
 
     fn read(serial: &mut Serial<impl Write>, offset: u16) -> u8 {
         let mut byte = [0xee];
         serial.read(offset, &mut byte);
         byte[0]
+    }
+
+    #[test]
+    fn received_data_are_pending_until_the_last_is_read() {
+        let mut serial = Serial::new(io::sink(), || ());
+        serial.write(IER, &[IER_RECEIVED]);
+        assert_eq!(serial.enqueue(b"abc"), 3);
+        for expected in *b"abc" {
+            assert_eq!(read(&mut serial, IIR) & IIR_MASK, IIR_RECEIVED);
+            assert_eq!(read(&mut serial, IIR) & IIR_MASK, IIR_RECEIVED, "asking does not clear it");
+            assert_eq!(read(&mut serial, DATA), expected);
+        }
+        assert_eq!(read(&mut serial, IIR) & IIR_MASK, IIR_NONE);
+        serial.write(IER, &[0]);
+        serial.enqueue(b"d");
+        assert_eq!(
+            read(&mut serial, IIR) & IIR_MASK,
+            IIR_NONE,
+            "a guest that does not want to know is not told"
+        );
     }
 
     #[test]
