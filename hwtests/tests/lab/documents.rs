@@ -60,7 +60,11 @@ pub(crate) fn commands_run(ctx: &mut Ctx) -> Result<(), Failure> {
     }
     let mut count = 0;
     for told in files.iter().map(|file| told_in(file)).collect::<Result<Vec<_>, _>>()?.into_iter().flatten() {
-        let run = ctx.run(&told.words)?;
+        // From the root of the tree, as the documents mean it.
+        let arguments = told.words.get(1..).unwrap_or_default().join(" ");
+        let program = ctx.program("casemate")?;
+        let script = format!("cd {} && exec {} {arguments}", root.display(), program.display());
+        let run = ctx.run(["sh", "-c", &script])?;
         let expected = if told.refused { Some(1) } else { Some(0) };
         expect!(
             run.status.code() == expected,

@@ -63,9 +63,15 @@ fn expect_told(ctx: &Ctx, key: &str, value: impl Into<Value>) -> Result<(), Fail
     Ok(())
 }
 
+/// The drive, with no tenant known who had it: other tests' guests did, and its pool would keep it to theirs.
+fn have_unknown_drive(ctx: &Ctx) -> Result<(), Failure> {
+    ctx.shell("rm -f /var/lib/casemate/ledger.json")?;
+    have_drive(ctx)
+}
+
 pub(crate) fn pool_gives_a_drive_to_one_tenant(ctx: &mut Ctx) -> Result<(), Failure> {
     const POOL: &str = "pool = \"drives\"";
-    have_drive(ctx)?;
+    have_unknown_drive(ctx)?;
     let before = HostState::now();
     expect_told(ctx, "pool", "drives")?;
     expect_told(ctx, "state", "free")?;
@@ -100,7 +106,7 @@ pub(crate) fn pool_gives_a_drive_to_one_tenant(ctx: &mut Ctx) -> Result<(), Fail
 }
 
 pub(crate) fn another_card_is_refused(ctx: &mut Ctx) -> Result<(), Failure> {
-    have_drive(ctx)?;
+    have_unknown_drive(ctx)?;
     let before = HostState::now();
     let told = drive(ctx)?;
     let serial = told.pointer("/serials/0").and_then(Value::as_str);
@@ -120,7 +126,7 @@ pub(crate) fn another_card_is_refused(ctx: &mut Ctx) -> Result<(), Failure> {
 }
 
 pub(crate) fn operator_keeps_a_drive_back(ctx: &mut Ctx) -> Result<(), Failure> {
-    have_drive(ctx)?;
+    have_unknown_drive(ctx)?;
     let before = HostState::now();
     let quarantine = ["casemate", "devices", "quarantine", devices::NVME, "--why", "it smells of smoke"];
     ctx.run(quarantine)?.success()?;

@@ -91,18 +91,23 @@ impl Drop for Identity {
     }
 }
 
-/// Removes what keeps that were killed left behind of their guests: sockets, and cgroups that are empty by now.
+/// Removes what keeps that were killed left behind of their guests: accounts, records, sockets, and cgroups that are empty
+/// by now.
 pub(crate) fn sweep(paths: &Paths) {
     let Ok(entries) = fs::read_dir(&paths.runtime) else { return };
-    let sockets = entries.flatten().map(|entry| entry.path());
-    for socket in sockets.filter(|path| path.extension().is_some_and(|extension| extension == "socket")) {
-        let Some(guest) = socket.file_stem() else { continue };
+    let left = |path: &PathBuf| {
+        let extension = path.extension().and_then(|extension| extension.to_str());
+        matches!(extension, Some("account" | "account-new" | "json" | "socket"))
+    };
+    for path in entries.flatten().map(|entry| entry.path()).filter(left) {
+        let Some(guest) = path.file_stem() else { continue };
         // Whoever has the lock watches over the guest.
-        let Ok(Some(_lock)) = try_lock(&socket.with_extension("lock")) else { continue };
-        // One with processes in it stays, and so does the socket, which is the way to them.
+        let Ok(Some(_lock)) = try_lock(&path.with_extension("lock")) else { continue };
+        // A cgroup with processes in it stays, and so does the socket, which is the way to them.
         let cgroup = paths.cgroup.join(guest);
-        if fs::remove_dir(&cgroup).is_ok() || !cgroup.exists() {
-            let _ = fs::remove_file(&socket);
+        let empty = fs::remove_dir(&cgroup).is_ok() || !cgroup.exists();
+        if empty || path.extension().is_none_or(|extension| extension != "socket") {
+            let _ = fs::remove_file(&path);
         }
     }
 }
