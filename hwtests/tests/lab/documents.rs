@@ -1,11 +1,12 @@
 //! What the documents tell people to type, typed.
 
-use std::{fs, path::Path};
+use std::{fs, path::Path, time::Duration};
 
 use casemate_hwtests::{
     devices, expect,
     harness::{Ctx, Failure, GuestImage},
 };
+use rustix::process::Signal;
 
 /// A command of the documents, and what they say it answers.
 struct Told {
@@ -53,6 +54,10 @@ pub(crate) fn commands_run(ctx: &mut Ctx) -> Result<(), Failure> {
     fs::write("guest.toml", example.replace("../", ""))?;
     expect!(example.contains(devices::NVME), "the example has the lab's drive");
 
+    // The documents look at a guest that runs.
+    let web = ctx.start_guest(&ctx.guest("sleep 600")?.named("web"))?;
+    web.wait_for_text("CASEMATE-INIT", Duration::from_secs(120))?;
+
     let mut files = vec!["README.md".to_owned()];
     for entry in fs::read_dir("docs")?.flatten() {
         let path = entry.path();
@@ -76,5 +81,9 @@ pub(crate) fn commands_run(ctx: &mut Ctx) -> Result<(), Failure> {
         count += 1;
     }
     expect!(count >= 5, "{count} commands were found in the documents");
+    // Asked, and then told.
+    web.signal(Signal::TERM)?;
+    web.signal(Signal::TERM)?;
+    web.wait(Duration::from_secs(60))?;
     Ok(())
 }

@@ -90,7 +90,7 @@ const TESTS: &[LabTest] = &[
     LabTest::new("cell-hears-its-keep-alone", cell::hears_its_keep_alone),
     LabTest::new("cell-stops-its-victims", cell::stops_its_victims).deadline_seconds(300),
     // The documents
-    LabTest::new("commands-in-the-documents-run", documents::commands_run),
+    LabTest::new("commands-in-the-documents-run", documents::commands_run).deadline_seconds(240),
 ];
 
 fn main() -> ExitCode {
