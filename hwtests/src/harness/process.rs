@@ -84,6 +84,11 @@ impl Running {
         self.child.id()
     }
 
+    /// What it has printed on standard output.
+    pub fn printed_so_far(&self) -> String {
+        String::from_utf8_lossy(&self.shared.lock().stdout).into_owned()
+    }
+
     /// Waits until standard output holds `text`; fails when the program ends, or `timeout` passes, without it.
     pub fn wait_for_text(&self, text: &str, timeout: Duration) -> Result<(), Failure> {
         let what = format_args!("did not print {text:?}").to_string();

@@ -8,6 +8,7 @@ mod audit;
 mod boot;
 mod cell;
 mod console;
+mod control;
 mod documents;
 mod endings;
 mod host_state;
@@ -45,6 +46,9 @@ const TESTS: &[LabTest] = &[
     // Console
     LabTest::new("console-takes-input", console::takes_input),
     LabTest::new("terminal-is-the-guests", console::terminal_is_the_guests),
+    // A guest that runs
+    LabTest::new("guest-pauses-and-goes-on", control::pauses_and_goes_on),
+    LabTest::new("guest-is-powered-off-by-name", control::presses_the_button_by_name),
     // Emulated devices
     LabTest::new("disk-is-read-and-written", virtio::disk_is_read_and_written),
     LabTest::new("disk-discards", virtio::disk_discards),

@@ -178,7 +178,7 @@ fn ioctls_are_told_apart_by_role() {
             let verdict = if is_allowed_by_rules(role, &call) { ALLOW } else { KILL };
             assert_eq!(judge(role.program(), &call), verdict, "{role}: {name}");
         }
-        let is_for_vcpu = matches!(*name, "KVM_RUN" | "KVM_SIGNAL_MSI");
+        let is_for_vcpu = matches!(*name, "KVM_RUN" | "KVM_SIGNAL_MSI" | "KVM_KVMCLOCK_CTRL");
         assert_eq!(judge(Role::Vcpu.program(), &call) == ALLOW, is_for_vcpu, "{name}");
         // Threads that hear INTx raise pins of the IOAPIC.
         assert_eq!(judge(Role::Rest.program(), &call) == ALLOW, role_rest_may(name), "{name}");

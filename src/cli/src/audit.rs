@@ -6,9 +6,12 @@ use std::{
     time::{Duration, SystemTime, UNIX_EPOCH},
 };
 
-use casemate_keep::{AuditLine, GuestRecord, Paths, Source, audit, running};
+use casemate_keep::{
+    AuditLine, GuestRecord, GuestState, OperatorRequest, Paths, Source, audit, operate, running,
+};
 use casemate_spec::ByteSize;
 use clap::Args;
+use serde::Serialize;
 
 use crate::output::{self, Failure};
 
@@ -19,7 +22,7 @@ pub(crate) struct Options {
 }
 
 pub(crate) fn ps(paths: &Paths, as_json: bool) -> Result<ExitCode, Failure> {
-    let guests = running(paths)?;
+    let guests: Vec<Listed> = running(paths)?.into_iter().map(|record| Listed::of(paths, record)).collect();
     if as_json {
         guests.iter().for_each(output::json);
         return Ok(ExitCode::SUCCESS);
@@ -28,20 +31,39 @@ pub(crate) fn ps(paths: &Paths, as_json: bool) -> Result<ExitCode, Failure> {
         output::line("no guest runs on this host");
         return Ok(ExitCode::SUCCESS);
     }
-    let head =
-        ["GUEST", "TENANT", "PID", "UID", "VCPUS", "MEMORY", "UP", "DEVICES"].map(str::to_owned).to_vec();
+    let head = ["GUEST", "TENANT", "STATE", "PID", "UID", "VCPUS", "MEMORY", "UP", "DEVICES"]
+        .map(str::to_owned)
+        .to_vec();
     let rows = [head].into_iter().chain(guests.iter().map(row)).collect::<Vec<_>>();
     output::line(output::table(&rows).trim_end());
     Ok(ExitCode::SUCCESS)
 }
 
-fn row(guest: &GuestRecord) -> Vec<String> {
+/// A guest's record, and how it is now.
+#[derive(Serialize)]
+struct Listed {
+    /// `None` when its keep does not say.
+    state: Option<GuestState>,
+    #[serde(flatten)]
+    record: GuestRecord,
+}
+
+impl Listed {
+    fn of(paths: &Paths, record: GuestRecord) -> Self {
+        let told = operate(paths, &record.guest, &OperatorRequest::State).ok();
+        let state = told.and_then(|told| serde_json::from_value(told.get("state")?.clone()).ok());
+        Self { state, record }
+    }
+}
+
+fn row(Listed { state, record: guest }: &Listed) -> Vec<String> {
     let devices: Vec<String> = guest.devices.iter().map(|device| device.address.to_string()).collect();
     let now = SystemTime::now().duration_since(UNIX_EPOCH).unwrap_or_default();
     let up = now.saturating_sub(Duration::from_secs(guest.started_seconds)).as_secs();
     vec![
         guest.guest.clone(),
         guest.tenant.clone(),
+        state.map_or("?".into(), |state| state.to_string()),
         guest.cell.pid.to_string(),
         guest.uid.to_string(),
         guest.vcpus.to_string(),

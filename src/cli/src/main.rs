@@ -4,6 +4,7 @@ mod audit;
 mod devices;
 mod doctor;
 mod jail;
+mod operate;
 mod output;
 mod policy;
 mod recover;
@@ -11,7 +12,7 @@ mod run;
 
 use std::{path::PathBuf, process::ExitCode};
 
-use casemate_keep::Paths;
+use casemate_keep::{OperatorRequest, Paths};
 use casemate_spec::Refusal;
 use clap::{Parser, Subcommand};
 
@@ -85,6 +86,16 @@ enum Command {
     Run(run::Options),
     /// List the guests that run on this host.
     Ps,
+    /// Hold the processors of a running guest; its devices finish what they were asked. Time goes on, and the guest sees so.
+    Pause(operate::Options),
+    /// Let the processors of a paused guest go on.
+    Resume(operate::Options),
+    /// Show what a running guest has done and what it takes: exits of each processor, requests and bytes of each device.
+    Stats(operate::Options),
+    /// Press the power button of a running guest. It is stopped if it does not heed it within the `--grace` of its `run`.
+    PowerOff(operate::Options),
+    /// Stop a running guest at once; it is not asked.
+    Stop(operate::Options),
     /// Measure the cell of a running guest, and say of each part whether it is as it must be, with a digest to keep.
     Audit(audit::Options),
     /// Give back devices that a killed `casemate run` left claimed. Every `run` does it first by itself.
@@ -117,6 +128,11 @@ fn carry_out(arguments: Arguments) -> Result<ExitCode, Failure> {
         Command::Devices(options) => devices::devices(&paths, &options, json),
         Command::Run(options) => run::run(&paths, &options, json),
         Command::Ps => audit::ps(&paths, json),
+        Command::Pause(options) => operate::act(&paths, &options, &OperatorRequest::Pause, json),
+        Command::Resume(options) => operate::act(&paths, &options, &OperatorRequest::Resume, json),
+        Command::Stats(options) => operate::stats(&paths, &options, json),
+        Command::PowerOff(options) => operate::act(&paths, &options, &OperatorRequest::PowerOff, json),
+        Command::Stop(options) => operate::act(&paths, &options, &OperatorRequest::Stop, json),
         Command::Audit(options) => audit::report(&paths, &options, json),
         Command::Recover => recover::recover(&paths, json),
         Command::Policy(command) => policy::policy(&paths, &command, json),

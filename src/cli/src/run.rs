@@ -2,7 +2,7 @@
 
 use std::{io, path::PathBuf, process::ExitCode, time::Duration};
 
-use casemate_keep::{DeviceReport, Input, Paths, Report, RunOptions, Step};
+use casemate_keep::{DeviceReport, Event, Input, Paths, Report, RunOptions, Step};
 use casemate_spec::ByteSize;
 use clap::Args;
 
@@ -125,6 +125,11 @@ pub(crate) fn tell(step: &Step, json: bool) {
             output::aside(&format!("the guest runs, {} ms after its VMM was started", elapsed.as_millis()));
         }
         Step::Log { line } => output::aside(&format!("the VMM says: {line}")),
+        Step::Paused => output::aside("the guest is paused"),
+        Step::Resumed => output::aside("the guest goes on"),
+        Step::Event { event: Event::Panicked } => {
+            output::aside("the guest says that its kernel has panicked")
+        }
         Step::AskedToPowerOff { grace } => {
             output::aside(&format!("asked the guest to power off; it is stopped in {} s", grace.as_secs()));
         }

@@ -97,7 +97,7 @@ pub(crate) fn sweep(paths: &Paths) {
     let Ok(entries) = fs::read_dir(&paths.runtime) else { return };
     let left = |path: &PathBuf| {
         let extension = path.extension().and_then(|extension| extension.to_str());
-        matches!(extension, Some("account" | "account-new" | "json" | "socket"))
+        matches!(extension, Some("account" | "account-new" | "json" | "operator" | "socket"))
     };
     for path in entries.flatten().map(|entry| entry.path()).filter(left) {
         let Some(guest) = path.file_stem() else { continue };
@@ -339,6 +339,9 @@ pub(crate) fn first_word(message: FromCell) -> Result<(), Refusal> {
         }
         FromCell::Ended { .. } => {
             Err(Refusal::new("cell-refused", "", "the cell ended before it began", "try again"))
+        }
+        FromCell::Answer { .. } | FromCell::Event(_) => {
+            Err(Refusal::new("cell-refused", "", "the cell spoke out of turn", "see its log above"))
         }
     }
 }

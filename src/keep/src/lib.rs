@@ -18,15 +18,22 @@ mod console;
 mod decisions;
 mod digest;
 mod input;
+mod operator;
+mod operator_socket;
 mod paths;
 mod record;
 mod report;
 mod run;
 mod watch;
 
+// What a cell tells, by its word.
+pub use casemate_wire::{Counters, DeviceKind, DeviceStatistics, Event, Statistics};
+
 pub use audit::{Audit, AuditLine, SignedAudit, Source, audit};
 pub use decisions::{Decisions, Reading};
 pub use input::{ESCAPE, Input};
+pub use operator::GuestState;
+pub use operator_socket::{GuestStatistics, OperatorRequest, operate};
 pub use paths::{Paths, PathsError};
 pub use record::{GivenDevice, GivenLandlock, GivenLimits, GuestRecord, running};
 pub use report::{CellReport, DeviceReport, Ending, MachineReport, PolicyReport, Report, Step};

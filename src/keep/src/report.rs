@@ -4,6 +4,7 @@ use std::time::Duration;
 
 use casemate_host::{Recovered, Returned};
 use casemate_spec::PciAddress;
+use casemate_wire::Event;
 use serde::{Serialize, Serializer};
 
 /// Something that a user waits for or wants to know of, as it happens.
@@ -53,6 +54,15 @@ pub enum Step {
     Log {
         /// A line.
         line: String,
+    },
+    /// Its processors stand, as an operator wished.
+    Paused,
+    /// They go on.
+    Resumed,
+    /// Something that the cell tells of its guest, by its word.
+    Event {
+        /// What.
+        event: Event,
     },
     /// The guest's power button was pressed.
     AskedToPowerOff {

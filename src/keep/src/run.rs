@@ -19,8 +19,10 @@ use crate::{
     CellReport, DeviceReport, Input, MachineReport, Paths, PolicyReport, Report, Step,
     admission::{self, Images, Question},
     cell::{self, Identity, Resources},
+    operator,
+    operator_socket::OperatorSocket,
     record::{self, Facts},
-    watch::{self, StopSignals},
+    watch::{self, StopSignals, Watching},
 };
 
 /// Why a guest was not run: at least one refusal, each a line.
@@ -220,9 +222,17 @@ impl Prepared<'_> {
         };
         // Gone with this function, as the guest is.
         let _recorded = record::write(self.paths, &facts)?;
+        let (operator, orders) = operator::pair(guest.name.as_str()).map_err(|error| {
+            let cause = format_args!("nothing can be asked of it: {error}");
+            Refusal::new("keep-failed", &guest.name, cause, "try again")
+        })?;
+        let _socket = OperatorSocket::open(self.paths, operator)?;
         // The cell has its own; a tap is gone with its last descriptor.
         drop(taps);
-        let seen = watch::until_end(started, guest, &self.options, &self.signals, console, tell)?;
+        let seen = {
+            let watching = Watching { guest, options: &self.options, signals: &self.signals, orders };
+            watch::until_end(started, watching, console, tell)?
+        };
         tell(Step::Ended { ending: seen.ending.clone() });
         Ok(Report {
             guest: guest.name.to_string(),

@@ -11,7 +11,7 @@ use std::{
 
 use casemate_jail::Cell;
 use casemate_spec::{Guest, Refusal};
-use casemate_wire::{Channel, Counters, End, FromCell, ToCell, WireError};
+use casemate_wire::{Answer, Channel, Counters, End, FromCell, ToCell, WireError};
 use rustix::{
     event::{PollFd, PollFlags, Timespec, poll},
     io::Errno,
@@ -23,6 +23,7 @@ use crate::{
     cell::{Started, first_word, printable},
     console::Console,
     input,
+    operator::{GuestState, Heard, Order, Orders},
 };
 
 /// How often the cell's memory is measured.
@@ -31,6 +32,8 @@ const SAMPLE: Duration = Duration::from_millis(500);
 const RETRY: Duration = Duration::from_millis(20);
 /// A cell that was told to stop, or said that it ends, is killed after this.
 const LAST_WORDS: Duration = Duration::from_secs(5);
+/// What a cell tells of its guest unasked, before the rest is passed over.
+const EVENTS_MOST: usize = 256;
 /// Most of one line of the VMM's log.
 const LOG_LINE_BYTES: usize = 1024;
 /// Most of the VMM's log that is told.
@@ -44,6 +47,15 @@ pub(crate) struct Seen {
     pub(crate) line: Option<Duration>,
 }
 
+/// What a watch has to know beside the cell.
+pub(crate) struct Watching<'a> {
+    pub(crate) guest: &'a Guest,
+    pub(crate) options: &'a RunOptions<'a>,
+    pub(crate) signals: &'a StopSignals,
+    /// What others in this process want of the guest.
+    pub(crate) orders: Orders,
+}
+
 /// Watches the cell until its process has ended. The console's bytes go to `console`, steps to `tell`; a signal brings
 /// the end on.
 ///
@@ -51,12 +63,11 @@ pub(crate) struct Seen {
 /// When the machine was refused by the cell before it ran.
 pub(crate) fn until_end(
     started: Started,
-    guest: &Guest,
-    options: &RunOptions<'_>,
-    signals: &StopSignals,
+    watching: Watching<'_>,
     console: Box<dyn Write + Send>,
     tell: &mut dyn FnMut(Step),
 ) -> Result<Seen, Refusal> {
+    let Watching { guest, options, signals, orders } = watching;
     let Started { mut cell, channel, console: console_pipe, console_input, log: log_pipe, .. } = started;
     let terminal = console_input.map(|pipe| input::carry(options.input, pipe, signals, guest));
     let _terminal = terminal.transpose()?;
@@ -75,6 +86,8 @@ pub(crate) fn until_end(
         next_sample: Instant::now(),
         line: options.line.map(LineWatch::new),
         log: LogLines::default(),
+        orders,
+        events: 0,
     };
     let mut console_pipe = Some(console_pipe);
     let mut log_pipe = Some(log_pipe);
@@ -88,9 +101,10 @@ pub(crate) fn until_end(
             console_pipe.as_ref().filter(|_| room).map(AsFd::as_fd),
             log_pipe.as_ref().map(AsFd::as_fd),
             Some(signals.read.as_fd()),
+            Some(watch.orders.wake()),
         ];
         let ready = wait(&fds, if room { SAMPLE } else { RETRY });
-        let [ended, message, console_ready, log_ready, signalled] = ready;
+        let [ended, message, console_ready, log_ready, signalled, ordered] = ready;
         if console_ready {
             watch.carry(&mut console_pipe);
         }
@@ -117,8 +131,11 @@ pub(crate) fn until_end(
             signals.drain();
             watch.stop(options.grace, &channel, &cell, tell);
         }
+        if ordered {
+            watch.obey(options.grace, &channel, &cell, tell);
+        }
         let late = ended && ended_at.get_or_insert_with(Instant::now).elapsed() > LAST_WORDS;
-        if ended && !message && !signalled && !console_ready && !log_ready && (room || late) {
+        if ended && !message && !signalled && !ordered && !console_ready && !log_ready && (room || late) {
             break;
         }
         if watch.deadline.is_some_and(|deadline| Instant::now() > deadline) {
@@ -223,6 +240,9 @@ struct Watch {
     next_sample: Instant,
     line: Option<LineWatch>,
     log: LogLines,
+    orders: Orders,
+    /// Events that the cell told.
+    events: usize,
 }
 
 impl Watch {
@@ -260,7 +280,40 @@ impl Watch {
             tell(Step::AskedToPowerOff { grace });
         }
         self.ending = ending;
+        if ending == FromOutside::Told {
+            self.orders.set_state(GuestState::Ending);
+        }
         self.deadline = Some(Instant::now() + patience);
+    }
+
+    /// Does what others in this process want of the guest.
+    fn obey(&mut self, grace: Duration, channel: &Channel, cell: &Cell, tell: &mut dyn FnMut(Step)) {
+        while let Some((order, reply)) = self.orders.next() {
+            match order {
+                Order::Ask(ask, descriptors) => {
+                    self.orders.ask(ask, &descriptors, channel, reply);
+                    continue;
+                }
+                Order::PowerOff if self.orders.state() == GuestState::Paused => {
+                    let cause = "it is paused, and would not notice its power button";
+                    let remedy = "resume it first, or stop it";
+                    let _ = reply.send(Err(Refusal::new("guest-paused", self.orders.guest(), cause, remedy)));
+                    continue;
+                }
+                // Pressed once; who wants more than that stops it.
+                Order::PowerOff if self.ending != FromOutside::Untouched => {}
+                Order::PowerOff => self.stop(grace, channel, cell, tell),
+                Order::Stop => {
+                    if self.ending == FromOutside::Untouched {
+                        self.ending = FromOutside::Asked;
+                    }
+                    if self.ending == FromOutside::Asked {
+                        self.stop(grace, channel, cell, tell);
+                    }
+                }
+            }
+            let _ = reply.send(Ok(Answer::Done));
+        }
     }
 
     /// Takes a cell's word; says whether it was its turn to say it.
@@ -270,10 +323,24 @@ impl Watch {
                 self.ended = Some((end, counters));
                 self.ending = FromOutside::Told;
                 self.deadline = Some(Instant::now() + LAST_WORDS);
+                self.orders.set_state(GuestState::Ending);
+            }
+            FromCell::Answer { id, answer } if self.running => match self.orders.answered(id, answer) {
+                Heard::Nonsense => return Ok(false),
+                Heard::Paused => tell(Step::Paused),
+                Heard::Resumed => tell(Step::Resumed),
+                Heard::Passed => {}
+            },
+            FromCell::Event(event) if self.running => {
+                self.events = self.events.saturating_add(1);
+                if self.events <= EVENTS_MOST {
+                    tell(Step::Event { event });
+                }
             }
             message if !self.running => {
                 first_word(message)?;
                 self.running = true;
+                self.orders.set_state(GuestState::Running);
                 tell(Step::Running { elapsed: self.begun.elapsed() });
             }
             _ => return Ok(false),
@@ -292,6 +359,8 @@ impl Watch {
             && let Ok(memory) = cell.memory(guest.memory.bytes())
         {
             self.memory_bytes = Some(memory.pss_bytes_less_guest);
+            let guest_bytes = memory.pss_bytes.saturating_sub(memory.pss_bytes_less_guest);
+            self.orders.set_memory(memory.pss_bytes_less_guest, guest_bytes);
         }
     }
 

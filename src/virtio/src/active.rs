@@ -6,6 +6,7 @@ use virtio_queue::{Queue, QueueOwnedT, QueueT};
 use vm_memory::GuestMemoryMmap;
 
 use crate::{
+    counters::Counters,
     device::{Fault, Progress},
     interrupt::Interrupt,
     request::Request,
@@ -21,6 +22,7 @@ pub struct Active {
     queues: Vec<Option<Queue>>,
     interrupt: Interrupt,
     features: u64,
+    counters: Arc<Counters>,
 }
 
 impl Active {
@@ -30,13 +32,19 @@ impl Active {
         queues: Vec<Option<Queue>>,
         interrupt: Interrupt,
         features: u64,
+        counters: Arc<Counters>,
     ) -> Self {
-        Self { memory, queues, interrupt, features }
+        Self { memory, queues, interrupt, features, counters }
     }
 
     /// Whether feature bit `bit` was negotiated.
     pub fn has_feature(&self, bit: u32) -> bool {
         self.features.checked_shr(bit).is_some_and(|features| features & 1 == 1)
+    }
+
+    /// What the device has done, to be counted on.
+    pub fn counters(&self) -> &Arc<Counters> {
+        &self.counters
     }
 
     /// Number of queues, enabled or not.
@@ -75,6 +83,7 @@ impl Active {
                     queue.go_to_previous_position();
                     return Ok(Progress::Idle);
                 };
+                self.counters.request(request.readable.bytes() as u64, written.into());
                 queue.add_used(memory, request.head(), written)?;
                 if queue.needs_notification(memory)? {
                     self.interrupt.signal_queue(index);

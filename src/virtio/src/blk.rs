@@ -4,6 +4,7 @@ use std::{
     fs::File,
     io,
     os::fd::{AsFd, OwnedFd},
+    sync::Arc,
 };
 
 use rustix::{
@@ -19,6 +20,7 @@ use virtio_bindings::virtio_blk::{
 
 use crate::{
     active::Active,
+    counters::Counters,
     device::{Device, DeviceError, Fault, Kind, Progress},
     request::Request,
     vectored::{read_at, write_at},
@@ -148,13 +150,14 @@ impl Device for Blk {
     fn queue_ready(&mut self, active: &mut Active, index: usize) -> Result<Progress, Fault> {
         // A driver that cannot flush is promised that what is written is kept (5.2.6.2).
         let write_through = !active.has_feature(VIRTIO_BLK_F_FLUSH);
-        active.serve(index, BUDGET, |request| self.disk.answer(request, write_through).map(Some))
+        let counters = Arc::clone(active.counters());
+        active.serve(index, BUDGET, |request| self.disk.answer(request, write_through, &counters).map(Some))
     }
 }
 
 impl Disk {
     /// Does `request`, writes its status, and returns the number of bytes written.
-    fn answer(&self, request: &Request<'_>, write_through: bool) -> Result<u32, Fault> {
+    fn answer(&self, request: &Request<'_>, write_through: bool, counters: &Counters) -> Result<u32, Fault> {
         let Some(status_at) = request.writable.bytes().checked_sub(1) else {
             return Err(Fault::Request("has no room for its status"));
         };
@@ -167,6 +170,9 @@ impl Disk {
             Err(Failure::Io) => (VIRTIO_BLK_S_IOERR, 0),
             Err(Failure::Unsupported) => (VIRTIO_BLK_S_UNSUPP, 0),
         };
+        if status != VIRTIO_BLK_S_OK {
+            counters.error();
+        }
         if !request.writable.write(status_at, &[status as u8]) {
             return Err(Fault::Request("has no room for its status"));
         }

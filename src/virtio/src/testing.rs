@@ -126,7 +126,7 @@ pub(crate) fn active(memory: &Memory, rings: &[&Ring], features: u64) -> (Active
         interrupt.set_queue_vector(index, index as u16);
     }
     let queues = rings.iter().map(|ring| Some(ring.queue())).collect();
-    (Active::new(memory.clone(), queues, interrupt, features), ours)
+    (Active::new(memory.clone(), queues, interrupt, features, Arc::default()), ours)
 }
 
 /// Gives `device` turns for queue `index` until it is idle.

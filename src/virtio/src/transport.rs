@@ -11,6 +11,7 @@ use vmm_sys_util::eventfd::{EFD_NONBLOCK, EventFd};
 use crate::{
     active::{Active, Memory},
     common::{Action, COMMON_BYTES, Common},
+    counters::Counters,
     device::{Device, Fault},
     interrupt::Interrupt,
     worker::{QUEUES_MAX, Remote, Worker},
@@ -110,6 +111,7 @@ pub struct PciTransport {
     doorbells: Arc<[EventFd]>,
     memory: Memory,
     worker: Remote,
+    counters: Arc<Counters>,
     is_active: bool,
 }
 
@@ -138,6 +140,7 @@ impl PciTransport {
         let doorbells: Arc<[EventFd]> =
             sizes.iter().map(|_| EventFd::new(EFD_NONBLOCK)).collect::<Result<Vec<_>, _>>()?.into();
         let (thread, worker) = Worker::new(device, doorbells.clone())?;
+        let counters = Arc::default();
         let transport = Self {
             config,
             window,
@@ -149,6 +152,7 @@ impl PciTransport {
             doorbells,
             memory,
             worker,
+            counters,
             is_active: false,
         };
         Ok((transport, thread))
@@ -165,11 +169,19 @@ impl PciTransport {
         self.interrupt.fault()
     }
 
+    /// What the device has done.
+    pub fn counters(&self) -> &Arc<Counters> {
+        &self.counters
+    }
+
     fn act(&mut self, action: Action) {
         match action {
             Action::Activate => match self.activate() {
                 Ok(()) => self.is_active = true,
-                Err(fault) => self.interrupt.set_fault(fault),
+                Err(fault) => {
+                    self.counters.error();
+                    self.interrupt.set_fault(fault);
+                }
             },
             Action::Reset => {
                 if std::mem::take(&mut self.is_active) {
@@ -183,7 +195,9 @@ impl PciTransport {
 
     fn activate(&self) -> Result<(), Fault> {
         let queues = self.common.queues(&self.memory)?;
-        let active = Active::new(self.memory.clone(), queues, self.interrupt.clone(), self.common.features());
+        let (memory, interrupt) = (self.memory.clone(), self.interrupt.clone());
+        let active =
+            Active::new(memory, queues, interrupt, self.common.features(), Arc::clone(&self.counters));
         self.worker.activate(active)
     }
 

@@ -149,6 +149,7 @@ impl Worker {
     fn stop(&mut self, fault: Fault) {
         self.due = 0;
         if let Some(active) = self.active.take() {
+            active.counters().error();
             active.interrupt().set_fault(fault);
         }
     }

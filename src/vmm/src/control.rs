@@ -16,7 +16,7 @@ use std::{
 
 use casemate_passthrough::VfioDevice;
 use casemate_pci::{DecodedBar, MsiMessage};
-use casemate_wire::End;
+use casemate_wire::{End, Event};
 use kvm_bindings::{
     KVM_IRQ_ROUTING_MSI, KvmIrqRouting, kvm_irq_routing_entry, kvm_irq_routing_entry__bindgen_ty_1,
     kvm_irq_routing_msi, kvm_irq_routing_msi__bindgen_ty_1,
@@ -82,6 +82,7 @@ const LAST_WORDS: Duration = Duration::from_secs(1);
 enum Request {
     Change(Change, SyncSender<Result<(), String>>),
     Panicked,
+    Paused,
     End(End),
 }
 
@@ -127,6 +128,11 @@ impl Requests {
         if !self.panicked.swap(true, Ordering::Relaxed) {
             self.send(Request::Panicked);
         }
+    }
+
+    /// Says that the last processor stands at the gate.
+    pub(crate) fn paused(&self) {
+        self.send(Request::Paused);
     }
 
     fn send(&self, request: Request) {
@@ -176,6 +182,8 @@ pub(crate) struct Control {
     devices: Vec<Arc<VfioDevice>>,
     slots: Slots,
     panic_deadline: Option<Instant>,
+    /// What the keep has not been told yet.
+    news: Vec<Event>,
 }
 
 /// Memory slots in use by mapped registers: numbers are reused.
@@ -203,6 +211,7 @@ impl Control {
             devices: Vec::new(),
             slots,
             panic_deadline: None,
+            news: Vec::new(),
         };
         Ok((control, requests))
     }
@@ -240,6 +249,11 @@ impl Control {
         self.panic_deadline.map(|deadline| deadline.saturating_duration_since(Instant::now()))
     }
 
+    /// What has happened since the last call, for the keep.
+    pub(crate) fn take_events(&mut self) -> Vec<Event> {
+        std::mem::take(&mut self.news)
+    }
+
     /// Does what was asked since the last call. Returns how the guest ended, once it has.
     pub(crate) fn serve(&mut self) -> Option<End> {
         let _ = self.wake.read();
@@ -263,7 +277,10 @@ impl Control {
                 }
                 Request::Panicked => {
                     self.panic_deadline.get_or_insert_with(|| Instant::now() + LAST_WORDS);
+                    self.news.push(Event::Panicked);
                 }
+                // Who looks whether all stand there is woken, which is all there is to it.
+                Request::Paused => {}
                 Request::End(end) => return Some(end),
             }
         }

@@ -167,6 +167,8 @@ pub(crate) trait Bus {
     fn end_of_interrupt(&mut self, vector: u8);
     /// Counts an exit of the kinds not told above.
     fn other_exit(&mut self);
+    /// This processor was called out of the guest; it may be held here.
+    fn called(&mut self, vcpu: &mut VcpuFd);
 }
 
 /// Why a processor no longer runs.
@@ -198,7 +200,10 @@ pub(crate) fn run(vcpu: &mut VcpuFd, bus: &mut impl Bus) -> Halt {
             Ok(exit) => {
                 return Halt::Fault(format!("KVM left the guest with an exit nobody asked for: {exit:?}"));
             }
-            Err(error) if matches!(error.errno(), libc::EINTR | libc::EAGAIN) => bus.other_exit(),
+            Err(error) if matches!(error.errno(), libc::EINTR | libc::EAGAIN) => {
+                bus.other_exit();
+                bus.called(vcpu);
+            }
             Err(error) => return Halt::Fault(format!("KVM_RUN failed: {error}")),
         }
     }

@@ -16,7 +16,9 @@ use rustix::{
 };
 
 use crate::{
-    error::{During, Error},
+    asks::{Asks, Reply},
+    error::{During, Error, bounded},
+    gate,
     machine::{Built, Running},
 };
 
@@ -54,6 +56,7 @@ fn conversation(listener: OwnedFd) -> Result<ExitCode, Error> {
             break channel;
         }
     };
+    gate::install_handler()?;
     // Before the filter narrows.
     let poll = epoll::create(epoll::CreateFlags::CLOEXEC).during("making an epoll set")?;
     let running = match receive_machine(&channel).and_then(|built| built.start()) {
@@ -66,13 +69,8 @@ fn conversation(listener: OwnedFd) -> Result<ExitCode, Error> {
         }
     };
     channel.send(&FromCell::Running, &[])?;
-    match (Control { poll, listener, channel: Some(channel), running, button: false }).run()? {}
-}
-
-fn bounded(mut text: String) -> String {
-    let end = (0..=casemate_wire::TEXT_BYTES.min(text.len())).rev().find(|end| text.is_char_boundary(*end));
-    text.truncate(end.unwrap_or(0));
-    text
+    let asks = Asks::default();
+    match (Control { poll, listener, channel: Some(channel), running, asks, button: false }).run()? {}
 }
 
 /// Takes the next peer; one that is not the keep is hung up on.
@@ -119,6 +117,7 @@ struct Control {
     listener: OwnedFd,
     channel: Option<Channel>,
     running: Running,
+    asks: Asks,
     /// The power button is to be pressed.
     button: bool,
 }
@@ -159,13 +158,13 @@ impl Control {
                 result => result.during("waiting for events")?,
             };
             if events.is_empty()
-                && let Some(end) = self.running.control.serve()
+                && let Some(end) = self.serve()
             {
                 self.end(end);
             }
             for event in &events {
                 let end = match event.data.u64() {
-                    REQUEST => self.running.control.serve(),
+                    REQUEST => self.serve(),
                     KEEP => self.hear(),
                     _ => {
                         // While the keep is there, whoever else comes is hung up on.
@@ -190,12 +189,41 @@ impl Control {
         epoll::add(&self.poll, fd, data, epoll::EventFlags::IN).during("watching a descriptor")
     }
 
+    /// Does what the other threads asked for, and tells the keep what came of it.
+    fn serve(&mut self) -> Option<End> {
+        let end = self.running.control.serve();
+        for event in self.running.control.take_events() {
+            self.tell(&FromCell::Event(event));
+        }
+        for reply in self.asks.due(&self.running) {
+            self.answer(reply);
+        }
+        end
+    }
+
+    fn answer(&mut self, (id, answer): Reply) {
+        self.tell(&FromCell::Answer { id, answer });
+    }
+
+    /// Tells the keep. One that does not read is hung up on: the guest's processors may wait for this thread.
+    fn tell(&mut self, message: &FromCell) {
+        if self.channel.as_ref().is_some_and(|channel| channel.send_now(message, &[]).is_err()) {
+            self.channel = None;
+        }
+    }
+
     /// Takes a message from the keep. A keep that has gone leaves the guest running; another may connect.
     fn hear(&mut self) -> Option<End> {
         match self.channel.as_ref()?.receive::<ToCell>() {
             Ok((ToCell::Stop, _)) => Some(End::Stopped),
             Ok((ToCell::PowerButton, _)) => {
                 self.button = true;
+                None
+            }
+            Ok((ToCell::Ask { id, ask }, descriptors)) => {
+                let now = self.asks.take(id, ask, descriptors, &self.running);
+                let later = self.asks.due(&self.running);
+                now.into_iter().chain(later).for_each(|reply| self.answer(reply));
                 None
             }
             Ok((ToCell::Start { .. }, _)) => None,
@@ -225,15 +253,4 @@ impl Control {
 /// A descriptor as a file.
 pub(crate) fn file(fd: OwnedFd) -> File {
     File::from(fd)
-}
-
-#[cfg(test)]
-mod tests {
-    use super::*;
-
-    #[test]
-    fn texts_are_cut_at_a_character() {
-        assert_eq!(bounded("é".repeat(2000)).len(), casemate_wire::TEXT_BYTES);
-        assert_eq!(bounded("ab".into()), "ab");
-    }
 }

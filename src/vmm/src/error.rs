@@ -61,6 +61,13 @@ impl Error {
     }
 }
 
+/// A text cut, at a character, to what the keep takes.
+pub(crate) fn bounded(mut text: String) -> String {
+    let end = (0..=casemate_wire::TEXT_BYTES.min(text.len())).rev().find(|end| text.is_char_boundary(*end));
+    text.truncate(end.unwrap_or(0));
+    text
+}
+
 /// Names what was asked when the kernel refuses.
 pub(crate) trait During<T> {
     /// The result with `what` in its error.
@@ -70,5 +77,16 @@ pub(crate) trait During<T> {
 impl<T, E: Into<io::Error>> During<T> for Result<T, E> {
     fn during(self, what: &'static str) -> Result<T, Error> {
         self.map_err(|error| Error::Kernel { what, source: error.into() })
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn texts_are_cut_at_a_character() {
+        assert_eq!(bounded("é".repeat(2000)).len(), casemate_wire::TEXT_BYTES);
+        assert_eq!(bounded("ab".into()), "ab");
     }
 }

@@ -8,16 +8,19 @@
 //! - A guest's fault ends this guest. Nothing a guest writes can make this program panic; if it did, the process would
 //!   end, and the guest with it.
 //!
-//! Unsafe is allowed here for three things, each in one place: the start (descriptors taken over, `entry`), memory
-//! slots, whose mappings must outlive them (`memory`, `control`), and mapped device registers (`assigned`).
+//! Unsafe is allowed here for four things, each in one place: the start (descriptors taken over, `entry`), memory
+//! slots, whose mappings must outlive them (`memory`, `control`), mapped device registers (`assigned`), and the signal that
+//! calls processors out of the guest (`gate`).
 #![allow(unsafe_code)]
 
+mod asks;
 mod assigned;
 mod boot;
 mod control;
 mod cpu;
 mod entry;
 mod error;
+mod gate;
 mod intx;
 mod layout;
 mod machine;

@@ -12,7 +12,7 @@ use casemate_filters::Role;
 use casemate_passthrough::{AssignedFunction, Container, Probe, VfioDevice};
 use casemate_pci::{Function, HostBridge};
 use casemate_virtio::{
-    Balloon, Blk, BlkBackend, Device, Net, PciParts, PciTransport, Rng, Worker, vector_count,
+    Balloon, Blk, BlkBackend, Counters, Device, Kind, Net, PciParts, PciTransport, Rng, Worker, vector_count,
 };
 use casemate_wire::{Descriptors, End, Machine};
 use kvm_bindings::{CpuId, KVM_CAP_SPLIT_IRQCHIP, kvm_enable_cap};
@@ -38,6 +38,7 @@ pub(crate) struct Built {
     vcpus: Vec<VcpuFd>,
     workers: Vec<Worker>,
     intx: Vec<IntxSource>,
+    devices: Vec<Emulated>,
     control: Control,
     platform: Arc<Platform>,
     console_input: Option<File>,
@@ -61,10 +62,20 @@ struct Passthrough {
 pub(crate) struct Running {
     /// What changes it.
     pub(crate) control: Control,
+    /// Its emulated devices, in the order in which they sit on the bus.
+    pub(crate) devices: Vec<Emulated>,
     /// What its processors reach.
     pub(crate) platform: Arc<Platform>,
     /// What it stands on.
     pub(crate) _held: Held,
+}
+
+/// An emulated device, as far as control has to do with it: never by its locks.
+pub(crate) struct Emulated {
+    /// What it is.
+    pub(crate) kind: Kind,
+    /// What it has done.
+    pub(crate) counters: Arc<Counters>,
 }
 
 impl Built {
@@ -84,6 +95,7 @@ impl Built {
             functions: Vec::new(),
             workers: Vec::new(),
             intx: Vec::new(),
+            devices: Vec::new(),
         };
         parts.add(Box::new(HostBridge::new()), Attachments::default());
         parts.add_virtio(Box::new(Rng::new()))?;
@@ -134,11 +146,12 @@ impl Built {
         let vcpus = make_vcpus(&vm, &cpuid, machine.vcpus, entry)?;
         let root = RootBus::new(parts.functions, window64, Arc::clone(&requests))?;
         let (lines, sources) = parts.intx.into_iter().unzip();
-        let platform = Arc::new(Platform::new(vm, root, console, lines, requests));
+        let platform = Arc::new(Platform::new(vm, root, console, lines, requests, machine.vcpus));
         Ok(Self {
             vcpus,
             workers: parts.workers,
             intx: sources,
+            devices: parts.devices,
             control: parts.control,
             platform,
             console_input,
@@ -148,16 +161,17 @@ impl Built {
 
     /// Makes the threads, narrows every filter, and lets the processors go.
     pub(crate) fn start(self) -> Result<Running, Error> {
-        let Self { vcpus, workers, intx, control, platform, console_input, held } = self;
+        let Self { vcpus, workers, intx, devices, control, platform, console_input, held } = self;
         // Every thread passes here with its narrow filter on before the first guest instruction.
         let threads = vcpus.len() + workers.len() + intx.len() + console_input.iter().count();
         let ready = Arc::new(Barrier::new(threads + 1));
-        for (id, vcpu) in vcpus.into_iter().enumerate() {
+        for (id, mut vcpu) in vcpus.into_iter().enumerate() {
             let (platform, ready) = (Arc::clone(&platform), Arc::clone(&ready));
             spawn(format!("vcpu{id}"), move || {
+                platform.gate().enter(&mut vcpu);
                 narrow(Role::Vcpu);
                 ready.wait();
-                run_vcpu(vcpu, platform);
+                run_vcpu(vcpu, platform, id);
             })?;
         }
         for (number, worker) in workers.into_iter().enumerate() {
@@ -186,7 +200,7 @@ impl Built {
         }
         narrow(Role::Rest);
         ready.wait();
-        Ok(Running { control, platform, _held: held })
+        Ok(Running { control, devices, platform, _held: held })
     }
 }
 
@@ -198,6 +212,7 @@ struct Parts {
     functions: Vec<Box<dyn Function>>,
     workers: Vec<Worker>,
     intx: Vec<(Intx, IntxSource)>,
+    devices: Vec<Emulated>,
 }
 
 impl Parts {
@@ -241,6 +256,7 @@ impl Parts {
     }
 
     fn add_virtio(&mut self, device: Box<dyn Device>) -> Result<(), Error> {
+        let kind = device.kind();
         let vectors = self.vectors(vector_count(device.as_ref()))?;
         let duplicate = |event: &EventFd| event.try_clone().during("duplicating an eventfd");
         let events = vectors.events.iter().map(duplicate).collect::<Result<_, _>>()?;
@@ -251,6 +267,7 @@ impl Parts {
             Ok(Doorbell { bar: bell.bar, offset: bell.offset, event: duplicate(bell.event)? })
         };
         let doorbells = transport.doorbells().map(ring).collect::<Result<_, Error>>()?;
+        self.devices.push(Emulated { kind, counters: Arc::clone(transport.counters()) });
         self.workers.push(worker);
         self.add(Box::new(transport), Attachments { doorbells, regions: Vec::new() });
         Ok(())
@@ -269,8 +286,8 @@ fn narrow(role: Role) {
     }
 }
 
-fn run_vcpu(mut vcpu: VcpuFd, platform: Arc<Platform>) {
-    let mut processor = Processor(Arc::clone(&platform));
+fn run_vcpu(mut vcpu: VcpuFd, platform: Arc<Platform>, number: usize) {
+    let mut processor = Processor::new(Arc::clone(&platform), number);
     match cpu::run(&mut vcpu, &mut processor) {
         Halt::TripleFault => platform.end(End::TripleFault),
         Halt::Fault(what) => platform.end(End::Fault(what)),

@@ -17,11 +17,12 @@ use casemate_chipset::{
 use casemate_pci::MsiMessage;
 use casemate_wire::{Counters, End};
 use kvm_bindings::kvm_msi;
-use kvm_ioctls::VmFd;
+use kvm_ioctls::{VcpuFd, VmFd};
 
 use crate::{
     control::{Change, Requests},
     cpu::Bus,
+    gate::Gate,
     intx::Intx,
     layout,
     root::RootBus,
@@ -73,7 +74,9 @@ pub(crate) struct Platform {
     intx: Vec<Intx>,
     power: Mutex<Power>,
     requests: Arc<Requests>,
-    counters: ExitCounters,
+    gate: Gate,
+    /// One a processor.
+    counters: Box<[ExitCounters]>,
 }
 
 /// The serial port, and whether input waits for room in it.
@@ -88,12 +91,25 @@ const SERIAL_DATA: u16 = 0;
 /// resetting the port.
 const SERIAL_PATIENCE: Duration = Duration::from_secs(1);
 
-/// Exits to user space, counted by all processors.
+/// Exits to user space of one processor, which alone counts; on a cache line of its own.
 #[derive(Default)]
+#[repr(align(64))]
 struct ExitCounters {
     pio: AtomicU64,
     mmio: AtomicU64,
     other: AtomicU64,
+}
+
+impl ExitCounters {
+    /// Counts one more; only the processor's own thread does.
+    fn count(counter: &AtomicU64) {
+        counter.store(counter.load(Ordering::Relaxed).wrapping_add(1), Ordering::Relaxed);
+    }
+
+    fn read(&self) -> Counters {
+        let of = |counter: &AtomicU64| counter.load(Ordering::Relaxed);
+        Counters { pio_exits: of(&self.pio), mmio_exits: of(&self.mmio), other_exits: of(&self.other) }
+    }
 }
 
 pub(crate) fn lock<T>(mutex: &Mutex<T>) -> MutexGuard<'_, T> {
@@ -114,6 +130,7 @@ impl Platform {
         console: File,
         intx: Vec<Intx>,
         requests: Arc<Requests>,
+        vcpus: u8,
     ) -> Self {
         let sink = SignalMsi { vm, requests: Arc::clone(&requests) };
         let ioapic = Arc::new(Mutex::new(IoApic::new(sink)));
@@ -126,8 +143,9 @@ impl Platform {
             ioapic,
             intx,
             power: Mutex::default(),
+            gate: Gate::new(Arc::clone(&requests)),
             requests,
-            counters: ExitCounters::default(),
+            counters: (0..vcpus).map(|_| ExitCounters::default()).collect(),
         }
     }
 
@@ -190,14 +208,23 @@ impl Platform {
         }
     }
 
-    /// The exits so far.
+    /// Where processors stand while the machine is paused.
+    pub(crate) fn gate(&self) -> &Gate {
+        &self.gate
+    }
+
+    /// The exits so far, a processor after the other.
+    pub(crate) fn vcpu_counters(&self) -> Vec<Counters> {
+        self.counters.iter().map(ExitCounters::read).collect()
+    }
+
+    /// The exits so far, of all processors.
     pub(crate) fn counters(&self) -> Counters {
-        let of = |counter: &AtomicU64| counter.load(Ordering::Relaxed);
-        Counters {
-            pio_exits: of(&self.counters.pio),
-            mmio_exits: of(&self.counters.mmio),
-            other_exits: of(&self.counters.other),
-        }
+        self.vcpu_counters().into_iter().fold(Counters::default(), |sum, one| Counters {
+            pio_exits: sum.pio_exits.wrapping_add(one.pio_exits),
+            mmio_exits: sum.mmio_exits.wrapping_add(one.mmio_exits),
+            other_exits: sum.other_exits.wrapping_add(one.other_exits),
+        })
     }
 
     /// Says that the guest has ended.
@@ -207,68 +234,88 @@ impl Platform {
 }
 
 /// The view of one processor.
-pub(crate) struct Processor(pub(crate) Arc<Platform>);
+pub(crate) struct Processor {
+    platform: Arc<Platform>,
+    number: usize,
+}
+
+impl Processor {
+    /// That of processor `number`, from 0.
+    pub(crate) fn new(platform: Arc<Platform>, number: usize) -> Self {
+        Self { platform, number }
+    }
+
+    fn count(&self, which: impl FnOnce(&ExitCounters) -> &AtomicU64) {
+        if let Some(counters) = self.platform.counters.get(self.number) {
+            ExitCounters::count(which(counters));
+        }
+    }
+}
 
 impl Bus for Processor {
     fn port_read(&mut self, port: u16, data: &mut [u8]) {
-        self.0.counters.pio.fetch_add(1, Ordering::Relaxed);
+        self.count(|counters| &counters.pio);
         data.fill(0xFF);
         if let Some(offset) = port_offset(port, SERIAL_PORT, SERIAL_PORTS, data.len()) {
-            self.0.read_serial(offset, data);
+            self.platform.read_serial(offset, data);
         } else if let Some(offset) = port_offset(port, POWER_PORT, POWER_PORTS, data.len()) {
-            lock(&self.0.power).read(offset, data);
+            lock(&self.platform.power).read(offset, data);
         } else if port_offset(port, PANIC_PORT, PANIC_PORTS, data.len()).is_some() {
             panic_read(data);
         }
     }
 
     fn port_write(&mut self, port: u16, data: &[u8]) {
-        self.0.counters.pio.fetch_add(1, Ordering::Relaxed);
+        self.count(|counters| &counters.pio);
         if let Some(offset) = port_offset(port, SERIAL_PORT, SERIAL_PORTS, data.len()) {
-            lock(&self.0.serial).port.write(offset, data);
+            lock(&self.platform.serial).port.write(offset, data);
         } else if let Some(offset) = port_offset(port, POWER_PORT, POWER_PORTS, data.len()) {
-            let event = lock(&self.0.power).write(offset, data);
+            let event = lock(&self.platform.power).write(offset, data);
             match event {
-                Some(PowerEvent::PowerOff) => self.0.end(End::PowerOff),
-                Some(PowerEvent::Reset) => self.0.end(End::Reset),
+                Some(PowerEvent::PowerOff) => self.platform.end(End::PowerOff),
+                Some(PowerEvent::Reset) => self.platform.end(End::Reset),
                 None => {}
             }
         } else if port_offset(port, PANIC_PORT, PANIC_PORTS, data.len()).is_some() && panic_write(data) {
-            self.0.requests.panicked();
+            self.platform.requests.panicked();
         }
     }
 
     fn memory_read(&mut self, address: u64, data: &mut [u8]) {
-        self.0.counters.mmio.fetch_add(1, Ordering::Relaxed);
+        self.count(|counters| &counters.mmio);
         if let Some(offset) = layout::ECAM.offset(address, data.len()) {
-            self.0.root.config_read(offset, data);
+            self.platform.root.config_read(offset, data);
         } else if let Some(offset) = layout::IOAPIC.offset(address, data.len()) {
-            lock(&self.0.ioapic).read(offset, data);
+            lock(&self.platform.ioapic).read(offset, data);
         } else {
-            self.0.root.memory_read(address, data);
+            self.platform.root.memory_read(address, data);
         }
     }
 
     fn memory_write(&mut self, address: u64, data: &[u8]) {
-        self.0.counters.mmio.fetch_add(1, Ordering::Relaxed);
+        self.count(|counters| &counters.mmio);
         if let Some(offset) = layout::ECAM.offset(address, data.len()) {
-            self.0.root.config_write(offset, data);
+            self.platform.root.config_write(offset, data);
         } else if let Some(offset) = layout::IOAPIC.offset(address, data.len()) {
-            let ended = lock(&self.0.ioapic).write(offset, data);
-            self.0.ended(ended);
+            let ended = lock(&self.platform.ioapic).write(offset, data);
+            self.platform.ended(ended);
         } else {
-            self.0.root.memory_write(address, data);
+            self.platform.root.memory_write(address, data);
         }
     }
 
     fn end_of_interrupt(&mut self, vector: u8) {
-        self.0.counters.other.fetch_add(1, Ordering::Relaxed);
-        let ended = lock(&self.0.ioapic).eoi(vector);
-        self.0.ended(ended);
+        self.count(|counters| &counters.other);
+        let ended = lock(&self.platform.ioapic).eoi(vector);
+        self.platform.ended(ended);
     }
 
     fn other_exit(&mut self) {
-        self.0.counters.other.fetch_add(1, Ordering::Relaxed);
+        self.count(|counters| &counters.other);
+    }
+
+    fn called(&mut self, vcpu: &mut VcpuFd) {
+        self.platform.gate.pass(vcpu);
     }
 }
 

@@ -84,6 +84,27 @@ impl Channel {
     /// # Errors
     /// When it is too large or the socket fails.
     pub fn send<M: Serialize>(&self, message: &M, descriptors: &[BorrowedFd<'_>]) -> Result<(), WireError> {
+        self.send_with(message, descriptors, SendFlags::NOSIGNAL)
+    }
+
+    /// Sends one message with descriptors, or none of it: a peer that does not read is not waited for.
+    ///
+    /// # Errors
+    /// As for [`Channel::send`], and [`Errno::AGAIN`] of the socket when the peer leaves no room.
+    pub fn send_now<M: Serialize>(
+        &self,
+        message: &M,
+        descriptors: &[BorrowedFd<'_>],
+    ) -> Result<(), WireError> {
+        self.send_with(message, descriptors, SendFlags::NOSIGNAL | SendFlags::DONTWAIT)
+    }
+
+    fn send_with<M: Serialize>(
+        &self,
+        message: &M,
+        descriptors: &[BorrowedFd<'_>],
+        flags: SendFlags,
+    ) -> Result<(), WireError> {
         let bytes = postcard::to_stdvec(message).map_err(|_| WireError::Malformed)?;
         if bytes.len() > MESSAGE_BYTES || descriptors.len() > DESCRIPTORS {
             return Err(WireError::TooLarge);
@@ -94,7 +115,7 @@ impl Channel {
             return Err(WireError::TooLarge);
         }
         loop {
-            match sendmsg(&self.socket, &[IoSlice::new(&bytes)], &mut ancillary, SendFlags::NOSIGNAL) {
+            match sendmsg(&self.socket, &[IoSlice::new(&bytes)], &mut ancillary, flags) {
                 Err(Errno::INTR) => {}
                 Err(Errno::PIPE | Errno::CONNRESET) => return Err(WireError::Closed),
                 Err(error) => return Err(error.into()),
@@ -151,7 +172,9 @@ impl AsFd for Channel {
 #[cfg(test)]
 mod tests {
     use super::*;
-    use crate::{Counters, End, FromCell, ToCell};
+    use crate::{
+        Answer, COUNTED_MOST, Counters, DeviceKind, DeviceStatistics, End, FromCell, Statistics, ToCell,
+    };
     use proptest::prelude::*;
     use rustix::net::{AddressFamily, SocketFlags, SocketType, socketpair};
 
@@ -197,6 +220,35 @@ mod tests {
         let end = End::Fault("x".repeat(MESSAGE_BYTES));
         let large = FromCell::Ended { end, counters: Counters::default() };
         assert!(matches!(cell.send(&large, &[]), Err(WireError::TooLarge)));
+    }
+
+    #[test]
+    fn a_peer_that_does_not_read_is_not_waited_for() {
+        let (keep, cell) = pair();
+        let full = (0..100_000).find_map(|_| keep.send_now(&ToCell::Stop, &[]).err());
+        assert!(matches!(full, Some(WireError::Socket(Errno::AGAIN))), "{full:?}");
+        assert_eq!(cell.receive::<ToCell>().unwrap().0, ToCell::Stop);
+    }
+
+    #[test]
+    fn the_largest_statistics_fit_a_message() {
+        let most = u64::MAX;
+        let vcpu = Counters { pio_exits: most, mmio_exits: most, other_exits: most };
+        let device = DeviceStatistics {
+            kind: DeviceKind::Balloon,
+            number: u16::MAX,
+            requests: most,
+            bytes_to_guest: most,
+            bytes_from_guest: most,
+            errors: most,
+        };
+        let statistics = Statistics { vcpus: vec![vcpu; COUNTED_MOST], devices: vec![device; COUNTED_MOST] };
+        assert!(statistics.is_bounded());
+        let answer = Ok(Answer::Statistics(Box::new(statistics)));
+        let (keep, cell) = pair();
+        cell.send(&FromCell::Answer { id: u32::MAX, answer: answer.clone() }, &[]).unwrap();
+        let (message, _) = keep.receive::<FromCell>().unwrap();
+        assert_eq!(message, FromCell::Answer { id: u32::MAX, answer });
     }
 
     #[test]

@@ -10,10 +10,12 @@
 // One getsockopt, in credentials.rs.
 #![allow(unsafe_code)]
 
+mod ask;
 mod channel;
 mod credentials;
 mod message;
 
+pub use ask::{Answer, Ask, COUNTED_MOST, DeviceKind, DeviceStatistics, Event, Refused, Statistics};
 pub use channel::{Channel, Descriptors, WireError};
 pub use credentials::peer_is_listener;
 pub use message::{

@@ -2,8 +2,10 @@
 
 use serde::{Deserialize, Serialize};
 
+use crate::{Answer, Ask, Event, Refused};
+
 /// Version of this protocol. Both programs come from one build; a mismatch is refused at the first message.
-pub const VERSION: u32 = 1;
+pub const VERSION: u32 = 2;
 /// Most bytes of an encoded message.
 pub const MESSAGE_BYTES: usize = 32 << 10;
 /// Most descriptors with one message.
@@ -29,6 +31,13 @@ pub enum ToCell {
     PowerButton,
     /// Stop at once; the guest is not asked.
     Stop,
+    /// Do or tell something while the guest runs. Descriptors that it needs come with it.
+    Ask {
+        /// The answer has the same.
+        id: u32,
+        /// What.
+        ask: Ask,
+    },
 }
 
 /// Everything a cell needs to know of its guest.
@@ -112,6 +121,15 @@ pub enum FromCell {
         /// What it cost.
         counters: Counters,
     },
+    /// To [`ToCell::Ask`].
+    Answer {
+        /// Of what was asked.
+        id: u32,
+        /// What came of it.
+        answer: Result<Answer, Refused>,
+    },
+    /// Something that nobody asked for.
+    Event(Event),
 }
 
 /// How a guest ended.

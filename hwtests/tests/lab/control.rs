@@ -1,0 +1,154 @@
+//! What an operator does with a guest that runs.
+
+use std::{
+    fs,
+    io::{BufRead, BufReader, Read, Write},
+    os::unix::net::UnixStream,
+    thread,
+    time::Duration,
+};
+
+use casemate_hwtests::{
+    expect,
+    harness::{Ctx, Failure, Running},
+};
+use serde_json::{Value, json};
+
+use crate::endings::{cell_of, ending};
+
+/// For a guest to come to its script, or from there to its end.
+const SOON: Duration = Duration::from_secs(60);
+
+/// Runs `casemate --json VERB GUEST…`, which must succeed; returns what it printed.
+pub(crate) fn operate(ctx: &Ctx, words: &[&str]) -> Result<Value, Failure> {
+    let run = ctx.run(["casemate", "--json"].iter().chain(words))?;
+    let line = run.success()?.stdout.trim();
+    serde_json::from_str(line).map_err(|error| Failure::new(format_args!("{words:?} said {line:?}: {error}")))
+}
+
+/// How many lines of the guest's say `tick`.
+fn ticks(running: &Running) -> usize {
+    running.printed_so_far().matches("tick-").count()
+}
+
+/// Processor time that the vCPU threads of a cell have used, in clock ticks.
+fn vcpu_time(pid: u32) -> Result<u64, Failure> {
+    let mut sum = 0;
+    for thread in fs::read_dir(format!("/proc/{pid}/task"))?.flatten() {
+        let stat = fs::read_to_string(thread.path().join("stat"))?;
+        if let Some((name, rest)) = stat.rsplit_once(") ")
+            && name.contains("(vcpu")
+        {
+            let fields: Vec<u64> = rest.split(' ').map(|field| field.parse().unwrap_or(0)).collect();
+            // utime and stime, the 14th and 15th field (proc_pid_stat(5)).
+            sum += fields.get(11).copied().unwrap_or(0) + fields.get(12).copied().unwrap_or(0);
+        }
+    }
+    Ok(sum)
+}
+
+/// One line to the operator's socket, and what comes back.
+fn said(guest: &str, line: &[u8]) -> Result<String, Failure> {
+    let mut socket = UnixStream::connect(format!("/run/casemate/{guest}.operator"))?;
+    socket.set_read_timeout(Some(Duration::from_secs(10)))?;
+    let _ = socket.write_all(line);
+    let mut answer = String::new();
+    BufReader::new(socket).read_line(&mut answer)?;
+    Ok(answer)
+}
+
+/// A guest stands still while it is paused, and goes on as if nothing had been; meanwhile it can be asked, but not in vain.
+pub(crate) fn pauses_and_goes_on(ctx: &mut Ctx) -> Result<(), Failure> {
+    let disk = ctx.directory().join("disk.img");
+    fs::write(&disk, vec![0; 1 << 20])?;
+    let script = "cat /dev/vda >/dev/null; (while true; do :; done) &
+        i=0; while true; do i=$((i+1)); echo tick-$i.; sleep 0.2; dmesg | grep -i 'lockup\\|stall' && echo complains; done";
+    let running = ctx.start_guest(&ctx.guest(script)?.disk(&disk, false))?;
+    let guest = ctx.name();
+    let (pid, _) = cell_of(&running)?;
+    running.wait_for_text("tick-3.", SOON)?;
+    for _ in 0..3 {
+        expect!(operate(ctx, &["pause", guest])?["state"] == "paused", "it is not paused");
+        running.wait_for_step("paused", SOON)?;
+        thread::sleep(Duration::from_millis(700));
+        let (before, time) = (ticks(&running), vcpu_time(pid)?);
+        thread::sleep(Duration::from_secs(2));
+        expect!(ticks(&running) == before, "a paused guest printed {} lines", ticks(&running) - before);
+        expect!(vcpu_time(pid)? == time, "the processors of a paused guest ran");
+        let listed = operate(ctx, &["ps"])?;
+        expect!(listed["state"] == "paused" && listed["guest"] == guest, "ps says {listed}");
+        // Pausing what is paused is no mistake.
+        operate(ctx, &["pause", guest])?;
+        ctx.run(["casemate", "--json", "power-off", guest])?.refusal("guest-paused")?;
+        expect!(operate(ctx, &["resume", guest])?["state"] == "running", "it does not run");
+        let next = format!("tick-{}.", before + 3);
+        running.wait_for_text(&next, Duration::from_secs(20))?;
+    }
+    counts(&operate(ctx, &["stats", guest])?)?;
+    hostile_words(ctx, guest)?;
+    let now = ticks(&running);
+    running.wait_for_text(&format!("tick-{}.", now + 2), Duration::from_secs(20))?;
+    operate(ctx, &["stop", guest])?;
+    let run = running.wait(SOON)?;
+    expect!(ending(&run)? == "stopped", "the guest ended by {}", ending(&run)?);
+    expect!(!run.stdout.contains("complains"), "the guest's watchdogs complain");
+    ctx.run(["casemate", "--json", "pause", guest])?.refusal("guest-not-running")?;
+    expect!(!fs::exists(format!("/run/casemate/{guest}.operator"))?, "the operator's socket is still there");
+    Ok(())
+}
+
+fn counts(statistics: &Value) -> Result<(), Failure> {
+    let vcpus = statistics["vcpus"].as_array().map_or(0, Vec::len);
+    expect!(vcpus == 2, "the statistics tell of {vcpus} processors: {statistics}");
+    let exits =
+        |vcpu: &Value| vcpu["pio_exits"].as_u64().unwrap_or(0) + vcpu["mmio_exits"].as_u64().unwrap_or(0);
+    let all: u64 = statistics["vcpus"].as_array().into_iter().flatten().map(exits).sum();
+    expect!(all > 100, "a guest that printed and read has {all} exits: {statistics}");
+    let devices = statistics["devices"].as_array().cloned().unwrap_or_default();
+    let disk = devices.iter().find(|device| device["kind"] == "disk").cloned().unwrap_or_default();
+    let read = disk["bytes_to_guest"].as_u64().unwrap_or(0);
+    expect!((1 << 20..2 << 20).contains(&read), "the guest read 1 MiB, and the statistics say: {disk}");
+    expect!(
+        statistics["vmm_memory_bytes"].as_u64().is_some_and(|bytes| bytes > 0),
+        "no memory: {statistics}"
+    );
+    Ok(())
+}
+
+/// Nonsense and floods at the operator's socket are refused, and change nothing.
+fn hostile_words(ctx: &Ctx, guest: &str) -> Result<(), Failure> {
+    let lines: [&[u8]; 4] = [b"\n", b"{\"do\":\"dance\"}\n", &[b'x'; 100_000], b"\0\xff\n"];
+    for line in lines {
+        let answer = said(guest, line)?;
+        expect!(answer.contains("operator-request"), "{line:?} was answered with {answer:?}");
+    }
+    let path = format!("/run/casemate/{guest}.operator");
+    let flood: Vec<_> = (0..100).filter_map(|_| UnixStream::connect(&path).ok()).collect();
+    thread::sleep(Duration::from_millis(200));
+    let refused = flood.iter().filter(|socket| {
+        let _ = socket.set_read_timeout(Some(Duration::from_millis(10)));
+        let mut bytes = [0; 64];
+        (&**socket)
+            .read(&mut bytes)
+            .is_ok_and(|count| bytes[..count].starts_with(b"{\"refused\":\"guest-busy\""))
+    });
+    let refused = refused.count();
+    expect!(refused >= 80, "{refused} of 100 connections were refused");
+    drop(flood);
+    thread::sleep(Duration::from_millis(200));
+    expect!(operate(ctx, &["stats", guest])?["state"] == json!("running"), "the flood had consequences");
+    Ok(())
+}
+
+/// The power button is pressed by name, and a panic is told of at once.
+pub(crate) fn presses_the_button_by_name(ctx: &mut Ctx) -> Result<(), Failure> {
+    let script = "modprobe evdev; exec 3</dev/input/event0; echo waits-for-its-button
+        head -c 24 <&3 >/dev/null && echo button-was-pressed";
+    let running = ctx.start_guest(&ctx.guest(script)?.vcpus(1))?;
+    running.wait_for_text("waits-for-its-button", SOON)?;
+    operate(ctx, &["power-off", ctx.name()])?;
+    let run = running.wait(Duration::from_secs(30))?;
+    run.success()?.printed("button-was-pressed")?;
+    expect!(ending(&run)? == "power-off", "the guest ended by {}", ending(&run)?);
+    Ok(())
+}

@@ -1,0 +1,370 @@
+//! The operator's socket of a guest that runs: `NAME.operator` in the folder of sockets and locks, which is root's alone.
+//! A request is a line of JSON, and so is its answer:
+//!
+//! ```text
+//! {"do":"pause"}
+//! {"done":{"guest":"web","state":"paused"}}
+//! {"do":"dance"}
+//! {"refused":"operator-request","subject":"web","cause":"…","remedy":"…"}
+//! ```
+//!
+//! Who can connect is root, and is bounded all the same: so many connections at a time, so many bytes a line, so long for
+//! a line to come.
+
+use std::{
+    fs,
+    io::{self, BufRead, BufReader, Read, Write},
+    os::unix::net::{UnixListener, UnixStream},
+    path::{Path, PathBuf},
+    sync::{
+        Arc,
+        atomic::{AtomicUsize, Ordering},
+    },
+    thread::{self, JoinHandle},
+    time::Duration,
+};
+
+use casemate_spec::Refusal;
+use casemate_wire::{Answer, Ask, Statistics};
+use serde::{Deserialize, Serialize};
+use serde_json::{Value, json};
+
+use crate::{
+    Paths,
+    operator::{GuestState, Operator, Order},
+};
+
+/// Connections that are served at a time.
+const CONNECTIONS_MOST: usize = 8;
+/// Most bytes of a request.
+const REQUEST_BYTES: u64 = 16 << 10;
+/// Most bytes of an answer.
+const ANSWER_BYTES: u64 = 1 << 20;
+/// How long a connection may be silent.
+const SILENCE: Duration = Duration::from_secs(30);
+/// How long a client waits: longer than the keep waits for its cell.
+const CLIENT_PATIENCE: Duration = Duration::from_secs(20);
+
+/// What an operator asks of a guest that runs.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(tag = "do", rename_all = "kebab-case", deny_unknown_fields)]
+pub enum OperatorRequest {
+    /// Tell how it is.
+    State,
+    /// Hold its processors.
+    Pause,
+    /// Let them go on.
+    Resume,
+    /// Tell what it has done and what it takes.
+    Stats,
+    /// Press its power button; it is stopped if it does not heed it.
+    PowerOff,
+    /// Stop it; it is not asked.
+    Stop,
+}
+
+/// What a guest has done and what it takes.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+pub struct GuestStatistics {
+    /// Its name.
+    pub guest: String,
+    /// How it is.
+    pub state: GuestState,
+    /// The VMM's own memory (Pss) beyond the guest's, when last measured.
+    pub vmm_memory_bytes: Option<u64>,
+    /// Of the guest's memory what takes room on the host (Pss), when last measured.
+    pub guest_memory_bytes: Option<u64>,
+    /// What the machine has counted, by the VMM's word.
+    #[serde(flatten)]
+    pub machine: Statistics,
+}
+
+#[derive(Serialize, Deserialize)]
+#[serde(untagged)]
+enum Line {
+    Done { done: Value },
+    Refused { refused: String, subject: String, cause: String, remedy: String },
+}
+
+impl From<Result<Value, Refusal>> for Line {
+    fn from(answer: Result<Value, Refusal>) -> Self {
+        match answer {
+            Ok(done) => Self::Done { done },
+            Err(Refusal { code, subject, cause, remedy, .. }) => {
+                Self::Refused { refused: code.to_owned(), subject, cause, remedy }
+            }
+        }
+    }
+}
+
+/// The socket; gone when this is dropped.
+pub(crate) struct OperatorSocket {
+    path: PathBuf,
+    listener: Arc<UnixListener>,
+    thread: Option<JoinHandle<()>>,
+}
+
+impl OperatorSocket {
+    /// Listens. The caller holds the lock of the guest's name.
+    pub(crate) fn open(paths: &Paths, operator: Operator) -> Result<Self, Refusal> {
+        let path = path(paths, operator.guest());
+        let failed = |error: io::Error| {
+            let cause = format_args!("the operator's socket cannot be made: {error}");
+            Refusal::new("host-folder", path.display(), cause, "run as root, with space in /run")
+        };
+        let _ = fs::remove_file(&path);
+        let listener = Arc::new(UnixListener::bind(&path).map_err(failed)?);
+        let ours = Arc::clone(&listener);
+        let serve = move || accept(&ours, &operator);
+        let thread = thread::Builder::new().name("operator".into()).spawn(serve).map_err(failed)?;
+        Ok(Self { path, listener, thread: Some(thread) })
+    }
+}
+
+impl Drop for OperatorSocket {
+    fn drop(&mut self) {
+        let _ = fs::remove_file(&self.path);
+        // Wakes the thread that accepts, which then ends; those that serve a connection end with it, or with the process.
+        let woken = rustix::net::shutdown(&*self.listener, rustix::net::Shutdown::Both);
+        if let Some(thread) = self.thread.take().filter(|_| woken.is_ok()) {
+            let _ = thread.join();
+        }
+    }
+}
+
+fn path(paths: &Paths, guest: &str) -> PathBuf {
+    paths.runtime.join(format!("{guest}.operator"))
+}
+
+/// A place among the connections; given back when dropped.
+struct Place(Arc<AtomicUsize>);
+
+impl Place {
+    fn take(taken: &Arc<AtomicUsize>) -> Option<Self> {
+        let free = |count| (count < CONNECTIONS_MOST).then_some(count + 1);
+        taken.fetch_update(Ordering::AcqRel, Ordering::Acquire, free).ok()?;
+        Some(Self(Arc::clone(taken)))
+    }
+}
+
+impl Drop for Place {
+    fn drop(&mut self) {
+        self.0.fetch_sub(1, Ordering::AcqRel);
+    }
+}
+
+fn accept(listener: &UnixListener, operator: &Operator) {
+    let taken = Arc::new(AtomicUsize::new(0));
+    loop {
+        let stream = match listener.accept() {
+            Ok((stream, _)) => stream,
+            Err(error) if error.kind() == io::ErrorKind::InvalidInput => return,
+            // Out of descriptors, or one that left again: others may have more luck in a while.
+            Err(_) => {
+                thread::sleep(Duration::from_millis(50));
+                continue;
+            }
+        };
+        let busy = |stream: &UnixStream| {
+            let cause = format_args!("{CONNECTIONS_MOST} connections are open already");
+            let refusal = Refusal::new("guest-busy", operator.guest(), cause, "try again");
+            let _ = stream.set_nonblocking(true);
+            let _ = answer(stream, Err(refusal));
+        };
+        let Some(place) = Place::take(&taken) else {
+            busy(&stream);
+            continue;
+        };
+        let operator = operator.clone();
+        let connection = move || {
+            let _place = place;
+            let _ = serve(&stream, &operator);
+        };
+        // One that finds no thread is closed.
+        let _ = thread::Builder::new().name("operator".into()).spawn(connection);
+    }
+}
+
+/// Answers request after request, until the other side has gone or is no longer understood.
+fn serve(stream: &UnixStream, operator: &Operator) -> io::Result<()> {
+    stream.set_read_timeout(Some(SILENCE))?;
+    stream.set_write_timeout(Some(SILENCE))?;
+    let mut lines = BufReader::new(stream);
+    loop {
+        let mut line = Vec::new();
+        (&mut lines).take(REQUEST_BYTES).read_until(b'\n', &mut line)?;
+        if line.is_empty() {
+            return Ok(());
+        }
+        let whole = line.ends_with(b"\n");
+        let request = serde_json::from_slice(&line);
+        let understood = request.is_ok();
+        let done = request
+            .map_err(|error| {
+                let remedy = r#"send a line of JSON like {"do":"pause"}"#;
+                Refusal::new("operator-request", operator.guest(), error, remedy)
+            })
+            .and_then(|request| carry_out(operator, &request));
+        answer(stream, done)?;
+        if !whole || !understood {
+            return Ok(());
+        }
+    }
+}
+
+fn answer(mut stream: &UnixStream, answer: Result<Value, Refusal>) -> io::Result<()> {
+    let mut line = serde_json::to_vec(&Line::from(answer))?;
+    line.push(b'\n');
+    stream.write_all(&line)
+}
+
+fn carry_out(operator: &Operator, request: &OperatorRequest) -> Result<Value, Refusal> {
+    match request {
+        OperatorRequest::State => {}
+        OperatorRequest::Pause => drop(operator.ask(Ask::Pause, Vec::new())?),
+        OperatorRequest::Resume => drop(operator.ask(Ask::Resume, Vec::new())?),
+        OperatorRequest::PowerOff => drop(operator.order(Order::PowerOff)?),
+        OperatorRequest::Stop => drop(operator.order(Order::Stop)?),
+        OperatorRequest::Stats => return statistics(operator),
+    }
+    Ok(json!({ "guest": operator.guest(), "state": operator.state() }))
+}
+
+fn statistics(operator: &Operator) -> Result<Value, Refusal> {
+    let machine = match operator.ask(Ask::Statistics, Vec::new())? {
+        Answer::Statistics(statistics) => *statistics,
+        Answer::Done => Statistics::default(),
+    };
+    let memory = operator.memory_bytes();
+    let statistics = GuestStatistics {
+        guest: operator.guest().to_owned(),
+        state: operator.state(),
+        vmm_memory_bytes: memory.map(|(vmm, _)| vmm),
+        guest_memory_bytes: memory.map(|(_, guest)| guest),
+        machine,
+    };
+    serde_json::to_value(statistics)
+        .map_err(|error| Refusal::new("operator-answer", operator.guest(), error, "try again"))
+}
+
+/// Asks the keep of a guest that runs on this host; what it answers is JSON.
+///
+/// # Errors
+/// `not-root`; `guest-not-running`; what the keep refuses with; `operator-answer` when it gives no answer.
+pub fn operate(paths: &Paths, guest: &str, request: &OperatorRequest) -> Result<Value, Refusal> {
+    crate::run::require_root()?;
+    let missing = || {
+        let cause = "no guest of this name runs on this host";
+        Refusal::new("guest-not-running", guest, cause, "see `casemate ps`")
+    };
+    // Nothing but a guest's name names a socket of ours.
+    casemate_spec::Name::new(guest).ok_or_else(missing)?;
+    let answer = exchange(&path(paths, guest), request).map_err(|error| match error.kind() {
+        io::ErrorKind::NotFound | io::ErrorKind::ConnectionRefused => missing(),
+        _ => {
+            let cause = format_args!("its keep gave no answer: {error}");
+            Refusal::new("operator-answer", guest, cause, "see whether it still runs: `casemate ps`")
+        }
+    })?;
+    match answer {
+        Line::Done { done } => Ok(done),
+        Line::Refused { refused, subject, cause, remedy } => {
+            // One a command, of a program that ends with it.
+            Err(Refusal::new(String::leak(refused), subject, cause, remedy))
+        }
+    }
+}
+
+fn exchange(path: &Path, request: &OperatorRequest) -> io::Result<Line> {
+    let mut stream = UnixStream::connect(path)?;
+    stream.set_read_timeout(Some(CLIENT_PATIENCE))?;
+    stream.set_write_timeout(Some(CLIENT_PATIENCE))?;
+    let mut line = serde_json::to_vec(request)?;
+    line.push(b'\n');
+    stream.write_all(&line)?;
+    let mut answer = Vec::new();
+    BufReader::new(stream).take(ANSWER_BYTES).read_until(b'\n', &mut answer)?;
+    Ok(serde_json::from_slice(&answer)?)
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::operator::{self, Orders};
+    use std::time::Instant;
+
+    /// A socket in a folder of its own, whose guest is paused whatever it is asked.
+    fn open() -> (tempfile::TempDir, Paths, OperatorSocket, Orders) {
+        let folder = tempfile::tempdir().unwrap();
+        let mut paths = Paths::standard().unwrap();
+        paths.runtime = folder.path().into();
+        let (operator, orders) = operator::pair("web").unwrap();
+        orders.set_state(GuestState::Paused);
+        let socket = OperatorSocket::open(&paths, operator).unwrap();
+        (folder, paths, socket, orders)
+    }
+
+    fn said(stream: &UnixStream) -> Value {
+        let mut line = String::new();
+        BufReader::new(stream).read_line(&mut line).unwrap();
+        serde_json::from_str(&line).unwrap_or_default()
+    }
+
+    #[test]
+    fn a_line_is_answered_with_a_line_and_the_next_one_too() {
+        let (_folder, paths, _socket, _orders) = open();
+        let mut stream = UnixStream::connect(path(&paths, "web")).unwrap();
+        for _ in 0..3 {
+            stream.write_all(b"{\"do\":\"state\"}\n").unwrap();
+            assert_eq!(said(&stream), json!({"done": {"guest": "web", "state": "paused"}}));
+        }
+        let answer = exchange(&path(&paths, "web"), &OperatorRequest::State).unwrap();
+        assert!(matches!(answer, Line::Done { done } if done["state"] == "paused"));
+    }
+
+    #[test]
+    fn what_is_no_request_is_refused_and_hung_up_on() {
+        let (_folder, paths, _socket, _orders) = open();
+        let long = vec![b'x'; 2 * REQUEST_BYTES as usize];
+        let wrong: [&[u8]; 5] =
+            [b"{\"do\":\"dance\"}\n", b"pause\n", b"\xff\xfe\n", b"{\"do\":\"pause\",\"now\":1}\n", &long];
+        for bytes in wrong {
+            let mut stream = UnixStream::connect(path(&paths, "web")).unwrap();
+            let _ = stream.write_all(bytes);
+            assert_eq!(said(&stream)["refused"], "operator-request", "{:?}", bytes.get(..20));
+            // Whatever more was sent is not read.
+            let gone = stream.read(&mut [0]);
+            assert!(matches!(gone, Ok(0)) || gone.is_err_and(|e| e.kind() == io::ErrorKind::ConnectionReset));
+        }
+    }
+
+    #[test]
+    fn a_flood_is_bounded_and_the_socket_lives_on() {
+        let (_folder, paths, _socket, _orders) = open();
+        let path = path(&paths, "web");
+        let silent: Vec<_> = (0..CONNECTIONS_MOST).map(|_| UnixStream::connect(&path).unwrap()).collect();
+        let deadline = Instant::now() + Duration::from_secs(10);
+        let busy = loop {
+            let stream = UnixStream::connect(&path).unwrap();
+            stream.set_read_timeout(Some(Duration::from_millis(100))).unwrap();
+            let mut line = String::new();
+            if BufReader::new(&stream).read_line(&mut line).is_ok() {
+                break line;
+            }
+            assert!(Instant::now() < deadline);
+        };
+        assert!(busy.contains("guest-busy"), "{busy}");
+        drop(silent);
+        while exchange(&path, &OperatorRequest::State).is_ok_and(|line| matches!(line, Line::Refused { .. }))
+        {
+            assert!(Instant::now() < deadline);
+        }
+    }
+
+    #[test]
+    fn it_is_gone_when_it_is_dropped() {
+        let (_folder, paths, socket, _orders) = open();
+        drop(socket);
+        assert!(!path(&paths, "web").exists());
+    }
+}

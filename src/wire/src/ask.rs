@@ -1,0 +1,92 @@
+//! What a keep asks of a machine that runs, and what it is told.
+
+use serde::{Deserialize, Serialize};
+
+use crate::Counters;
+
+/// Processors and devices that [`Statistics`] tell of at most.
+pub const COUNTED_MOST: usize = 64;
+
+/// Something that a machine is asked while it runs. Each is answered once, by the number that it came with.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+pub enum Ask {
+    /// Hold all processors. Answered when the last of them stands; devices finish what they were asked.
+    Pause,
+    /// Let the processors go on.
+    Resume,
+    /// Tell what was counted.
+    Statistics,
+}
+
+/// What an [`Ask`] is answered with when it was done.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+pub enum Answer {
+    /// It is done, and there is nothing to tell of it.
+    Done,
+    /// To [`Ask::Statistics`].
+    Statistics(Box<Statistics>),
+}
+
+/// Why an [`Ask`] was not done.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+pub struct Refused {
+    /// Kebab-case code.
+    pub code: String,
+    /// For a person; at most [`crate::TEXT_BYTES`].
+    pub message: String,
+}
+
+/// What a cell tells unasked.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(rename_all = "kebab-case")]
+pub enum Event {
+    /// The guest's kernel says that it has panicked. It may still write to its console.
+    Panicked,
+}
+
+/// What a machine has counted since its start.
+#[derive(Clone, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
+pub struct Statistics {
+    /// Exits to user space, a processor after the other.
+    pub vcpus: Vec<Counters>,
+    /// Emulated devices, in the order in which they sit on the bus.
+    pub devices: Vec<DeviceStatistics>,
+}
+
+impl Statistics {
+    /// Whether it tells of no more than there can be.
+    pub fn is_bounded(&self) -> bool {
+        self.vcpus.len() <= COUNTED_MOST && self.devices.len() <= COUNTED_MOST
+    }
+}
+
+/// What an emulated device has done.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+pub struct DeviceStatistics {
+    /// What it is.
+    pub kind: DeviceKind,
+    /// Its number among those of its kind, from 0.
+    pub number: u16,
+    /// Requests that were answered: for a network card, frames of both directions.
+    pub requests: u64,
+    /// Bytes that the guest was given, with the headers that the device puts before or behind them.
+    pub bytes_to_guest: u64,
+    /// Bytes that the guest gave, with its headers.
+    pub bytes_from_guest: u64,
+    /// Requests that failed, and stops because the driver broke a rule.
+    pub errors: u64,
+}
+
+/// The kinds of emulated devices.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(rename_all = "kebab-case")]
+pub enum DeviceKind {
+    /// Source of entropy.
+    Entropy,
+    /// Disk.
+    Disk,
+    /// Network card.
+    Net,
+    /// Memory balloon.
+    Balloon,
+}
