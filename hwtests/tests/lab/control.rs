@@ -10,11 +10,14 @@ use std::{
 
 use casemate_hwtests::{
     expect,
-    harness::{Ctx, Failure, Running},
+    harness::{Ctx, Failure, Running, wait_until},
 };
-use serde_json::{Value, json};
+use serde_json::Value;
 
-use crate::endings::{cell_of, ending};
+use crate::{
+    endings::{cell_of, ending},
+    virtio::resident_bytes,
+};
 
 /// For a guest to come to its script, or from there to its end.
 const SOON: Duration = Duration::from_secs(60);
@@ -24,6 +27,11 @@ pub(crate) fn operate(ctx: &Ctx, words: &[&str]) -> Result<Value, Failure> {
     let run = ctx.run(["casemate", "--json"].iter().chain(words))?;
     let line = run.success()?.stdout.trim();
     serde_json::from_str(line).map_err(|error| Failure::new(format_args!("{words:?} said {line:?}: {error}")))
+}
+
+/// What stands under a key; null where nothing does.
+fn at<'a>(value: &'a Value, key: &str) -> &'a Value {
+    value.get(key).unwrap_or(&Value::Null)
 }
 
 /// How many lines of the guest's say `tick`.
@@ -68,7 +76,7 @@ pub(crate) fn pauses_and_goes_on(ctx: &mut Ctx) -> Result<(), Failure> {
     let (pid, _) = cell_of(&running)?;
     running.wait_for_text("tick-3.", SOON)?;
     for _ in 0..3 {
-        expect!(operate(ctx, &["pause", guest])?["state"] == "paused", "it is not paused");
+        expect!(at(&operate(ctx, &["pause", guest])?, "state") == "paused", "it is not paused");
         running.wait_for_step("paused", SOON)?;
         thread::sleep(Duration::from_millis(700));
         let (before, time) = (ticks(&running), vcpu_time(pid)?);
@@ -76,11 +84,11 @@ pub(crate) fn pauses_and_goes_on(ctx: &mut Ctx) -> Result<(), Failure> {
         expect!(ticks(&running) == before, "a paused guest printed {} lines", ticks(&running) - before);
         expect!(vcpu_time(pid)? == time, "the processors of a paused guest ran");
         let listed = operate(ctx, &["ps"])?;
-        expect!(listed["state"] == "paused" && listed["guest"] == guest, "ps says {listed}");
+        expect!(at(&listed, "state") == "paused" && at(&listed, "guest") == guest, "ps says {listed}");
         // Pausing what is paused is no mistake.
         operate(ctx, &["pause", guest])?;
         ctx.run(["casemate", "--json", "power-off", guest])?.refusal("guest-paused")?;
-        expect!(operate(ctx, &["resume", guest])?["state"] == "running", "it does not run");
+        expect!(at(&operate(ctx, &["resume", guest])?, "state") == "running", "it does not run");
         let next = format!("tick-{}.", before + 3);
         running.wait_for_text(&next, Duration::from_secs(20))?;
     }
@@ -98,18 +106,19 @@ pub(crate) fn pauses_and_goes_on(ctx: &mut Ctx) -> Result<(), Failure> {
 }
 
 fn counts(statistics: &Value) -> Result<(), Failure> {
-    let vcpus = statistics["vcpus"].as_array().map_or(0, Vec::len);
+    let vcpus = at(statistics, "vcpus").as_array().map_or(0, Vec::len);
     expect!(vcpus == 2, "the statistics tell of {vcpus} processors: {statistics}");
-    let exits =
-        |vcpu: &Value| vcpu["pio_exits"].as_u64().unwrap_or(0) + vcpu["mmio_exits"].as_u64().unwrap_or(0);
-    let all: u64 = statistics["vcpus"].as_array().into_iter().flatten().map(exits).sum();
+    let exits = |vcpu: &Value| {
+        at(vcpu, "pio_exits").as_u64().unwrap_or(0) + at(vcpu, "mmio_exits").as_u64().unwrap_or(0)
+    };
+    let all: u64 = at(statistics, "vcpus").as_array().into_iter().flatten().map(exits).sum();
     expect!(all > 100, "a guest that printed and read has {all} exits: {statistics}");
-    let devices = statistics["devices"].as_array().cloned().unwrap_or_default();
-    let disk = devices.iter().find(|device| device["kind"] == "disk").cloned().unwrap_or_default();
-    let read = disk["bytes_to_guest"].as_u64().unwrap_or(0);
+    let devices = at(statistics, "devices").as_array().cloned().unwrap_or_default();
+    let disk = devices.iter().find(|device| at(device, "kind") == "disk").cloned().unwrap_or_default();
+    let read = at(&disk, "bytes_to_guest").as_u64().unwrap_or(0);
     expect!((1 << 20..2 << 20).contains(&read), "the guest read 1 MiB, and the statistics say: {disk}");
     expect!(
-        statistics["vmm_memory_bytes"].as_u64().is_some_and(|bytes| bytes > 0),
+        at(statistics, "vmm_memory_bytes").as_u64().is_some_and(|bytes| bytes > 0),
         "no memory: {statistics}"
     );
     Ok(())
@@ -128,27 +137,82 @@ fn hostile_words(ctx: &Ctx, guest: &str) -> Result<(), Failure> {
     let refused = flood.iter().filter(|socket| {
         let _ = socket.set_read_timeout(Some(Duration::from_millis(10)));
         let mut bytes = [0; 64];
-        (&**socket)
-            .read(&mut bytes)
-            .is_ok_and(|count| bytes[..count].starts_with(b"{\"refused\":\"guest-busy\""))
+        (&**socket).read(&mut bytes).is_ok_and(|count| {
+            bytes.get(..count).unwrap_or_default().starts_with(b"{\"refused\":\"guest-busy\"")
+        })
     });
     let refused = refused.count();
     expect!(refused >= 80, "{refused} of 100 connections were refused");
     drop(flood);
     thread::sleep(Duration::from_millis(200));
-    expect!(operate(ctx, &["stats", guest])?["state"] == json!("running"), "the flood had consequences");
+    expect!(at(&operate(ctx, &["stats", guest])?, "state") == "running", "the flood had consequences");
     Ok(())
 }
 
-/// The power button is pressed by name, and a panic is told of at once.
+/// The power button is pressed by name; the console is kept.
 pub(crate) fn presses_the_button_by_name(ctx: &mut Ctx) -> Result<(), Failure> {
     let script = "modprobe evdev; exec 3</dev/input/event0; echo waits-for-its-button
-        head -c 24 <&3 >/dev/null && echo button-was-pressed";
-    let running = ctx.start_guest(&ctx.guest(script)?.vcpus(1))?;
+        head -c 24 <&3 >/dev/null; yes a-long-log | head -n 900; echo button-was-pressed";
+    let file = ctx.guest(script)?.vcpus(1).write_into(ctx.directory())?.to_string_lossy().into_owned();
+    let log = ctx.directory().join("console.log");
+    let log_option = format!("--console-log={}", log.display());
+    let running = ctx.start(["casemate", "run", "--json", "--console-log-size=4KiB", &log_option, &file])?;
     running.wait_for_text("waits-for-its-button", SOON)?;
     operate(ctx, &["power-off", ctx.name()])?;
     let run = running.wait(Duration::from_secs(30))?;
     run.success()?.printed("button-was-pressed")?;
+    let kept = fs::read(&log)?;
+    expect!(run.stdout.as_bytes().ends_with(&kept) && !kept.is_empty(), "the log is not the console's end");
+    expect!(kept.len() <= 4096, "the log has {} bytes", kept.len());
     expect!(ending(&run)? == "power-off", "the guest ended by {}", ending(&run)?);
+    Ok(())
+}
+
+/// How the balloon stands: so many bytes given up, and what the guest says is free.
+fn balloon(ctx: &Ctx) -> Result<(u64, Option<u64>), Failure> {
+    let balloon = at(&operate(ctx, &["stats", ctx.name()])?, "balloon").clone();
+    let given = at(&balloon, "actual_bytes").as_u64();
+    let given =
+        given.ok_or_else(|| Failure::new(format_args!("the statistics tell of no balloon: {balloon}")))?;
+    Ok((given, at(&balloon, "free_bytes").as_u64()))
+}
+
+/// Memory that the guest uses as a cache goes to the host when the balloon is inflated; under pressure the guest takes some
+/// back before it kills; and it has all again when the balloon is empty.
+pub(crate) fn balloon_takes_and_gives(ctx: &mut Ctx) -> Result<(), Failure> {
+    const MIB: u64 = 1 << 20;
+    let disk = ctx.directory().join("disk.img");
+    fs::File::create(&disk)?.set_len(160 * MIB)?;
+    let script = r"pages() { awk '/^balloon_inflate/ {print $2}' /proc/vmstat; }
+        cat /dev/vda >/dev/null; echo has-read
+        while [ $(pages) -lt 53000 ]; do sleep 0.2; done
+        mount -t tmpfs -o size=100% tmpfs /tmp
+        yes | head -c 150M >/tmp/fill; echo digest: $(sha256sum </tmp/fill | cut -d' ' -f1)
+        dmesg | grep -i 'killed process'; echo has-filled; sleep 600";
+    let digest = ctx.shell("yes | head -c 150M | sha256sum | cut -d' ' -f1")?;
+    let running = ctx.start_guest(&ctx.guest(script)?.vcpus(1).memory("384 MiB").disk(&disk, false))?;
+    let (vmm, _) = cell_of(&running)?;
+    running.wait_for_text("has-read", SOON)?;
+    let full = resident_bytes(vmm).unwrap_or_default();
+    expect!(full > 160 * MIB, "the guest's cache takes no room: {full}");
+    ctx.run(["casemate", "--json", "balloon", ctx.name(), "321MiB"])?.refusal("guest-refused")?;
+    operate(ctx, &["balloon", ctx.name(), "200MiB"])?;
+    let given = |least: u64, most: u64| balloon(ctx).is_ok_and(|(given, _)| (least..=most).contains(&given));
+    wait_until("the guest gives 200 MiB up", SOON, || given(200 * MIB, 200 * MIB))?;
+    let left = resident_bytes(vmm).unwrap_or_default();
+    expect!(left + 100 * MIB < full, "{full} bytes were in use on the host, and {left} are");
+    let (_, free) = balloon(ctx)?;
+    expect!(free.is_some_and(|free| free < 184 * MIB), "the guest says that {free:?} are free");
+    // Some more, and the guest knows that it is its turn.
+    operate(ctx, &["balloon", ctx.name(), "208MiB"])?;
+    running.wait_for_text("has-filled", SOON)?;
+    let printed = running.printed_so_far();
+    expect!(printed.contains(&format!("digest: {digest}")), "the guest did not fill its memory: {printed}");
+    expect!(!printed.to_lowercase().contains("killed process"), "the guest killed a process: {printed}");
+    expect!(given(0, 190 * MIB), "the guest took nothing back under pressure: {:?}", balloon(ctx)?);
+    operate(ctx, &["balloon", ctx.name(), "0"])?;
+    wait_until("the guest has all again", SOON, || given(0, 0))?;
+    operate(ctx, &["stop", ctx.name()])?;
+    running.wait(SOON)?.success()?;
     Ok(())
 }

@@ -47,8 +47,9 @@ const TESTS: &[LabTest] = &[
     LabTest::new("console-takes-input", console::takes_input),
     LabTest::new("terminal-is-the-guests", console::terminal_is_the_guests),
     // A guest that runs
-    LabTest::new("guest-pauses-and-goes-on", control::pauses_and_goes_on),
-    LabTest::new("guest-is-powered-off-by-name", control::presses_the_button_by_name),
+    LabTest::new("operator-pauses-a-guest", control::pauses_and_goes_on),
+    LabTest::new("operator-presses-the-button", control::presses_the_button_by_name),
+    LabTest::new("operator-inflates-the-balloon", control::balloon_takes_and_gives),
     // Emulated devices
     LabTest::new("disk-is-read-and-written", virtio::disk_is_read_and_written),
     LabTest::new("disk-discards", virtio::disk_discards),

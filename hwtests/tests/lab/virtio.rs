@@ -80,7 +80,7 @@ pub(crate) fn read_only_disk_stays(ctx: &mut Ctx) -> Result<(), Failure> {
 }
 
 /// What the process has in memory, in bytes.
-fn resident_bytes(pid: u32) -> Option<u64> {
+pub(crate) fn resident_bytes(pid: u32) -> Option<u64> {
     let status = fs::read_to_string(format!("/proc/{pid}/status")).ok()?;
     let line = status.lines().find_map(|line| line.strip_prefix("VmRSS:"))?;
     line.trim().strip_suffix(" kB")?.parse::<u64>().ok().map(|kib| kib << 10)

@@ -92,6 +92,9 @@ enum Command {
     Resume(operate::Options),
     /// Show what a running guest has done and what it takes: exits of each processor, requests and bytes of each device.
     Stats(operate::Options),
+    /// Have a running guest give up some of its memory, or take it back. It gives what it can, and takes back what it needs
+    /// before it kills a process for want of memory.
+    Balloon(operate::BalloonOptions),
     /// Press the power button of a running guest. It is stopped if it does not heed it within the `--grace` of its `run`.
     PowerOff(operate::Options),
     /// Stop a running guest at once; it is not asked.
@@ -131,6 +134,7 @@ fn carry_out(arguments: Arguments) -> Result<ExitCode, Failure> {
         Command::Pause(options) => operate::act(&paths, &options, &OperatorRequest::Pause, json),
         Command::Resume(options) => operate::act(&paths, &options, &OperatorRequest::Resume, json),
         Command::Stats(options) => operate::stats(&paths, &options, json),
+        Command::Balloon(options) => operate::balloon(&paths, &options, json),
         Command::PowerOff(options) => operate::act(&paths, &options, &OperatorRequest::PowerOff, json),
         Command::Stop(options) => operate::act(&paths, &options, &OperatorRequest::Stop, json),
         Command::Audit(options) => audit::report(&paths, &options, json),

@@ -2,7 +2,9 @@
 
 use std::process::ExitCode;
 
-use casemate_keep::{DeviceKind, DeviceStatistics, GuestStatistics, OperatorRequest, Paths, operate};
+use casemate_keep::{
+    BalloonStatistics, DeviceKind, DeviceStatistics, GuestStatistics, OperatorRequest, Paths, operate,
+};
 use casemate_spec::{ByteSize, Refusal};
 use clap::Args;
 use serde_json::Value;
@@ -13,6 +15,29 @@ use crate::output::{self, Failure};
 pub(crate) struct Options {
     /// The guest's name.
     guest: String,
+}
+
+#[derive(Args)]
+pub(crate) struct BalloonOptions {
+    /// The guest's name.
+    guest: String,
+    /// How much of its memory the guest is to give up: "256 MiB", and "0" to have all of it again.
+    size: ByteSize,
+}
+
+/// Sets the size of a guest's balloon.
+pub(crate) fn balloon(paths: &Paths, options: &BalloonOptions, as_json: bool) -> Result<ExitCode, Failure> {
+    let done =
+        operate(paths, &options.guest, &OperatorRequest::Balloon { size_bytes: options.size.bytes() })?;
+    if as_json {
+        output::json(&done);
+    } else {
+        output::line(&format!(
+            "guest {}: asked to give up {}; `casemate stats` shows how far it is",
+            options.guest, options.size
+        ));
+    }
+    Ok(ExitCode::SUCCESS)
 }
 
 /// Has it done, and says how the guest is now.
@@ -59,6 +84,9 @@ fn show(statistics: &GuestStatistics) {
             size(vmm)
         ));
     }
+    if let Some(balloon) = &statistics.machine.balloon {
+        show_balloon(balloon);
+    }
     let cells = |row: [&dyn std::fmt::Display; 6]| row.map(ToString::to_string).to_vec();
     let head = cells([&"VCPU", &"PORT EXITS", &"MMIO EXITS", &"OTHER EXITS", &"", &""]);
     let vcpus = statistics.machine.vcpus.iter().enumerate();
@@ -72,6 +100,26 @@ fn show(statistics: &GuestStatistics) {
         cells([&name(device), requests, bytes_to_guest, bytes_from_guest, errors, &""])
     });
     output::line(output::table(&[head].into_iter().chain(rows).collect::<Vec<_>>()).trim_end());
+}
+
+fn show_balloon(balloon: &BalloonStatistics) {
+    let size = |bytes: u64| ByteSize::from_bytes(bytes.next_multiple_of(4096));
+    output::line(&format!(
+        "balloon: {} given up, {} asked for",
+        size(balloon.actual_bytes),
+        size(balloon.target_bytes)
+    ));
+    let told = [
+        ("free", balloon.free_bytes),
+        ("available", balloon.available_bytes),
+        ("caches", balloon.caches_bytes),
+        ("of", balloon.total_bytes),
+    ];
+    let told = told.iter().filter_map(|(what, bytes)| bytes.map(|bytes| format!("{what} {}", size(bytes))));
+    let told = told.collect::<Vec<_>>().join(", ");
+    if !told.is_empty() {
+        output::line(&format!("the guest says of its memory: {told}"));
+    }
 }
 
 /// A device by its kind and number.

@@ -2,7 +2,7 @@
 
 use std::{io, path::PathBuf, process::ExitCode, time::Duration};
 
-use casemate_keep::{DeviceReport, Event, Input, Paths, Report, RunOptions, Step};
+use casemate_keep::{ConsoleLog, DeviceReport, Event, Input, Paths, Report, RunOptions, Step};
 use casemate_spec::ByteSize;
 use clap::Args;
 
@@ -29,6 +29,15 @@ pub(crate) struct Options {
     /// Give the guest's console what standard input holds, though it is no terminal.
     #[arg(long)]
     stdin: bool,
+    /// Keep the guest's console in this file too. Full, it becomes FILE.1, and so on.
+    #[arg(long, value_name = "FILE")]
+    console_log: Option<PathBuf>,
+    /// Most of one file of the console's.
+    #[arg(long, value_name = "SIZE", default_value = "1 MiB", requires = "console_log")]
+    console_log_size: ByteSize,
+    /// Most files of the console's, the newest one among them.
+    #[arg(long, value_name = "COUNT", default_value_t = 4, requires = "console_log", value_parser = clap::value_parser!(u32).range(1..=100))]
+    console_log_files: u32,
     /// How long a guest may take to power off when this program is asked to end, before it is stopped.
     #[arg(long, value_name = "SECONDS", default_value_t = 10, value_parser = clap::value_parser!(u32).range(..=86400))]
     grace: u32,
@@ -46,6 +55,11 @@ pub(crate) fn run(paths: &Paths, options: &Options, json: bool) -> Result<ExitCo
         policy: &options.policy,
         override_why: options.override_why.as_deref(),
         line: options.note_line.as_deref(),
+        console_log: options.console_log.as_deref().map(|path| ConsoleLog {
+            path,
+            file_bytes: options.console_log_size.bytes(),
+            files: options.console_log_files,
+        }),
         input,
         grace: Duration::from_secs(options.grace.into()),
     };

@@ -15,6 +15,7 @@ mod beside;
 mod cell;
 mod compiler;
 mod console;
+mod console_log;
 mod decisions;
 mod digest;
 mod input;
@@ -27,9 +28,10 @@ mod run;
 mod watch;
 
 // What a cell tells, by its word.
-pub use casemate_wire::{Counters, DeviceKind, DeviceStatistics, Event, Statistics};
+pub use casemate_wire::{BalloonStatistics, Counters, DeviceKind, DeviceStatistics, Event, Statistics};
 
 pub use audit::{Audit, AuditLine, SignedAudit, Source, audit};
+pub use console_log::ConsoleLog;
 pub use decisions::{Decisions, Reading};
 pub use input::{ESCAPE, Input};
 pub use operator::GuestState;

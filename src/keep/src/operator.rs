@@ -103,6 +103,8 @@ enum Kind {
     Pause,
     Resume,
     Statistics,
+    /// One that changes nothing of how the guest is.
+    Other,
 }
 
 impl Kind {
@@ -111,6 +113,7 @@ impl Kind {
             Ask::Pause => Self::Pause,
             Ask::Resume => Self::Resume,
             Ask::Statistics => Self::Statistics,
+            Ask::Balloon { .. } => Self::Other,
         }
     }
 
@@ -389,7 +392,7 @@ mod tests {
         assert_eq!(asker.join().unwrap().unwrap_err().code, "guest-ending");
         let asker = asked(&operator, &mut orders, &keep, Ask::Statistics);
         let id = id_of(&cell);
-        let far_too_many = Statistics { vcpus: vec![Counters::default(); 65], devices: Vec::new() };
+        let far_too_many = Statistics { vcpus: vec![Counters::default(); 65], ..Statistics::default() };
         let answer = Ok(Answer::Statistics(Box::new(far_too_many)));
         assert_eq!(orders.answered(id, answer), Heard::Nonsense);
         assert_eq!(orders.answered(id, Ok(Answer::Done)), Heard::Nonsense, "it is answered once");
@@ -449,7 +452,8 @@ mod tests {
             bytes_from_guest: 4,
             errors: 5,
         };
-        let statistics = Statistics { vcpus: vec![Counters::default()], devices: vec![device] };
+        let statistics =
+            Statistics { vcpus: vec![Counters::default()], devices: vec![device], balloon: None };
         let answer = Answer::Statistics(Box::new(statistics));
         let asker = asked(&operator, &mut orders, &keep, Ask::Statistics);
         let id = id_of(&cell);

@@ -57,6 +57,11 @@ pub enum OperatorRequest {
     Resume,
     /// Tell what it has done and what it takes.
     Stats,
+    /// Have it give up so much of its memory.
+    Balloon {
+        /// In bytes.
+        size_bytes: u64,
+    },
     /// Press its power button; it is stopped if it does not heed it.
     PowerOff,
     /// Stop it; it is not asked.
@@ -223,6 +228,9 @@ fn carry_out(operator: &Operator, request: &OperatorRequest) -> Result<Value, Re
         OperatorRequest::State => {}
         OperatorRequest::Pause => drop(operator.ask(Ask::Pause, Vec::new())?),
         OperatorRequest::Resume => drop(operator.ask(Ask::Resume, Vec::new())?),
+        OperatorRequest::Balloon { size_bytes } => {
+            drop(operator.ask(Ask::Balloon { target_bytes: *size_bytes }, Vec::new())?);
+        }
         OperatorRequest::PowerOff => drop(operator.order(Order::PowerOff)?),
         OperatorRequest::Stop => drop(operator.order(Order::Stop)?),
         OperatorRequest::Stats => return statistics(operator),

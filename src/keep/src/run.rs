@@ -19,6 +19,7 @@ use crate::{
     CellReport, DeviceReport, Input, MachineReport, Paths, PolicyReport, Report, Step,
     admission::{self, Images, Question},
     cell::{self, Identity, Resources},
+    console_log::{ConsoleLog, Rotating, Tee},
     operator,
     operator_socket::OperatorSocket,
     record::{self, Facts},
@@ -60,6 +61,8 @@ pub struct RunOptions<'a> {
     pub override_why: Option<&'a str>,
     /// A text on the console whose time is reported.
     pub line: Option<&'a str>,
+    /// Where the guest's console is kept besides.
+    pub console_log: Option<ConsoleLog<'a>>,
     /// What the guest's console reads.
     pub input: Input,
     /// How long a guest that was asked to power off may take before it is stopped.
@@ -80,6 +83,10 @@ pub fn run(
     let text = read_guest_file(options.file)?;
     let mut located = parse_guest(options.file, &text)?;
     require_root()?;
+    let console: Box<dyn Write + Send> = match options.console_log {
+        Some(log) => Box::new(Tee { out: console, log: Rotating::open(log)? }),
+        None => console,
+    };
     let host_file = paths.read_host_file()?;
     let host = Host::live();
     let ledger = Ledger::open(&paths.state)?;

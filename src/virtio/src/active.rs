@@ -42,6 +42,10 @@ impl Active {
         self.features.checked_shr(bit).is_some_and(|features| features & 1 == 1)
     }
 
+    pub(crate) fn memory(&self) -> &Memory {
+        &self.memory
+    }
+
     /// What the device has done, to be counted on.
     pub fn counters(&self) -> &Arc<Counters> {
         &self.counters

@@ -104,8 +104,12 @@ impl Common {
     }
 
     /// Reads a register as a whole, or half of a 64-bit one; anything else reads as all ones.
-    pub(crate) fn read(&self, offset: u64, data: &mut [u8]) {
-        let value = self.value(offset, data.len());
+    /// `generation` is that of the device's own configuration.
+    pub(crate) fn read(&self, offset: u64, data: &mut [u8], generation: u8) {
+        let value = match (offset, data.len()) {
+            (CONFIG_GENERATION, 1) => Some(generation.into()),
+            (_, length) => self.value(offset, length),
+        };
         data.fill(0xff);
         for (to, from) in data.iter_mut().zip(value.unwrap_or(u64::MAX).to_le_bytes()) {
             *to = from;
@@ -123,8 +127,6 @@ impl Common {
             (CONFIG_VECTOR, 2) => self.interrupt.config_vector().into(),
             (NUM_QUEUES, 2) => self.queues.len() as u64,
             (STATUS, 1) => u64::from(self.status | if self.interrupt.is_faulted() { NEEDS_RESET } else { 0 }),
-            // The device's configuration never changes.
-            (CONFIG_GENERATION, 1) => 0,
             (QUEUE_SELECT, 2) => self.queue_select.into(),
             (QUEUE_SIZE, 2) => queue.size.into(),
             (QUEUE_VECTOR, 2) => self.interrupt.queue_vector(select).into(),

@@ -1,11 +1,11 @@
 //! What a virtio device is to its transport and to its worker.
 
-use std::os::fd::BorrowedFd;
+use std::{os::fd::BorrowedFd, sync::Arc};
 
 use virtio_bindings::virtio_ids::{VIRTIO_ID_BALLOON, VIRTIO_ID_BLOCK, VIRTIO_ID_NET, VIRTIO_ID_RNG};
 use vm_memory::GuestMemoryError;
 
-use crate::active::Active;
+use crate::{active::Active, device_config::DeviceConfig};
 
 /// The kinds of devices (virtio 1.3, 5).
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -64,6 +64,11 @@ pub trait Device: Send {
     fn queue_sizes(&self) -> &[u16];
     /// The device-specific configuration, which no driver can write.
     fn config(&self) -> &[u8];
+    /// The same for a device whose configuration changes while it runs, or that lets the driver write to it: shared with the
+    /// transport.
+    fn changing_config(&self) -> Option<Arc<DeviceConfig>> {
+        None
+    }
     /// A descriptor whose readiness to be read is a [`Device::backend_ready`].
     fn backend(&self) -> Option<BorrowedFd<'_>> {
         None

@@ -160,6 +160,17 @@ pub(crate) fn descriptor() -> impl Strategy<Value = (u64, u32, u16, u16)> {
 /// A hostile driver: 16 descriptors as `descriptor` makes them, any of them made available, request headers of
 /// `types` everywhere. The device may do what it likes except panic, hang, or hold on beyond its turn.
 pub(crate) fn attack(device: &mut dyn Device, table: &[(u64, u32, u16, u16)], heads: &[u16], types: u32) {
+    attack_with(device, table, heads, types, 0);
+}
+
+/// The same with features negotiated.
+pub(crate) fn attack_with(
+    device: &mut dyn Device,
+    table: &[(u64, u32, u16, u16)],
+    heads: &[u16],
+    types: u32,
+    features: u64,
+) {
     let memory = memory();
     let header = [&types.to_le_bytes()[..], &[0; 12]].concat();
     for at in (0x4000..MEMORY_BYTES as u64).step_by(4096) {
@@ -175,7 +186,7 @@ pub(crate) fn attack(device: &mut dyn Device, table: &[(u64, u32, u16, u16)], he
             ring.make_available(*head);
         }
     }
-    let (mut active, _events) = active(&memory, &rings.iter().collect::<Vec<_>>(), 0);
+    let (mut active, _events) = active(&memory, &rings.iter().collect::<Vec<_>>(), features);
     for index in 0..rings.len() {
         // An attack may feed itself by writing into the rings, so only each turn is promised to end.
         for _ in 0..100 {

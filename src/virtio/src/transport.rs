@@ -13,6 +13,7 @@ use crate::{
     common::{Action, COMMON_BYTES, Common},
     counters::Counters,
     device::{Device, Fault},
+    device_config::DeviceConfig,
     interrupt::Interrupt,
     worker::{QUEUES_MAX, Remote, Worker},
 };
@@ -106,7 +107,7 @@ pub struct PciTransport {
     msix: Msix,
     vectors: Box<dyn VectorSink + Send>,
     common: Common,
-    device_config: Vec<u8>,
+    device_config: Arc<DeviceConfig>,
     interrupt: Interrupt,
     doorbells: Arc<[EventFd]>,
     memory: Memory,
@@ -136,7 +137,8 @@ impl PciTransport {
         let (config, window, msix) = config_space(&*device, needed)?;
         let interrupt = Interrupt::new(events, sizes.len());
         let common = Common::new(device.features(), sizes, interrupt.clone());
-        let device_config = device.config().to_vec();
+        let fixed = || Arc::new(DeviceConfig::new(device.config().to_vec(), &[]));
+        let device_config = device.changing_config().unwrap_or_else(fixed);
         let doorbells: Arc<[EventFd]> =
             sizes.iter().map(|_| EventFd::new(EFD_NONBLOCK)).collect::<Result<Vec<_>, _>>()?.into();
         let (thread, worker) = Worker::new(device, doorbells.clone())?;
@@ -174,6 +176,11 @@ impl PciTransport {
         &self.counters
     }
 
+    /// Interrupts of the device, for who changes its configuration from outside.
+    pub fn interrupt(&self) -> Interrupt {
+        self.interrupt.clone()
+    }
+
     fn act(&mut self, action: Action) {
         match action {
             Action::Activate => match self.activate() {
@@ -189,6 +196,7 @@ impl PciTransport {
                 }
                 self.interrupt.reset();
                 self.common.reset();
+                self.device_config.reset();
             }
         }
     }
@@ -254,17 +262,17 @@ impl Function for PciTransport {
             return;
         }
         match offset {
-            COMMON..ISR => self.common.read(offset, data),
+            COMMON..ISR => {
+                let generation = self.device_config.generation();
+                self.common.read(offset, data, generation);
+            }
             ISR => {
                 if let [isr] = data {
                     *isr = self.interrupt.take_isr();
                 }
             }
             DEVICE..NOTIFY => {
-                let from = self.device_config.iter().skip((offset - DEVICE) as usize);
-                for (to, from) in data.iter_mut().zip(from) {
-                    *to = *from;
-                }
+                self.device_config.read((offset - DEVICE) as usize, data);
             }
             _ => {}
         }
@@ -278,6 +286,8 @@ impl Function for PciTransport {
             if let Some(action) = self.common.write(offset, data) {
                 self.act(action);
             }
+        } else if (DEVICE..NOTIFY).contains(&offset) {
+            self.device_config.driver_writes((offset - DEVICE) as usize, data);
         } else if let Some(doorbell) = self.doorbells().find(|doorbell| doorbell.offset == offset) {
             // It fails only when the counter is full, and then the doorbell rings already.
             let _ = doorbell.event.write(1);

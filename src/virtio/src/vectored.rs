@@ -11,6 +11,7 @@ use std::{
 };
 
 use libc::{c_int, iovec, off64_t};
+use vm_memory::VolatileSlice;
 
 use crate::request::Buffers;
 
@@ -87,18 +88,21 @@ pub(crate) fn send(
 /// Gives the whole pages in `buffers` back to the host; they read as zeros, and take memory again when touched. A page
 /// that the kernel does not take stays as it is.
 pub(crate) fn release(buffers: &Buffers<'_>) {
+    buffers.range(0..buffers.bytes()).for_each(|slice| release_slice(&slice));
+}
+
+/// The same for one slice of guest memory.
+pub(crate) fn release_slice(slice: &VolatileSlice<'_>) {
     const PAGE_BYTES: usize = 4096;
-    for slice in buffers.range(0..buffers.bytes()) {
-        let guard = slice.ptr_guard_mut();
-        let start = guard.as_ptr() as usize;
-        let end = start.saturating_add(slice.len()) / PAGE_BYTES * PAGE_BYTES;
-        let head_bytes = start.next_multiple_of(PAGE_BYTES).saturating_sub(start);
-        let Some(length @ 1..) = end.checked_sub(start.saturating_add(head_bytes)) else { continue };
-        // SAFETY: the pages lie in `slice`, guest memory that `buffers` borrows, so the pointer stays in its mapping.
-        // That memory is private and anonymous, nothing but the guest gives its bytes a meaning, and no reference to it
-        // exists: that they turn to zeros is no more than the guest could have written.
-        unsafe { libc::madvise(guard.as_ptr().add(head_bytes).cast(), length, libc::MADV_DONTNEED) };
-    }
+    let guard = slice.ptr_guard_mut();
+    let start = guard.as_ptr() as usize;
+    let end = start.saturating_add(slice.len()) / PAGE_BYTES * PAGE_BYTES;
+    let head_bytes = start.next_multiple_of(PAGE_BYTES).saturating_sub(start);
+    let Some(length @ 1..) = end.checked_sub(start.saturating_add(head_bytes)) else { return };
+    // SAFETY: the pages lie in `slice`, guest memory that the caller borrows, so the pointer stays in its mapping.
+    // That memory is private and anonymous, nothing but the guest gives its bytes a meaning, and no reference to it
+    // exists: that they turn to zeros is no more than the guest could have written.
+    unsafe { libc::madvise(guard.as_ptr().add(head_bytes).cast(), length, libc::MADV_DONTNEED) };
 }
 
 /// Repeats `call` until all of `range` is moved.
@@ -134,7 +138,7 @@ fn retry(mut call: impl FnMut() -> isize) -> io::Result<usize> {
 
 /// The first parts of bytes `range` of `buffers`, as the kernel takes them.
 fn parts(buffers: &Buffers<'_>, range: Range<usize>) -> Vec<iovec> {
-    let part = |slice: vm_memory::VolatileSlice<'_>| iovec {
+    let part = |slice: VolatileSlice<'_>| iovec {
         iov_base: slice.ptr_guard_mut().as_ptr().cast(),
         iov_len: slice.len(),
     };

@@ -2,13 +2,26 @@
 //!
 //! The control thread hears and answers. It waits for nobody: what takes its time is answered later, by its number.
 
-use casemate_virtio::Kind;
-use casemate_wire::{Answer, Ask, Descriptors, DeviceKind, DeviceStatistics, Refused, Statistics};
+use std::time::{Duration, Instant};
 
-use crate::{error::bounded, machine::Running};
+use casemate_virtio::{BALLOON_PAGE_BYTES, BalloonControl, Kind};
+use casemate_wire::{
+    Answer, Ask, BalloonStatistics, Descriptors, DeviceKind, DeviceStatistics, Refused, Statistics,
+};
+
+use crate::{
+    error::bounded,
+    machine::{Emulated, Running},
+};
 
 /// Asks of one kind that may wait for their answer at a time.
 const WAITING_MOST: usize = 16;
+/// How long the guest may take to tell of its memory before others are told what it told before.
+const NEWS: Duration = Duration::from_millis(100);
+/// How often is looked whether it has.
+const LOOK: Duration = Duration::from_millis(5);
+/// What a balloon leaves the guest at least.
+const LEFT_BYTES: u64 = 64 << 20;
 
 /// An answer, with the number of what was asked.
 pub(crate) type Reply = (u32, Result<Answer, Refused>);
@@ -17,6 +30,8 @@ pub(crate) type Reply = (u32, Result<Answer, Refused>);
 #[derive(Default)]
 pub(crate) struct Asks {
     pausing: Vec<u32>,
+    /// Who asked for statistics, until when the guest's word is waited for, and how often it had told before.
+    counting: Vec<(u32, Instant, u64)>,
 }
 
 impl Asks {
@@ -44,12 +59,47 @@ impl Asks {
                 running.platform.gate().open();
                 Some((id, Ok(Answer::Done)))
             }
-            Ask::Statistics => Some((id, Ok(Answer::Statistics(Box::new(statistics(running)))))),
+            Ask::Statistics if self.counting.len() >= WAITING_MOST => {
+                Some((id, refuse("ask-again", "too many wait for the same".into())))
+            }
+            Ask::Statistics => {
+                let balloon = running.devices.iter().find_map(Emulated::balloon);
+                let told = balloon.map_or(0, BalloonControl::updates);
+                // One that stands still can't tell anything.
+                if balloon.is_some_and(BalloonControl::ask_for_news) && !running.platform.gate().is_closed() {
+                    self.counting.push((id, Instant::now() + NEWS, told));
+                    return None;
+                }
+                Some((id, Ok(Answer::Statistics(Box::new(statistics(running))))))
+            }
+            Ask::Balloon { target_bytes } => Some((id, inflate(running, target_bytes))),
         }
+    }
+
+    /// How long control may sleep before it looks for answers.
+    pub(crate) fn patience(&self) -> Option<Duration> {
+        (!self.counting.is_empty()).then_some(LOOK)
     }
 
     /// Answers that are due now.
     pub(crate) fn due(&mut self, running: &Running) -> Vec<Reply> {
+        let mut due = self.counted(running);
+        due.extend(self.paused(running));
+        due
+    }
+
+    fn counted(&mut self, running: &Running) -> Vec<Reply> {
+        if self.counting.is_empty() {
+            return Vec::new();
+        }
+        let (now, updates) = (Instant::now(), running.devices.iter().find_map(Emulated::balloon));
+        let updates = updates.map_or(0, BalloonControl::updates);
+        let ready = self.counting.extract_if(.., |(_, until, before)| updates != *before || now >= *until);
+        let ready: Vec<u32> = ready.map(|(id, ..)| id).collect();
+        ready.into_iter().map(|id| (id, Ok(Answer::Statistics(Box::new(statistics(running)))))).collect()
+    }
+
+    fn paused(&mut self, running: &Running) -> Vec<Reply> {
         if self.pausing.is_empty() {
             return Vec::new();
         }
@@ -65,6 +115,44 @@ impl Asks {
 
 fn refuse(code: &str, message: String) -> Result<Answer, Refused> {
     Err(Refused { code: code.to_owned(), message: bounded(message) })
+}
+
+/// Has the guest give up so much of its memory.
+fn inflate(running: &Running, target_bytes: u64) -> Result<Answer, Refused> {
+    let device = running.devices.iter().find_map(|device| Some((device, device.balloon()?)));
+    let Some((device, balloon)) = device.filter(|(_, balloon)| !balloon.is_held()) else {
+        let why = "devices of the host's reach its memory, so none of it can be given back";
+        return refuse("ask-no-balloon", why.into());
+    };
+    if target_bytes > running.memory_bytes.saturating_sub(LEFT_BYTES) {
+        let left = LEFT_BYTES >> 20;
+        return refuse("ask-balloon-size", format!("a guest keeps at least {left} MiB of its memory"));
+    }
+    let pages = u32::try_from(target_bytes / BALLOON_PAGE_BYTES);
+    let Some(pages) = pages.ok().filter(|_| target_bytes.is_multiple_of(BALLOON_PAGE_BYTES)) else {
+        return refuse("ask-balloon-size", "a balloon has whole pages of 4 KiB".into());
+    };
+    balloon.set_target(pages);
+    device.interrupt.signal_config();
+    Ok(Answer::Done)
+}
+
+fn balloon_statistics(balloon: &BalloonControl, memory_bytes: u64) -> BalloonStatistics {
+    let told = balloon.told();
+    BalloonStatistics {
+        target_bytes: u64::from(balloon.target()) * BALLOON_PAGE_BYTES,
+        // A guest can't give up more than it has, whatever it says.
+        actual_bytes: (u64::from(balloon.actual()) * BALLOON_PAGE_BYTES).min(memory_bytes),
+        free_bytes: told.free_bytes,
+        total_bytes: told.total_bytes,
+        available_bytes: told.available_bytes,
+        caches_bytes: told.caches_bytes,
+        swapped_in_bytes: told.swapped_in_bytes,
+        swapped_out_bytes: told.swapped_out_bytes,
+        major_faults: told.major_faults,
+        minor_faults: told.minor_faults,
+        oom_kills: told.oom_kills,
+    }
 }
 
 fn statistics(running: &Running) -> Statistics {
@@ -87,5 +175,8 @@ fn statistics(running: &Running) -> Statistics {
             errors: counted.errors,
         }
     });
-    Statistics { vcpus: running.platform.vcpu_counters(), devices: devices.collect() }
+    let devices = devices.collect();
+    let balloon = running.devices.iter().find_map(Emulated::balloon);
+    let balloon = balloon.map(|balloon| balloon_statistics(balloon, running.memory_bytes));
+    Statistics { vcpus: running.platform.vcpu_counters(), devices, balloon }
 }

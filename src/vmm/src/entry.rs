@@ -149,6 +149,7 @@ impl Control {
                 .patience()
                 .into_iter()
                 .chain(again)
+                .chain(self.asks.patience())
                 .min()
                 .map(rustix::event::Timespec::try_from);
             let patience = patience.transpose().unwrap_or_default();

@@ -12,12 +12,13 @@ use casemate_filters::Role;
 use casemate_passthrough::{AssignedFunction, Container, Probe, VfioDevice};
 use casemate_pci::{Function, HostBridge};
 use casemate_virtio::{
-    Balloon, Blk, BlkBackend, Counters, Device, Kind, Net, PciParts, PciTransport, Rng, Worker, vector_count,
+    Balloon, BalloonControl, Blk, BlkBackend, Counters, Device, Interrupt, Kind, Net, PciParts, PciTransport,
+    Rng, Worker, vector_count,
 };
 use casemate_wire::{Descriptors, End, Machine};
 use kvm_bindings::{CpuId, KVM_CAP_SPLIT_IRQCHIP, kvm_enable_cap};
 use kvm_ioctls::{Cap, DeviceFd, Kvm, VcpuFd, VmFd};
-use vm_memory::GuestMemoryMmap;
+use vm_memory::{GuestMemoryBackend, GuestMemoryMmap};
 use vmm_sys_util::eventfd::EventFd;
 
 use crate::{
@@ -48,7 +49,7 @@ pub(crate) struct Built {
 /// What must live as long as the machine, though nobody calls it any more.
 pub(crate) struct Held {
     /// KVM's memory slots and the IOMMU's maps point into it.
-    _memory: Arc<GuestMemoryMmap>,
+    memory: Arc<GuestMemoryMmap>,
     _passthrough: Option<Passthrough>,
 }
 
@@ -62,6 +63,8 @@ struct Passthrough {
 pub(crate) struct Running {
     /// What changes it.
     pub(crate) control: Control,
+    /// How much memory the guest has.
+    pub(crate) memory_bytes: u64,
     /// Its emulated devices, in the order in which they sit on the bus.
     pub(crate) devices: Vec<Emulated>,
     /// What its processors reach.
@@ -76,6 +79,28 @@ pub(crate) struct Emulated {
     pub(crate) kind: Kind,
     /// What it has done.
     pub(crate) counters: Arc<Counters>,
+    /// How its driver is told that something is another way now.
+    pub(crate) interrupt: Interrupt,
+    /// What can be changed of it while it runs.
+    pub(crate) own: Own,
+}
+
+/// What can be changed of a device while it runs.
+pub(crate) enum Own {
+    /// Nothing.
+    Nothing,
+    /// How much memory the guest gives up.
+    Balloon(Arc<BalloonControl>),
+}
+
+impl Emulated {
+    /// Its balloon, if it is one.
+    pub(crate) fn balloon(&self) -> Option<&BalloonControl> {
+        match &self.own {
+            Own::Balloon(balloon) => Some(balloon),
+            Own::Nothing => None,
+        }
+    }
 }
 
 impl Built {
@@ -98,7 +123,7 @@ impl Built {
             devices: Vec::new(),
         };
         parts.add(Box::new(HostBridge::new()), Attachments::default());
-        parts.add_virtio(Box::new(Rng::new()))?;
+        parts.add_virtio(Box::new(Rng::new()), Own::Nothing)?;
         for disk in machine.disks {
             let file = descriptors.take(disk.image)?;
             let backend = BlkBackend {
@@ -107,14 +132,17 @@ impl Built {
                 read_only: disk.read_only,
                 serial: disk.serial,
             };
-            parts.add_virtio(Box::new(Blk::new(backend).map_err(|error| Error::device("disk", error))?))?;
+            let disk = Blk::new(backend).map_err(|error| Error::device("disk", error))?;
+            parts.add_virtio(Box::new(disk), Own::Nothing)?;
         }
         for net in machine.nets {
-            parts.add_virtio(Box::new(Net::new(descriptors.take(net.tap)?, net.mac)))?;
+            parts.add_virtio(Box::new(Net::new(descriptors.take(net.tap)?, net.mac)), Own::Nothing)?;
         }
         // What an assigned device reaches by DMA is pinned, and must not be given back.
         if machine.container.is_none() {
-            parts.add_virtio(Box::new(Balloon::new()))?;
+            let balloon = Balloon::new().during("making an eventfd")?;
+            let control = balloon.control();
+            parts.add_virtio(Box::new(balloon), Own::Balloon(control))?;
         }
         let passthrough = match machine.container {
             Some(container) => {
@@ -155,7 +183,7 @@ impl Built {
             control: parts.control,
             platform,
             console_input,
-            held: Held { _memory: memory, _passthrough: passthrough },
+            held: Held { memory, _passthrough: passthrough },
         })
     }
 
@@ -200,7 +228,8 @@ impl Built {
         }
         narrow(Role::Rest);
         ready.wait();
-        Ok(Running { control, devices, platform, _held: held })
+        let memory_bytes = held.memory.iter().map(vm_memory::GuestMemoryRegion::len).sum();
+        Ok(Running { control, memory_bytes, devices, platform, _held: held })
     }
 }
 
@@ -255,7 +284,7 @@ impl Parts {
         Ok(())
     }
 
-    fn add_virtio(&mut self, device: Box<dyn Device>) -> Result<(), Error> {
+    fn add_virtio(&mut self, device: Box<dyn Device>, own: Own) -> Result<(), Error> {
         let kind = device.kind();
         let vectors = self.vectors(vector_count(device.as_ref()))?;
         let duplicate = |event: &EventFd| event.try_clone().during("duplicating an eventfd");
@@ -267,7 +296,8 @@ impl Parts {
             Ok(Doorbell { bar: bell.bar, offset: bell.offset, event: duplicate(bell.event)? })
         };
         let doorbells = transport.doorbells().map(ring).collect::<Result<_, Error>>()?;
-        self.devices.push(Emulated { kind, counters: Arc::clone(transport.counters()) });
+        let counters = Arc::clone(transport.counters());
+        self.devices.push(Emulated { kind, counters, interrupt: transport.interrupt(), own });
         self.workers.push(worker);
         self.add(Box::new(transport), Attachments { doorbells, regions: Vec::new() });
         Ok(())

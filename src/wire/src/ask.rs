@@ -16,6 +16,11 @@ pub enum Ask {
     Resume,
     /// Tell what was counted.
     Statistics,
+    /// Have the guest give up so much of its memory, in whole pages; it does as far as it can, in its own time.
+    Balloon {
+        /// A multiple of 4 KiB, at least 64 MiB below all of its memory.
+        target_bytes: u64,
+    },
 }
 
 /// What an [`Ask`] is answered with when it was done.
@@ -51,6 +56,8 @@ pub struct Statistics {
     pub vcpus: Vec<Counters>,
     /// Emulated devices, in the order in which they sit on the bus.
     pub devices: Vec<DeviceStatistics>,
+    /// The balloon, where there is one.
+    pub balloon: Option<BalloonStatistics>,
 }
 
 impl Statistics {
@@ -75,6 +82,33 @@ pub struct DeviceStatistics {
     pub bytes_from_guest: u64,
     /// Requests that failed, and stops because the driver broke a rule.
     pub errors: u64,
+}
+
+/// How a balloon stands. All but the target is the guest's word.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
+pub struct BalloonStatistics {
+    /// How much memory the guest is to give up.
+    pub target_bytes: u64,
+    /// How much it has given up.
+    pub actual_bytes: u64,
+    /// Memory of the guest's that is used for nothing. This and the following are `None` where the guest does not tell.
+    pub free_bytes: Option<u64>,
+    /// All memory that the guest has, less what it gave up.
+    pub total_bytes: Option<u64>,
+    /// What new programs could have without swapping.
+    pub available_bytes: Option<u64>,
+    /// Caches that can be dropped.
+    pub caches_bytes: Option<u64>,
+    /// Swapped in since its start.
+    pub swapped_in_bytes: Option<u64>,
+    /// Swapped out since its start.
+    pub swapped_out_bytes: Option<u64>,
+    /// Page faults that needed a disk.
+    pub major_faults: Option<u64>,
+    /// Page faults that did not.
+    pub minor_faults: Option<u64>,
+    /// Processes killed for want of memory.
+    pub oom_kills: Option<u64>,
 }
 
 /// The kinds of emulated devices.

@@ -173,7 +173,8 @@ impl AsFd for Channel {
 mod tests {
     use super::*;
     use crate::{
-        Answer, COUNTED_MOST, Counters, DeviceKind, DeviceStatistics, End, FromCell, Statistics, ToCell,
+        Answer, BalloonStatistics, COUNTED_MOST, Counters, DeviceKind, DeviceStatistics, End, FromCell,
+        Statistics, ToCell,
     };
     use proptest::prelude::*;
     use rustix::net::{AddressFamily, SocketFlags, SocketType, socketpair};
@@ -242,7 +243,25 @@ mod tests {
             bytes_from_guest: most,
             errors: most,
         };
-        let statistics = Statistics { vcpus: vec![vcpu; COUNTED_MOST], devices: vec![device; COUNTED_MOST] };
+        let all = Some(most);
+        let told = BalloonStatistics {
+            target_bytes: most,
+            actual_bytes: most,
+            free_bytes: all,
+            total_bytes: all,
+            available_bytes: all,
+            caches_bytes: all,
+            swapped_in_bytes: all,
+            swapped_out_bytes: all,
+            major_faults: all,
+            minor_faults: all,
+            oom_kills: all,
+        };
+        let statistics = Statistics {
+            vcpus: vec![vcpu; COUNTED_MOST],
+            devices: vec![device; COUNTED_MOST],
+            balloon: Some(told),
+        };
         assert!(statistics.is_bounded());
         let answer = Ok(Answer::Statistics(Box::new(statistics)));
         let (keep, cell) = pair();

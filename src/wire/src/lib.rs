@@ -15,7 +15,9 @@ mod channel;
 mod credentials;
 mod message;
 
-pub use ask::{Answer, Ask, COUNTED_MOST, DeviceKind, DeviceStatistics, Event, Refused, Statistics};
+pub use ask::{
+    Answer, Ask, BalloonStatistics, COUNTED_MOST, DeviceKind, DeviceStatistics, Event, Refused, Statistics,
+};
 pub use channel::{Channel, Descriptors, WireError};
 pub use credentials::peer_is_listener;
 pub use message::{
