@@ -87,7 +87,7 @@ pub(crate) fn pauses_and_goes_on(ctx: &mut Ctx) -> Result<(), Failure> {
         expect!(at(&listed, "state") == "paused" && at(&listed, "guest") == guest, "ps says {listed}");
         // Pausing what is paused is no mistake.
         operate(ctx, &["pause", guest])?;
-        ctx.run(["casemate", "--json", "power-off", guest])?.refusal("guest-paused")?;
+        ctx.run(["casemate", "power-off", guest])?.refusal("guest-paused")?;
         expect!(at(&operate(ctx, &["resume", guest])?, "state") == "running", "it does not run");
         let next = format!("tick-{}.", before + 3);
         running.wait_for_text(&next, Duration::from_secs(20))?;
@@ -100,7 +100,7 @@ pub(crate) fn pauses_and_goes_on(ctx: &mut Ctx) -> Result<(), Failure> {
     let run = running.wait(SOON)?;
     expect!(ending(&run)? == "stopped", "the guest ended by {}", ending(&run)?);
     expect!(!run.stdout.contains("complains"), "the guest's watchdogs complain");
-    ctx.run(["casemate", "--json", "pause", guest])?.refusal("guest-not-running")?;
+    ctx.run(["casemate", "pause", guest])?.refusal("guest-not-running")?;
     expect!(!fs::exists(format!("/run/casemate/{guest}.operator"))?, "the operator's socket is still there");
     Ok(())
 }
@@ -195,7 +195,7 @@ pub(crate) fn balloon_takes_and_gives(ctx: &mut Ctx) -> Result<(), Failure> {
     running.wait_for_text("has-read", SOON)?;
     let full = resident_bytes(vmm).unwrap_or_default();
     expect!(full > 160 * MIB, "the guest's cache takes no room: {full}");
-    ctx.run(["casemate", "--json", "balloon", ctx.name(), "321MiB"])?.refusal("guest-refused")?;
+    ctx.run(["casemate", "balloon", ctx.name(), "321MiB"])?.refusal("guest-refused")?;
     operate(ctx, &["balloon", ctx.name(), "200MiB"])?;
     let given = |least: u64, most: u64| balloon(ctx).is_ok_and(|(given, _)| (least..=most).contains(&given));
     wait_until("the guest gives 200 MiB up", SOON, || given(200 * MIB, 200 * MIB))?;
