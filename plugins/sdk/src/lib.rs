@@ -5,28 +5,94 @@
 //! reads. It has no clock, no files, no network and no randomness, it remembers nothing between two calls, and the
 //! only thing it can call is [`log`]. The contract itself, with a word on each field, is `policies/wit`.
 //!
+//! There are two other kinds: [`Governor`] looks after running guests, [`Releases`] judges devices as they come back. Each has
+//! a line of its own, `export_governor!` and `export_releases!`.
+//!
 //! A plugin's rules are ordinary functions: test them with `cargo test`, without any Wasm.
 
 #[allow(missing_docs, reason = "generated from policies/wit, where each item is documented")]
 pub mod bindings {
+    //! Each exported interface has a macro of its own, so that a plugin of any kind is `meta` and one other.
+
     wit_bindgen::generate!({
         path: "../../policies/wit",
-        world: "admission",
+        world: "plugin",
         additional_derives: [Clone, PartialEq],
         pub_export_macro: true,
-        export_macro_name: "export_component",
+        export_macro_name: "export_meta",
         default_bindings_module: "casemate_plugin_sdk::bindings",
     });
+
+    pub mod admission {
+        wit_bindgen::generate!({
+            path: "../../policies/wit",
+            inline: "package casemate:sdk; world gate-alone {
+                import casemate:policy/log@1.1.0;
+                export casemate:policy/gate@1.1.0;
+            }",
+            world: "casemate:sdk/gate-alone",
+            with: {
+                "casemate:policy/types@1.1.0": crate::bindings::casemate::policy::types,
+                "casemate:policy/log@1.1.0": crate::bindings::casemate::policy::log,
+            },
+            additional_derives: [Clone, PartialEq],
+            pub_export_macro: true,
+            export_macro_name: "export_gate",
+            default_bindings_module: "casemate_plugin_sdk::bindings::admission",
+        });
+    }
+
+    pub mod resources {
+        wit_bindgen::generate!({
+            path: "../../policies/wit",
+            inline: "package casemate:sdk; world governor-alone {
+                import casemate:policy/log@1.1.0;
+                export casemate:policy/governor@1.1.0;
+            }",
+            world: "casemate:sdk/governor-alone",
+            with: {
+                "casemate:policy/types@1.1.0": crate::bindings::casemate::policy::types,
+                "casemate:policy/log@1.1.0": crate::bindings::casemate::policy::log,
+            },
+            additional_derives: [Clone, PartialEq],
+            pub_export_macro: true,
+            export_macro_name: "export_governor",
+            default_bindings_module: "casemate_plugin_sdk::bindings::resources",
+        });
+    }
+
+    pub mod device {
+        wit_bindgen::generate!({
+            path: "../../policies/wit",
+            inline: "package casemate:sdk; world releases-alone {
+                import casemate:policy/log@1.1.0;
+                export casemate:policy/releases@1.1.0;
+            }",
+            world: "casemate:sdk/releases-alone",
+            with: {
+                "casemate:policy/types@1.1.0": crate::bindings::casemate::policy::types,
+                "casemate:policy/log@1.1.0": crate::bindings::casemate::policy::log,
+            },
+            additional_derives: [Clone, PartialEq],
+            pub_export_macro: true,
+            export_macro_name: "export_releases",
+            default_bindings_module: "casemate_plugin_sdk::bindings::device",
+        });
+    }
 }
 
+mod attrs;
 mod bytes;
+mod governor;
 mod pattern;
 mod reason;
+mod release;
 #[cfg(not(target_arch = "wasm32"))]
 pub mod testing;
 
 use std::marker::PhantomData;
 
+pub use attrs::{Processor, attr};
 pub use bindings::casemate::policy::{
     log::Level,
     types::{
@@ -34,10 +100,15 @@ pub use bindings::casemate::policy::{
         Operation, Reason, Request, Severity, Tenant, Value, Verdict,
     },
 };
-use bindings::exports::casemate::policy::{gate, meta};
+use bindings::{admission::exports::casemate::policy::gate, exports::casemate::policy::meta};
 pub use bytes::Bytes;
+pub use governor::{
+    Action, Answer, Bounds, CpuSample, Deed, DiskSample, Governor, GovernorComponent, GuestSample,
+    HostSample, Knobs, MemorySample, NetSample, Pressure, Rate, Samples, act,
+};
 pub use pattern::Pattern;
 pub use reason::{allow, deny, verdict};
+pub use release::{Check, Outcome, ReleasedDevice, Releases, ReleasesComponent, Ruling, ruling};
 pub use serde;
 
 /// A policy: what a plugin's author writes.
@@ -82,7 +153,8 @@ pub fn log(level: Level, message: &str) {
 macro_rules! export_policy {
     ($policy:ty) => {
         type CasematePolicy = $crate::Component<$policy>;
-        $crate::bindings::export_component!(CasematePolicy with_types_in $crate::bindings);
+        $crate::bindings::export_meta!(CasematePolicy with_types_in $crate::bindings);
+        $crate::bindings::admission::export_gate!(CasematePolicy with_types_in $crate::bindings::admission);
     };
 }
 
@@ -104,13 +176,13 @@ impl<P: Policy> meta::Guest for Component<P> {
     }
 
     fn check_settings(settings: String) -> Result<(), Vec<Reason>> {
-        P::check(&read::<P>(&settings).map_err(|reason| vec![reason])?)
+        P::check(&read_settings(&settings).map_err(|reason| vec![reason])?)
     }
 }
 
 impl<P: Policy> gate::Guest for Component<P> {
     fn admit(settings: String, request: Request) -> Verdict {
-        match read::<P>(&settings) {
+        match read_settings(&settings) {
             Ok(settings) => P::admit(settings, request),
             Err(reason) => verdict(vec![reason], Vec::new()),
         }
@@ -121,7 +193,7 @@ fn list(names: &[&str]) -> Vec<String> {
     names.iter().map(|name| (*name).to_owned()).collect()
 }
 
-fn read<P: Policy>(settings: &str) -> Result<P::Settings, Reason> {
+fn read_settings<S: serde::de::DeserializeOwned>(settings: &str) -> Result<S, Reason> {
     serde_json::from_str(settings).map_err(|error| {
         // The text is one line that Casemate made from TOML: its line and column would tell the reader nothing.
         let message = error.to_string();

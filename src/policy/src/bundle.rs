@@ -15,6 +15,7 @@ use crate::{
     change::{CASEMATE, Field},
     limits::{HOST_LIMITS, PluginLimits},
     rule::{Level, Mode, Rule, Rules, Selector},
+    samples::Deed,
 };
 
 /// One plugin of a bundle.
@@ -32,8 +33,10 @@ pub(crate) struct Entry {
     pub(crate) limits: PluginLimits,
     /// What its word counts for.
     pub(crate) rules: Rules,
-    /// What it may change.
+    /// What it may change of a guest that asks to start.
     pub(crate) may_change: Vec<Field>,
+    /// What it may do to a guest that runs.
+    pub(crate) may_do: Vec<&'static str>,
     /// Which of its needs are met; all when none.
     pub(crate) needs: Option<Vec<String>>,
     /// Where its name stands in the bundle.
@@ -65,6 +68,8 @@ struct RawEntry {
     r#for: Vec<Spanned<Selector>>,
     #[serde(default)]
     may_change: Vec<Spanned<String>>,
+    #[serde(default)]
+    may_do: Vec<Spanned<String>>,
     needs: Option<Vec<String>>,
 }
 
@@ -158,7 +163,15 @@ impl Reader<'_> {
                 self.refuse(name, key("may_change"), cause)
             })
         });
+        let may_do = raw.may_do.iter().map(|name| {
+            Deed::NAMES.into_iter().find(|known| known == name.get_ref()).ok_or_else(|| {
+                let all = Deed::NAMES.join(", ");
+                let cause = format!("{:?} can't be done; these can: {all}", short(name.get_ref()));
+                self.refuse(name, key("may_do"), cause)
+            })
+        });
         Ok(Entry {
+            may_do: may_do.collect::<Result<_, _>>()?,
             rules: Rules { default: Rule { mode: raw.mode, level: raw.level }, selectors },
             may_change: may_change.collect::<Result<_, _>>()?,
             needs: raw.needs,
@@ -284,6 +297,7 @@ mod tests {
             ("devices = [\"8086:\"]", "devices = inf", "[policy-bundle] p/b.toml:2: plugin[0].settings: "),
             ("[[plugin]]", "[[plugin]", "[policy-bundle] p/b.toml:1: "),
             ("path", "may_change = [\"name\"]\npath", "[policy-bundle] p/b.toml:3: plugin[0].may_change: "),
+            ("path", "may_do = [\"dance\"]\npath", "[policy-bundle] p/b.toml:3: plugin[0].may_do: "),
             ("path", "for = [{ tenants = [] }]\npath", "[policy-bundle] p/b.toml:3: plugin[0].for: "),
             ("path", "for = [{ mode = \"on\" }]\npath", "[policy-bundle] p/b.toml:3: "),
             ("\"limits\"", "\"casemate\"", "[policy-bundle] p/b.toml:2: plugin[0].name: "),

@@ -13,7 +13,7 @@ use crate::{
     contract::{self, PluginAnswer, Wish},
     engine::Engine,
     limits::HOST_LIMITS,
-    plugin::{Answer, Plugin},
+    plugin::{Answer, Kind, Plugin},
     request::Request,
     rule::{Effect, Mode, Rule},
     verdict::{Decision, Override, PluginRun, Reason, Verdict},
@@ -30,13 +30,16 @@ impl Engine {
     pub fn admit(&self, request: &Request, override_why: Option<&str>) -> Result<Decision, PolicyError> {
         let start = Instant::now();
         check_size(request)?;
+        if !self.plugins.iter().any(|plugin| plugin.is(Kind::Admission)) {
+            return Err(nobody_admits("the bundle"));
+        }
         let (request, changes) = self.change(request)?;
         let question = contract::request(&request);
         let mut tally = Tally { override_why, ..Tally::default() };
-        for plugin in &self.plugins {
+        for plugin in self.plugins.iter().filter(|plugin| plugin.is(Kind::Admission)) {
             let rule = plugin.rules.rule(&request);
             let Some(effect) = rule.effect() else { continue };
-            match plugin.admit(&self.ticker, &question) {
+            match plugin.counted(|| plugin.admit(&self.ticker, &question)) {
                 Ok(Answer { value, run }) => tally.count(plugin, &request, (rule, effect), value, run)?,
                 Err(error) if effect >= Effect::DenySoftly => return Err(error),
                 Err(error) => tally.failed(plugin, (rule, effect), &error),
@@ -50,7 +53,10 @@ impl Engine {
     fn change<'a>(&self, request: &'a Request) -> Result<(Cow<'a, Request>, Vec<Change>), PolicyError> {
         let mut changes: Vec<Change> = Vec::new();
         let changers = self.plugins.iter().filter(|plugin| {
-            !plugin.may_change.is_empty() && plugin.rules.rule(request).mode == Mode::Enforce
+            plugin.is(Kind::Admission)
+                && !plugin.is_suspended()
+                && !plugin.may_change.is_empty()
+                && plugin.rules.rule(request).mode == Mode::Enforce
         });
         let mut question = None;
         for plugin in changers {
@@ -100,6 +106,11 @@ fn permitted(plugin: &Plugin, request: &Request, wish: Wish) -> Result<Change, P
         to,
         reason: wish.reason,
     })
+}
+
+/// No plugin of it admits guests: nobody would be asked.
+pub(crate) fn nobody_admits(subject: impl std::fmt::Display) -> PolicyError {
+    PolicyError::new(Fault::Empty, subject, "none of the bundle's plugins admits guests")
 }
 
 fn conflict(one: &Change, other: &Change) -> PolicyError {

@@ -15,20 +15,53 @@ use crate::{
     unreachable_pub,
     clippy::all,
     clippy::restriction,
+    clippy::pedantic,
     reason = "generated from policies/wit"
 )]
 mod bindings {
     wasmtime::component::bindgen!({
         path: "../../policies/wit",
-        world: "admission",
+        world: "plugin",
         imports: { default: trappable },
     });
+
+    // One interface each: what a plugin exports beside `meta` makes its kind.
+    pub mod admission {
+        wasmtime::component::bindgen!({
+            path: "../../policies/wit",
+            inline: "package casemate:host; world gate-alone { export casemate:policy/gate@1.1.0; }",
+            world: "casemate:host/gate-alone",
+            with: { "casemate:policy/types@1.1.0": crate::contract::bindings::casemate::policy::types },
+        });
+    }
+    pub mod resources {
+        wasmtime::component::bindgen!({
+            path: "../../policies/wit",
+            inline: "package casemate:host; world governor-alone { export casemate:policy/governor@1.1.0; }",
+            world: "casemate:host/governor-alone",
+            with: { "casemate:policy/types@1.1.0": crate::contract::bindings::casemate::policy::types },
+        });
+    }
+    pub mod device {
+        wasmtime::component::bindgen!({
+            path: "../../policies/wit",
+            inline: "package casemate:host; world releases-alone { export casemate:policy/releases@1.1.0; }",
+            world: "casemate:host/releases-alone",
+            with: { "casemate:policy/types@1.1.0": crate::contract::bindings::casemate::policy::types },
+        });
+    }
 }
 
+pub(crate) mod governor;
+pub(crate) mod releases;
+
 pub(crate) use bindings::{
-    Admission, AdmissionPre,
+    Plugin as Meta, PluginPre as MetaPre,
+    admission::GateAlonePre as GatePre,
     casemate::policy::{log, types},
+    device::ReleasesAlonePre as ReleasesPre,
     exports::casemate::policy::meta::Description,
+    resources::GovernorAlonePre as GovernorPre,
 };
 
 /// The interfaces that a component may import; of `types`, there are no functions.

@@ -8,12 +8,14 @@ use sha2::{Digest, Sha256};
 use crate::{
     Fault, PolicyError, bundle,
     cache::{Cache, hex},
+    chain::nobody_admits,
     change::Field,
     compiler::Compiler,
     contract::{self, Description},
     limits::{HOST_LIMITS, PluginLimits},
-    plugin::{Loader, Parts, Plugin, surface},
+    plugin::{Kind, Loader, Parts, Plugin, surface},
     rule::Rules,
+    samples::Deed,
     sandbox::Ticker,
     signature,
 };
@@ -48,6 +50,8 @@ pub struct Installed {
     pub summary: String,
     /// SHA-256 of its component, in hexadecimal.
     pub digest: String,
+    /// What it's for.
+    pub kinds: Vec<Kind>,
     /// Codes of the reasons that it may give.
     pub reasons: Vec<String>,
     /// How long compiling took; none when it was in the cache.
@@ -151,7 +155,8 @@ impl Engine {
             entry.path = substitute.file.to_owned();
             entry.digest = hex(&Sha256::digest(&bytes));
         }
-        Self::load(config, hex(&Sha256::digest(&source)), &entries)
+        let engine = Self::load(config, hex(&Sha256::digest(&source)), &entries)?;
+        if engine.has(Kind::Admission) { Ok(engine) } else { Err(nobody_admits(config.bundle.display())) }
     }
 
     /// One plugin as a bundle of its own, enforced, with these settings (a JSON object).
@@ -167,6 +172,7 @@ impl Engine {
         let seen = install(file, cache, compiler)?;
         let config = Config { bundle: file, cache, compiler, key: None };
         let may_change = seen.changes.iter().filter_map(|name| Field::named(name)).collect();
+        let may_do = Deed::NAMES.into_iter().filter(|name| seen.changes.iter().any(|n| n == name)).collect();
         let entry = bundle::Entry {
             name: seen.name,
             path: file.to_owned(),
@@ -175,6 +181,7 @@ impl Engine {
             limits: PluginLimits::DEFAULT,
             rules: Rules::default(),
             may_change,
+            may_do,
             needs: None,
             location: Location { file: file.to_owned(), line: 1, key: "plugin".into() },
         };
@@ -214,18 +221,21 @@ impl Engine {
             settings: &entry.settings,
             rules: entry.rules.clone(),
             may_change: entry.may_change.clone(),
+            may_do: entry.may_do.clone(),
             component: &loaded.component,
         };
         let plugin = Plugin::link(loader.engine, parts)?;
         let description = plugin.describe(&self.ticker)?;
         plugin.check_settings(&self.ticker)?;
         self.permit(entry, &description)?;
+        let kinds = plugin.kinds();
         self.plugins.push(plugin);
         self.installed.push(Installed {
             name: entry.name.clone(),
             version: contract::one_line(&description.version),
             summary: contract::one_line(&description.summary),
             digest,
+            kinds,
             reasons: description.reasons.iter().map(|code| contract::one_line(code)).collect(),
             compile_time: loaded.compile_time,
         });
@@ -234,10 +244,11 @@ impl Engine {
 
     /// Holds what the bundle permits against what the plugin says it wants.
     fn permit(&mut self, entry: &bundle::Entry, description: &Description) -> Result<(), PolicyError> {
-        let unwanted =
-            entry.may_change.iter().find(|field| !description.changes.iter().any(|n| n == field.name()));
-        if let Some(field) = unwanted {
-            let cause = format!("it may change {field}, and says that it never does");
+        let fields = entry.may_change.iter().map(|field| ("change", field.name()));
+        let mut permitted = fields.chain(entry.may_do.iter().map(|deed| ("do", *deed)));
+        let unwanted = permitted.find(|(_, name)| !description.changes.iter().any(|known| known == name));
+        if let Some((what, name)) = unwanted {
+            let cause = format!("it may {what} {name}, and says that it never does");
             return Err(PolicyError::new(Fault::Bundle, &entry.name, cause));
         }
         if let Some(need) = entry.needs.iter().flatten().find(|need| !description.needs.contains(need)) {
@@ -259,6 +270,27 @@ impl Engine {
     /// The plugins, in the order in which they are asked.
     pub fn plugins(&self) -> &[Installed] {
         &self.installed
+    }
+
+    /// Whether a plugin of this kind is among them.
+    pub fn has(&self, kind: Kind) -> bool {
+        self.plugins.iter().any(|plugin| plugin.is(kind))
+    }
+
+    /// The same, and a plugin that fails too often in a row (`HostLimits::failures`) isn't asked any more: for who keeps it open.
+    #[must_use]
+    pub fn suspending(mut self) -> Self {
+        self.plugins.iter_mut().for_each(|plugin| plugin.suspends = true);
+        self
+    }
+
+    /// Names of the plugins that aren't asked any more.
+    pub fn suspended(&self) -> Vec<&str> {
+        self.plugins
+            .iter()
+            .filter(|plugin| plugin.is_suspended())
+            .map(|plugin| plugin.name.as_str())
+            .collect()
     }
 
     /// SHA-256 of the bundle's text, in hexadecimal.
@@ -285,6 +317,8 @@ pub struct Inspection {
     pub version: String,
     /// What the plugin says it does.
     pub summary: String,
+    /// What it's for.
+    pub kinds: Vec<Kind>,
     /// A JSON Schema of its settings.
     pub settings_schema: Option<String>,
     /// Codes of the reasons that it may give.
@@ -322,9 +356,11 @@ pub fn install(file: &Path, cache: &Path, compiler: Compiler<'_>) -> Result<Insp
         settings: "{}",
         rules: Rules::default(),
         may_change: Vec::new(),
+        may_do: Vec::new(),
         component: &loaded.component,
     };
-    let description = Plugin::link(&engine, parts)?.describe(&ticker)?;
+    let plugin = Plugin::link(&engine, parts)?;
+    let description = plugin.describe(&ticker)?;
     let (imports, exports) = surface(&engine, &loaded.component);
     Ok(Inspection {
         digest,
@@ -332,6 +368,7 @@ pub fn install(file: &Path, cache: &Path, compiler: Compiler<'_>) -> Result<Insp
         name: contract::one_line(&description.name),
         version: contract::one_line(&description.version),
         summary: contract::one_line(&description.summary),
+        kinds: plugin.kinds(),
         settings_schema: description.settings_schema,
         reasons: description.reasons.iter().map(|text| contract::one_line(text)).collect(),
         changes: description.changes.iter().map(|text| contract::one_line(text)).collect(),

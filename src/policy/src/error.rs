@@ -51,6 +51,8 @@ pub enum Fault {
     Conflict,
     /// A plugin isn't content with what it has changed itself.
     Unstable,
+    /// A plugin failed too often, and isn't asked any more.
+    Suspended,
     /// A file of cases can't be used.
     Cases,
     /// The engine itself can't be had.
@@ -128,6 +130,9 @@ impl Fault {
                 "policy-unstable",
                 "report it to the plugin's author, or take the field out of its `may_change`",
             ),
+            Self::Suspended => {
+                ("policy-suspended", "see why it failed, mend or replace it, then have the bundle read again")
+            }
             Self::Cases => ("policy-cases", "correct the file; docs/policies.md shows one"),
             Self::Engine => ("policy-engine", "report it with this message"),
         }

@@ -12,7 +12,8 @@
 //!    its own in a workspace of its own, compiles when a plugin is first seen; what it made is kept in a private cache
 //!    and authenticated with a key that never leaves this host, since machine code is trusted once it's loaded.
 //!
-//! [`Engine::open`] reads a bundle (`policies/*.toml`), [`Engine::admit`] asks it. `docs/policies.md` is the handbook.
+//! [`Engine::open`] reads a bundle (`policies/*.toml`), [`Engine::admit`] asks it about a guest that wants to start or change,
+//! [`Engine::tick`] about those that run, [`Engine::release`] about a device that comes back. `docs/policies.md` is the handbook.
 
 // Loading compiled code is unsafe by nature; it happens in `plugin::deserialize` alone.
 #![allow(unsafe_code)]
@@ -26,11 +27,15 @@ mod compiler;
 mod contract;
 mod engine;
 mod error;
+mod govern;
 mod limits;
 mod plugin;
 mod record;
+mod release;
+mod released;
 mod request;
 mod rule;
+mod samples;
 mod sandbox;
 mod signature;
 mod verdict;
@@ -40,10 +45,17 @@ pub use change::{Change, Field, Value};
 pub use compiler::{Compiler, EXIT_INVALID, Ended, Launch, Plain, Streams};
 pub use engine::{Config, Engine, Inspection, Installed, Needs, Substitute, engine_config, install};
 pub use error::{Fault, PolicyError};
+pub use govern::{Conflict, Failure, Memory, Tick};
 pub use limits::{HOST_LIMITS, HostLimits, PluginLimits};
+pub use plugin::Kind;
 pub use record::{Difference, Outcome, Record, Stance, replay};
+pub use released::{Check, CheckOutcome, ReleasedDevice, Ruling};
 pub use request::{
     Amounts, Attrs, Device, Disk, File, GuestSpec, HostState, Neighbour, Net, Operation, Request, Tenant,
 };
 pub use rule::{Level, Mode, Rule};
+pub use samples::{
+    Action, Bounds, CpuSample, Deed, DiskSample, GuestSample, HostSample, Knob, Knobs, MemorySample,
+    NetSample, Pressure, Rate, Samples,
+};
 pub use verdict::{Decision, LogLevel, LogLine, Override, PluginRun, Reason, Severity, Verdict};

@@ -54,6 +54,14 @@ pub struct HostLimits {
     pub answer_bytes: usize,
     /// Reasons and warnings of an answer.
     pub reasons: usize,
+    /// Actions of a governor's answer.
+    pub actions: usize,
+    /// What a governor remembers from one call to the next.
+    pub state_bytes: usize,
+    /// What one crossing may make the host allocate when a governor answers: for all guests of a host at once.
+    pub tick_crossing_bytes: usize,
+    /// After so many failures in a row a plugin isn't asked again until its bundle is read anew.
+    pub failures: u32,
     /// Log of a call that is kept.
     pub log_bytes: usize,
     /// Log of a call after which the plugin is stopped.
@@ -74,6 +82,10 @@ pub const HOST_LIMITS: HostLimits = HostLimits {
     request_bytes: 256 << 10,
     answer_bytes: 64 << 10,
     reasons: 64,
+    actions: 4_096,
+    state_bytes: 64 << 10,
+    tick_crossing_bytes: 2 << 20,
+    failures: 5,
     log_bytes: 16 << 10,
     log_flood_bytes: 1 << 20,
     crossing_bytes: 128 << 10,

@@ -1,6 +1,10 @@
 //! One loaded plugin, and the call into it.
 
-use std::time::{Duration, Instant};
+use std::{
+    fmt,
+    sync::atomic::{AtomicU32, Ordering},
+    time::{Duration, Instant},
+};
 
 use wasmtime::{
     Store, Trap,
@@ -12,11 +16,15 @@ use crate::{
     cache::{Cache, EntryKey},
     change::Field,
     compiler::{self, Compiler},
-    contract::{self, Admission, AdmissionPre, Description, PluginAnswer, types},
+    contract::{
+        self, Description, GatePre, GovernorPre, Meta, MetaPre, PluginAnswer, ReleasesPre,
+        governor::Governed, types,
+    },
     limits::{HOST_LIMITS, PluginLimits},
+    released::ReleasedDevice,
     rule::{Rule, Rules},
     sandbox::{LogFlood, Sandbox, Ticker},
-    verdict::PluginRun,
+    verdict::{PluginRun, Reason},
 };
 
 /// What loading needs.
@@ -78,7 +86,38 @@ pub(crate) struct Parts<'a> {
     pub(crate) settings: &'a str,
     pub(crate) rules: Rules,
     pub(crate) may_change: Vec<Field>,
+    pub(crate) may_do: Vec<&'static str>,
     pub(crate) component: &'a Component,
+}
+
+/// What a plugin is for, by what it exports. One can be more than one.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord)]
+pub enum Kind {
+    /// It admits guests: `gate`.
+    Admission,
+    /// It looks after those that run: `governor`.
+    Resources,
+    /// It judges devices that come back: `releases`.
+    Device,
+}
+
+impl Kind {
+    /// The interface that makes it.
+    const ALL: [(Self, &'static str); 3] = [
+        (Self::Admission, "casemate:policy/gate@1."),
+        (Self::Resources, "casemate:policy/governor@1."),
+        (Self::Device, "casemate:policy/releases@1."),
+    ];
+}
+
+impl fmt::Display for Kind {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.write_str(match self {
+            Self::Admission => "admission",
+            Self::Resources => "resources",
+            Self::Device => "device",
+        })
+    }
 }
 
 /// A plugin that is ready to be asked.
@@ -89,7 +128,15 @@ pub(crate) struct Plugin {
     settings: String,
     pub(crate) rules: Rules,
     pub(crate) may_change: Vec<Field>,
-    pre: AdmissionPre<Sandbox>,
+    pub(crate) may_do: Vec<&'static str>,
+    meta: MetaPre<Sandbox>,
+    gate: Option<GatePre<Sandbox>>,
+    governor: Option<GovernorPre<Sandbox>>,
+    releases: Option<ReleasesPre<Sandbox>>,
+    /// Failures since it last answered.
+    failures: AtomicU32,
+    /// Whether too many of them suspend it.
+    pub(crate) suspends: bool,
 }
 
 /// An answer and what it took.
@@ -101,56 +148,157 @@ pub(crate) struct Answer<R> {
 impl Plugin {
     /// Links a component: what it imports and exports is checked here, and nothing of it runs yet.
     pub(crate) fn link(engine: &wasmtime::Engine, parts: Parts<'_>) -> Result<Self, PolicyError> {
-        let Parts { name, digest, limits, settings, rules, may_change, component } = parts;
+        let Parts { name, digest, limits, settings, rules, may_change, may_do, component } = parts;
         let (imports, exports) = surface(engine, component);
         let allowed = |import: &String| contract::IMPORTS.iter().any(|start| import.starts_with(start));
         if let Some(import) = imports.iter().find(|import| !allowed(import)) {
             let cause = format!("it imports {import:?}; a plugin may import the log and nothing else");
             return Err(PolicyError::new(Fault::Import, name, cause));
         }
-        let off = |error: wasmtime::Error| {
+        let off = |error: &dyn fmt::Display| {
             let cause =
-                format!("it does not speak casemate:policy@1: {error:#}; it exports {}", exports.join(", "));
+                format!("it does not speak casemate:policy@1: {error}; it exports {}", exports.join(", "));
             PolicyError::new(Fault::Contract, name, cause)
         };
+        let unfit = |error: wasmtime::Error| off(&format_args!("{error:#}"));
+        let kinds: Vec<_> = Kind::ALL
+            .into_iter()
+            .filter(|(_, start)| exports.iter().any(|export| export.starts_with(start)))
+            .map(|(kind, _)| kind)
+            .collect();
+        if kinds.is_empty() {
+            return Err(off(&"it exports no gate, no governor and no releases"));
+        }
+        let is = |kind: Kind| kinds.contains(&kind);
         let mut linker = Linker::<Sandbox>::new(engine);
-        Admission::add_to_linker::<_, HasSelf<_>>(&mut linker, |sandbox| sandbox).map_err(off)?;
-        let pre = linker.instantiate_pre(component).and_then(AdmissionPre::new).map_err(off)?;
-        let (name, digest, settings) = (name.into(), digest.into(), settings.into());
-        Ok(Self { name, digest, limits, settings, rules, may_change, pre })
+        Meta::add_to_linker::<_, HasSelf<_>>(&mut linker, |sandbox| sandbox).map_err(unfit)?;
+        let pre = linker.instantiate_pre(component).map_err(unfit)?;
+        let gate = is(Kind::Admission).then(|| GatePre::new(pre.clone())).transpose().map_err(unfit)?;
+        let governor = is(Kind::Resources).then(|| GovernorPre::new(pre.clone())).transpose();
+        let releases = is(Kind::Device).then(|| ReleasesPre::new(pre.clone())).transpose();
+        Ok(Self {
+            name: name.into(),
+            digest: digest.into(),
+            limits,
+            settings: settings.into(),
+            rules,
+            may_change,
+            may_do,
+            meta: MetaPre::new(pre).map_err(unfit)?,
+            gate,
+            governor: governor.map_err(unfit)?,
+            releases: releases.map_err(unfit)?,
+            failures: AtomicU32::new(0),
+            suspends: false,
+        })
+    }
+
+    /// Whether it can be asked so.
+    pub(crate) fn is(&self, kind: Kind) -> bool {
+        match kind {
+            Kind::Admission => self.gate.is_some(),
+            Kind::Resources => self.governor.is_some(),
+            Kind::Device => self.releases.is_some(),
+        }
+    }
+
+    /// All ways in which it can be asked.
+    pub(crate) fn kinds(&self) -> Vec<Kind> {
+        Kind::ALL.into_iter().map(|(kind, _)| kind).filter(|kind| self.is(*kind)).collect()
+    }
+
+    /// Counts how a call ended. One that failed too often in a row isn't made any more.
+    pub(crate) fn counted<R>(&self, call: impl FnOnce() -> Result<R, PolicyError>) -> Result<R, PolicyError> {
+        if self.is_suspended() {
+            let cause =
+                format!("it failed {} times in a row, and is not asked any more", HOST_LIMITS.failures);
+            return Err(PolicyError::new(Fault::Suspended, &self.name, cause));
+        }
+        let result = call();
+        match &result {
+            Ok(_) => self.failures.store(0, Ordering::Relaxed),
+            Err(_) => {
+                self.failures.fetch_add(1, Ordering::Relaxed);
+            }
+        }
+        result
+    }
+
+    pub(crate) fn is_suspended(&self) -> bool {
+        self.suspends && self.failures.load(Ordering::Relaxed) >= HOST_LIMITS.failures
     }
 
     /// What the plugin tells of itself.
     pub(crate) fn describe(&self, ticker: &Ticker) -> Result<Description, PolicyError> {
-        let call = |plugin: &Admission, store: &mut Store<Sandbox>| {
-            plugin.casemate_policy_meta().call_describe(store)
+        let call = |store: &mut Store<Sandbox>| {
+            self.meta.instantiate(&mut *store)?.casemate_policy_meta().call_describe(store)
         };
-        Ok(self.call(ticker, call)?.value)
+        Ok(self.call(ticker, HOST_LIMITS.crossing_bytes, call)?.value)
     }
 
     /// Whether the plugin takes the settings that the bundle gives it.
     pub(crate) fn check_settings(&self, ticker: &Ticker) -> Result<(), PolicyError> {
-        let call = |plugin: &Admission, store: &mut Store<Sandbox>| {
+        let call = |store: &mut Store<Sandbox>| {
+            let plugin = self.meta.instantiate(&mut *store)?;
             plugin.casemate_policy_meta().call_check_settings(store, &self.settings)
         };
-        let Err(reasons) = self.call(ticker, call)?.value else { return Ok(()) };
+        let answer = self.call(ticker, HOST_LIMITS.crossing_bytes, call)?.value;
+        let Err(reasons) = answer else { return Ok(()) };
         let reasons = contract::reasons(&self.name, reasons).map_err(|cause| self.bad_answer(cause))?;
         let text: Vec<_> = reasons.iter().map(ToString::to_string).collect();
         Err(PolicyError::new(Fault::Settings, &self.name, text.join(" | ")))
     }
 
-    /// Asks the plugin.
+    /// Asks a plugin that admits.
     pub(crate) fn admit(
         &self,
         ticker: &Ticker,
         request: &types::Request,
     ) -> Result<Answer<PluginAnswer>, PolicyError> {
-        let call = |plugin: &Admission, store: &mut Store<Sandbox>| {
-            plugin.casemate_policy_gate().call_admit(store, &self.settings, request)
+        let gate = self.gate.as_ref().ok_or_else(|| self.is_not(Kind::Admission))?;
+        let call = |store: &mut Store<Sandbox>| {
+            gate.instantiate(&mut *store)?.casemate_policy_gate().call_admit(store, &self.settings, request)
         };
-        let Answer { value, run } = self.call(ticker, call)?;
+        let Answer { value, run } = self.call(ticker, HOST_LIMITS.crossing_bytes, call)?;
         let value = contract::answer(&self.name, value).map_err(|cause| self.bad_answer(cause))?;
         Ok(Answer { value, run })
+    }
+
+    /// Asks a governor.
+    pub(crate) fn tick(
+        &self,
+        ticker: &Ticker,
+        samples: &contract::governor::WitSamples,
+        state: &[u8],
+    ) -> Result<Answer<Governed>, PolicyError> {
+        let governor = self.governor.as_ref().ok_or_else(|| self.is_not(Kind::Resources))?;
+        let call = |store: &mut Store<Sandbox>| {
+            let plugin = governor.instantiate(&mut *store)?;
+            plugin.casemate_policy_governor().call_tick(store, &self.settings, samples, state)
+        };
+        let Answer { value, run } = self.call(ticker, HOST_LIMITS.tick_crossing_bytes, call)?;
+        let value = contract::governor::answer(&self.name, value).map_err(|cause| self.bad_answer(cause))?;
+        Ok(Answer { value, run })
+    }
+
+    /// Asks a judge of devices: whether the host may have it back, and reasons or warnings.
+    pub(crate) fn release(
+        &self,
+        ticker: &Ticker,
+        device: &ReleasedDevice,
+    ) -> Result<(bool, Vec<Reason>), PolicyError> {
+        let releases = self.releases.as_ref().ok_or_else(|| self.is_not(Kind::Device))?;
+        let device = contract::releases::device(device);
+        let call = |store: &mut Store<Sandbox>| {
+            let plugin = releases.instantiate(&mut *store)?;
+            plugin.casemate_policy_releases().call_release(store, &self.settings, &device)
+        };
+        let ruling = self.call(ticker, HOST_LIMITS.crossing_bytes, call)?.value;
+        contract::releases::ruling(&self.name, ruling).map_err(|cause| self.bad_answer(cause))
+    }
+
+    fn is_not(&self, kind: Kind) -> PolicyError {
+        PolicyError::new(Fault::Contract, &self.name, format!("it is no plugin of the kind {kind}"))
     }
 
     /// What is known of a call before it's made.
@@ -178,22 +326,20 @@ impl Plugin {
     fn call<R>(
         &self,
         ticker: &Ticker,
-        call: impl FnOnce(&Admission, &mut Store<Sandbox>) -> wasmtime::Result<R>,
+        crossing_bytes: usize,
+        call: impl FnOnce(&mut Store<Sandbox>) -> wasmtime::Result<R>,
     ) -> Result<Answer<R>, PolicyError> {
         let start = Instant::now();
-        let mut store = Store::new(self.pre.engine(), Sandbox::new(self.limits));
+        let mut store = Store::new(self.meta.engine(), Sandbox::new(self.limits));
         store.limiter(|sandbox| sandbox);
-        store.set_hostcall_fuel(HOST_LIMITS.crossing_bytes);
+        store.set_hostcall_fuel(crossing_bytes);
         store.set_epoch_deadline(self.limits.deadline_ms);
         let ticking = ticker.during_call();
-        let answer = store
-            .set_fuel(self.limits.fuel)
-            .and_then(|()| self.pre.instantiate(&mut store))
-            .and_then(|plugin| call(&plugin, &mut store));
+        let answer = store.set_fuel(self.limits.fuel).and_then(|()| call(&mut store));
         drop(ticking);
         let fuel = self.limits.fuel.saturating_sub(store.get_fuel().unwrap_or(0));
         let sandbox = store.into_data();
-        let value = answer.map_err(|error| self.fault(&error, &sandbox))?;
+        let value = answer.map_err(|error| self.fault(&error, &sandbox, crossing_bytes))?;
         let run = PluginRun {
             elapsed: start.elapsed(),
             fuel,
@@ -205,7 +351,7 @@ impl Plugin {
     }
 
     /// What ended a call.
-    fn fault(&self, error: &wasmtime::Error, sandbox: &Sandbox) -> PolicyError {
+    fn fault(&self, error: &wasmtime::Error, sandbox: &Sandbox, crossing_bytes: usize) -> PolicyError {
         let limits = &self.limits;
         let root = error.root_cause().to_string();
         let (fault, cause) = match error.downcast_ref::<Trap>() {
@@ -226,7 +372,7 @@ impl Plugin {
             None if error.is::<LogFlood>() => (Fault::Answer, root),
             // The type of this error is private to wasmtime.
             None if root.contains("fuel allocated for hostcalls") => {
-                let most = HOST_LIMITS.crossing_bytes >> 10;
+                let most = crossing_bytes >> 10;
                 (Fault::Answer, format!("it passes more than {most} KiB at once"))
             }
             None => (Fault::Trap, format!("it stopped: {root}")),

@@ -78,9 +78,13 @@ pub(crate) struct Selector {
 }
 
 impl Selector {
-    fn fits(&self, request: &Request) -> bool {
-        self.tenants.as_ref().is_none_or(|tenants| tenants.contains(&request.tenant.name))
-            && self.operations.as_ref().is_none_or(|operations| operations.contains(&request.operation))
+    /// `operation` is none where nothing is asked for: a guest runs, a device comes back.
+    fn fits(&self, tenant: &str, operation: Option<Operation>) -> bool {
+        self.tenants.as_ref().is_none_or(|tenants| tenants.iter().any(|known| known == tenant))
+            && self
+                .operations
+                .as_ref()
+                .is_none_or(|operations| operation.is_some_and(|operation| operations.contains(&operation)))
     }
 
     /// Why it could never do anything, if so.
@@ -106,8 +110,18 @@ pub(crate) struct Rules {
 
 impl Rules {
     pub(crate) fn rule(&self, request: &Request) -> Rule {
+        self.first(&request.tenant.name, Some(request.operation))
+    }
+
+    /// The rule for a guest that runs, or a device that comes back.
+    pub(crate) fn rule_of(&self, tenant: &str) -> Rule {
+        self.first(tenant, None)
+    }
+
+    fn first(&self, tenant: &str, operation: Option<Operation>) -> Rule {
         let own = self.default;
-        self.selectors.iter().find(|selector| selector.fits(request)).map_or(own, |selector| Rule {
+        let first = self.selectors.iter().find(|selector| selector.fits(tenant, operation));
+        first.map_or(own, |selector| Rule {
             mode: selector.mode.unwrap_or(own.mode),
             level: selector.level.unwrap_or(own.level),
         })

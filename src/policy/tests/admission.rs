@@ -327,6 +327,6 @@ fn install_tells_what_a_plugin_is() {
     assert_eq!((inspection.name.as_str(), inspection.version.as_str()), ("limits", "1.0.0"));
     assert_eq!(inspection.digest, sha256(&fs::read(limits()).unwrap()));
     assert!(inspection.imports.iter().all(|import| import.starts_with("casemate:policy/")));
-    assert!(inspection.exports.contains(&"casemate:policy/gate@1.0.0".to_owned()));
+    assert!(inspection.exports.contains(&"casemate:policy/gate@1.1.0".to_owned()));
     assert!(inspection.settings_schema.unwrap().contains("max_memory"));
 }

@@ -7,9 +7,10 @@ use super::File;
 /// Where the list is.
 pub(crate) const LIST: &str = "docs/refusals.md";
 
-/// Words that look like codes and are none: drivers, checks of `casemate doctor`, threads, kinds of descriptors.
+/// Words that look like codes and are none: drivers, checks of `casemate doctor`, threads, kinds of descriptors, deeds of governors.
 const NO_CODES: &[&str] = &[
     "device-taken",
+    "disk-limit",
     "disk-sha256",
     "guest-ram",
     "initrd-sha256",

@@ -21,12 +21,17 @@ macro_rules! own {
 const FILES: &[(&str, &str)] = &[
     ("policies/wit/types.wit", include_str!("../../../../policies/wit/types.wit")),
     ("policies/wit/admission.wit", include_str!("../../../../policies/wit/admission.wit")),
+    ("policies/wit/resources.wit", include_str!("../../../../policies/wit/resources.wit")),
+    ("policies/wit/device.wit", include_str!("../../../../policies/wit/device.wit")),
     ("plugins/build", plugins!("build")),
     ("plugins/sdk/Cargo.toml", plugins!("sdk/Cargo.toml")),
     ("plugins/sdk/src/lib.rs", plugins!("sdk/src/lib.rs")),
+    ("plugins/sdk/src/attrs.rs", plugins!("sdk/src/attrs.rs")),
     ("plugins/sdk/src/bytes.rs", plugins!("sdk/src/bytes.rs")),
+    ("plugins/sdk/src/governor.rs", plugins!("sdk/src/governor.rs")),
     ("plugins/sdk/src/pattern.rs", plugins!("sdk/src/pattern.rs")),
     ("plugins/sdk/src/reason.rs", plugins!("sdk/src/reason.rs")),
+    ("plugins/sdk/src/release.rs", plugins!("sdk/src/release.rs")),
     ("plugins/sdk/src/testing.rs", plugins!("sdk/src/testing.rs")),
 ];
 
