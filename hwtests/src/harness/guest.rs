@@ -49,6 +49,8 @@ pub struct GuestFile {
     vcpus: u32,
     memory: String,
     boot: Boot,
+    #[serde(skip_serializing_if = "Option::is_none")]
+    hotplug: Option<Hotplug>,
     #[serde(skip_serializing_if = "Vec::is_empty")]
     disk: Vec<Disk>,
     #[serde(skip_serializing_if = "Vec::is_empty")]
@@ -62,6 +64,11 @@ struct Boot {
     kernel: PathBuf,
     initrd: PathBuf,
     command_line: String,
+}
+
+#[derive(Clone, Debug, Serialize)]
+struct Hotplug {
+    slots: u32,
 }
 
 #[derive(Clone, Debug, Serialize)]
@@ -95,6 +102,7 @@ impl GuestFile {
                 initrd: initrd.to_owned(),
                 command_line: "console=ttyS0 quiet".to_owned(),
             },
+            hotplug: None,
             disk: Vec::new(),
             net: Vec::new(),
             device: Vec::new(),
@@ -147,6 +155,13 @@ impl GuestFile {
     #[must_use]
     pub fn net(mut self, tap: &str, host_address: &str) -> Self {
         self.net.push(Net { tap: tap.to_owned(), host_address: host_address.to_owned() });
+        self
+    }
+
+    /// Slots for what comes while the guest runs.
+    #[must_use]
+    pub fn slots(mut self, slots: u32) -> Self {
+        self.hotplug = Some(Hotplug { slots });
         self
     }
 

@@ -12,6 +12,7 @@ mod control;
 mod documents;
 mod endings;
 mod host_state;
+mod hotplug;
 mod lab;
 mod passthrough;
 mod pools;
@@ -57,6 +58,8 @@ const TESTS: &[LabTest] = &[
     LabTest::new("network-carries-both-ways", virtio::network_carries_both_ways),
     LabTest::new("free-memory-goes-back", virtio::free_memory_goes_back),
     LabTest::new("entropy-is-there", virtio::entropy_is_there),
+    // Hot-plug
+    LabTest::new("slots-are-seen", hotplug::slots_are_seen),
     // Policy
     LabTest::new("too-big-is-refused", admission::too_big_is_refused),
     LabTest::new("swapped-plugin-flips-the-verdict", admission::swapped_plugin_flips_the_verdict),

@@ -12,7 +12,7 @@ use std::{
 use casemate_host::{Claim, Tap};
 use casemate_jail::{Cell, CellPlan, CgroupPlan, Program, Rlimits};
 use casemate_spec::{Guest, Refusal};
-use casemate_wire::{Assigned, Channel, Disk, FromCell, Machine, Net, Slot, ToCell, VERSION};
+use casemate_wire::{Assigned, Channel, Disk, FromCell, Hotplug, Machine, Net, Slot, ToCell, VERSION};
 use rustix::{
     fs::{FlockOperation, flock},
     io::Errno,
@@ -307,6 +307,11 @@ fn send_machine(
                 address: device.address.to_string(),
             })
             .collect(),
+        hotplug: Hotplug {
+            slots: guest.hotplug.slots,
+            memory_bytes: guest.hotplug.memory.bytes(),
+            prefetchable_bytes: guest.hotplug.prefetchable_memory.bytes(),
+        },
     };
     let message = ToCell::Start { version: VERSION, machine: Box::new(machine) };
     channel.send(&message, &fds.0).map_err(|error| {

@@ -143,6 +143,22 @@ impl<V: Vfio, S: VectorSink + Send> Function for AssignedFunction<V, S> {
     fn decoded(&self) -> DecodedBars {
         self.config.decoded()
     }
+
+    /// What fails here is with whoever implements [`Vfio`]; each step is tried all the same.
+    fn reset(&mut self) {
+        self.config.reset();
+        let msix = self.msix.as_mut().and_then(|msix| msix.reset(&self.config, &mut self.sink));
+        if msix == Some(MsixTransition::Disabled) {
+            let _ = self.vfio.set_msix(None);
+        }
+        // Bus master is off before the reset, and after it, whatever the reset made of it.
+        self.forward();
+        let _ = self.vfio.reset();
+        for ((offset, _, always), last) in filter::forwarded(self.intx).zip(&mut self.forwarded) {
+            let _ = write_config(&mut self.vfio, offset, always);
+            *last = always;
+        }
+    }
 }
 
 /// Brings a device to rest, before a guest gets it and after one had it: MSI-X off, bus master off, reset, and bus

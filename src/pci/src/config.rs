@@ -74,12 +74,20 @@ pub enum ConfigError {
         /// Bytes with ID and link.
         size: usize,
     },
+    /// Not a window that a bridge can have.
+    #[error("a bridge cannot have a window from {start:#x} to {end:#x}")]
+    BridgeWindow {
+        /// First address.
+        start: u64,
+        /// The address behind the last.
+        end: u64,
+    },
     /// MSI-X vectors, table or pending bits don't fit each other or their BARs.
     #[error("MSI-X: {0}")]
     Msix(&'static str),
 }
 
-/// The configuration space of a type 0 function: what each bit is, and what a guest's write does to it.
+/// The configuration space of a function, endpoint or bridge: what each bit is, and what a guest's write does to it.
 ///
 /// Two masks say per bit what a write does: replace it, clear it by a one, or (in neither mask) nothing. BARs are
 /// such bits too, so the all-ones sizing protocol needs no state of its own.
@@ -96,30 +104,66 @@ pub struct Config {
 impl Config {
     /// A function without BARs, capabilities and interrupt pin. Its command register is 0: it answers to nothing.
     pub fn new(identity: Identity) -> Self {
+        let mut config = Self::blank();
+        config.set(regs::SUBSYSTEM_VENDOR_ID, &identity.subsystem_vendor.to_le_bytes());
+        config.set(regs::SUBSYSTEM_ID, &identity.subsystem.to_le_bytes());
+        config.common_header(identity);
+        config
+    }
+
+    /// A bridge between PCI buses: a type 1 header, whose bus numbers and windows are 0 and the guest's to write. It
+    /// has no window for I/O ports, and its prefetchable one is 64 bits wide. Subsystem ids are not where an endpoint
+    /// has them, and are left out. Of its BARs only the first two exist.
+    pub fn new_bridge(identity: Identity) -> Self {
+        let mut config = Self::blank();
+        config.common_header(identity);
+        config.set(regs::HEADER_TYPE, &[regs::HEADER_TYPE_BRIDGE]);
+        store(&mut config.writable, regs::PRIMARY_BUS, &[0xff; 3]);
+        store(&mut config.clear, regs::SECONDARY_STATUS, &regs::STATUS_ERRORS.to_le_bytes());
+        store(&mut config.writable, regs::MEMORY_BASE, &[0xf0, 0xff, 0xf0, 0xff]);
+        // The lowest bits say that the upper halves below exist.
+        config.set(regs::PREF_MEMORY_BASE, &[1, 0, 1, 0]);
+        store(&mut config.writable, regs::PREF_MEMORY_BASE, &[0xf0, 0xff, 0xf0, 0xff]);
+        store(&mut config.writable, regs::PREF_BASE_UPPER32, &[0xff; 8]);
+        let control =
+            regs::BRIDGE_CONTROL_PARITY | regs::BRIDGE_CONTROL_SERR | regs::BRIDGE_CONTROL_BUS_RESET;
+        store(&mut config.writable, regs::BRIDGE_CONTROL, &control.to_le_bytes());
+        config
+    }
+
+    fn blank() -> Self {
         let zeroes = || Box::new([0; CONFIG_SPACE_BYTES]);
-        let mut config = Self {
+        Self {
             bytes: zeroes(),
             writable: zeroes(),
             clear: zeroes(),
             bars: [None; BAR_COUNT],
             capabilities: Vec::new(),
-        };
-        config.set(regs::VENDOR_ID, &identity.vendor.to_le_bytes());
-        config.set(regs::DEVICE_ID, &identity.device.to_le_bytes());
-        config.set(regs::REVISION_ID, &(identity.class << 8 | u32::from(identity.revision)).to_le_bytes());
-        config.set(regs::SUBSYSTEM_VENDOR_ID, &identity.subsystem_vendor.to_le_bytes());
-        config.set(regs::SUBSYSTEM_ID, &identity.subsystem.to_le_bytes());
+        }
+    }
 
+    /// What both types of header have in common.
+    fn common_header(&mut self, identity: Identity) {
+        self.set(regs::VENDOR_ID, &identity.vendor.to_le_bytes());
+        self.set(regs::DEVICE_ID, &identity.device.to_le_bytes());
+        self.set(regs::REVISION_ID, &(identity.class << 8 | u32::from(identity.revision)).to_le_bytes());
         let command = regs::COMMAND_MEMORY
             | regs::COMMAND_MASTER
             | regs::COMMAND_PARITY
             | regs::COMMAND_SERR
             | regs::COMMAND_INTX_DISABLE;
-        store(&mut config.writable, regs::COMMAND, &command.to_le_bytes());
-        store(&mut config.clear, regs::STATUS, &regs::STATUS_ERRORS.to_le_bytes());
-        store(&mut config.writable, regs::CACHE_LINE_SIZE, &[0xff]);
-        store(&mut config.writable, regs::INTERRUPT_LINE, &[0xff]);
-        config
+        store(&mut self.writable, regs::COMMAND, &command.to_le_bytes());
+        store(&mut self.clear, regs::STATUS, &regs::STATUS_ERRORS.to_le_bytes());
+        store(&mut self.writable, regs::CACHE_LINE_SIZE, &[0xff]);
+        store(&mut self.writable, regs::INTERRUPT_LINE, &[0xff]);
+    }
+
+    /// As a reset of the bus leaves it: all that a guest can write is 0, so it answers to nothing and is no master.
+    pub fn reset(&mut self) {
+        let masks = self.writable.iter().zip(self.clear.iter());
+        for (byte, (writable, clear)) in self.bytes.iter_mut().zip(masks) {
+            *byte &= !(writable | clear);
+        }
     }
 
     /// Sets interrupt pin (0 none, 1 INTA) and the line that firmware would have written.

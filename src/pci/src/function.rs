@@ -25,4 +25,7 @@ pub trait Function: Send {
     /// What it answers to right now. The root compares it around each configuration write and moves the maps; ranges
     /// that overlap others or leave the root's memory windows are the guest's doing, and the root's to leave unmapped.
     fn decoded(&self) -> DecodedBars;
+    /// Brings it to the state after power-on, as a reset of its bus does: it answers to nothing, reaches no memory and
+    /// interrupts nobody once this returns.
+    fn reset(&mut self);
 }

@@ -42,6 +42,9 @@ impl Function for HostBridge {
     fn decoded(&self) -> DecodedBars {
         self.config.decoded()
     }
+    fn reset(&mut self) {
+        self.config.reset();
+    }
 }
 
 #[cfg(test)]

@@ -19,6 +19,7 @@ mod ecam;
 mod function;
 mod host_bridge;
 mod msix;
+mod root_port;
 
 /// Registers and bits by their offsets, as in Linux's `pci_regs.h` without the `PCI_` before each name.
 pub mod regs;
@@ -30,3 +31,4 @@ pub use ecam::{ECAM_BYTES_PER_BUS, EcamAddress};
 pub use function::Function;
 pub use host_bridge::HostBridge;
 pub use msix::{BarOffset, MSIX_VECTORS_MAX, MsiMessage, Msix, MsixLayout, MsixTransition, VectorSink};
+pub use root_port::{BRIDGE_WINDOW_BYTES, Forwarding, RootPort};

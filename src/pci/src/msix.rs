@@ -175,6 +175,14 @@ impl Msix {
         }
     }
 
+    /// To be called after [`Config::reset`]: MSI-X is off, every vector masked and without a message.
+    pub fn reset(&mut self, config: &Config, sink: &mut dyn VectorSink) -> Option<MsixTransition> {
+        for entry in &mut self.entries {
+            (entry.message, entry.control) = (MsiMessage::default(), VECTOR_MASKED);
+        }
+        self.config_written(config, sink)
+    }
+
     /// Answers a read of BAR `bar` when it begins in the table or the pending bits; returns whether it did. Aligned
     /// reads of 4 and 8 bytes are understood; others read as all ones.
     pub fn bar_read(&self, bar: u8, offset: u64, data: &mut [u8], sink: &dyn VectorSink) -> bool {

@@ -28,8 +28,40 @@ pub const CLASS_CODE: u16 = 0x09;
 pub const CACHE_LINE_SIZE: u16 = 0x0c;
 /// Header type, 8 bits; the uppermost bit says that the device has more than one function.
 pub const HEADER_TYPE: u16 = 0x0e;
+/// Header type: a bridge between PCI buses.
+pub const HEADER_TYPE_BRIDGE: u8 = 1;
+/// Header type: the device has more than one function.
+pub const HEADER_TYPE_MULTIFUNCTION: u8 = 1 << 7;
 /// The first of six base address registers of 32 bits.
 pub const BASE_ADDRESS_0: u16 = 0x10;
+/// Bridge: number of the bus that it sits on, 8 bits.
+pub const PRIMARY_BUS: u16 = 0x18;
+/// Bridge: number of the bus behind it, 8 bits.
+pub const SECONDARY_BUS: u16 = 0x19;
+/// Bridge: the highest number of a bus behind it, 8 bits.
+pub const SUBORDINATE_BUS: u16 = 0x1a;
+/// Bridge: status of the bus behind it, 16 bits; its errors are those of [`STATUS`].
+pub const SECONDARY_STATUS: u16 = 0x1e;
+/// Bridge: address bits 31 to 20 where its memory window begins, in the upper 12 of 16 bits.
+pub const MEMORY_BASE: u16 = 0x20;
+/// Bridge: address bits 31 to 20 of the window's last MiB, in the upper 12 of 16 bits.
+pub const MEMORY_LIMIT: u16 = 0x22;
+/// Bridge: where its prefetchable window begins, as [`MEMORY_BASE`].
+pub const PREF_MEMORY_BASE: u16 = 0x24;
+/// Bridge: the prefetchable window's last MiB, as [`MEMORY_LIMIT`].
+pub const PREF_MEMORY_LIMIT: u16 = 0x26;
+/// Bridge: address bits 63 to 32 of the prefetchable window's base.
+pub const PREF_BASE_UPPER32: u16 = 0x28;
+/// Bridge: address bits 63 to 32 of the prefetchable window's limit.
+pub const PREF_LIMIT_UPPER32: u16 = 0x2c;
+/// Bridge: control, 16 bits.
+pub const BRIDGE_CONTROL: u16 = 0x3e;
+/// Bridge control: parity error response behind it.
+pub const BRIDGE_CONTROL_PARITY: u16 = 1 << 0;
+/// Bridge control: system error enable behind it.
+pub const BRIDGE_CONTROL_SERR: u16 = 1 << 1;
+/// Bridge control: the bus behind it is held in reset.
+pub const BRIDGE_CONTROL_BUS_RESET: u16 = 1 << 6;
 /// Subsystem vendor ID, 16 bits.
 pub const SUBSYSTEM_VENDOR_ID: u16 = 0x2c;
 /// Subsystem ID, 16 bits.

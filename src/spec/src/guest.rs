@@ -11,8 +11,9 @@ use serde::Deserialize;
 use toml::Spanned;
 
 use crate::{
-    ByteSize, DevicePin, Location, PciAddress, Refusal,
+    ByteSize, DevicePin, Hotplug, Location, PciAddress, Refusal,
     device::{RawDevice, Wanted},
+    hotplug::RawHotplug,
     locate::locate,
 };
 
@@ -37,6 +38,8 @@ pub struct Limits {
     pub nets: usize,
     /// Assigned PCI functions.
     pub devices: usize,
+    /// Slots for hot-plug.
+    pub hotplug_slots: u8,
 }
 
 /// The limits in force.
@@ -50,10 +53,12 @@ pub const LIMITS: Limits = Limits {
     disks: 8,
     nets: 8,
     devices: 8,
+    hotplug_slots: 8,
 };
 
-// All of them, the host bridge, the entropy source and the balloon sit on one bus of 32 slots.
-const _: () = assert!(LIMITS.disks + LIMITS.nets + LIMITS.devices + 3 <= 32);
+// All of them, the host bridge, the entropy source, the balloon and the root ports (functions of one device) sit on one bus
+// of 32 devices.
+const _: () = assert!(LIMITS.disks + LIMITS.nets + LIMITS.devices + 4 <= 32 && LIMITS.hotplug_slots <= 8);
 
 /// A name of a guest or a tenant: 1 to 32 of `a-z`, `0-9` and `-`, beginning with a letter.
 #[derive(Clone, Debug, PartialEq, Eq, PartialOrd, Ord, Hash)]
@@ -100,6 +105,8 @@ pub struct Guest {
     pub devices: Vec<Assigned>,
     /// Functions that are still to be chosen from pools; each becomes one of `devices`.
     pub pooled: Vec<Pooled>,
+    /// Slots for what comes while it runs.
+    pub hotplug: Hotplug,
 }
 
 /// What a guest boots. Paths are as written; relative ones count from the guest file's folder.
@@ -207,6 +214,8 @@ struct RawGuest {
     net: Vec<RawNet>,
     #[serde(default)]
     device: Vec<RawDevice>,
+    #[serde(default)]
+    hotplug: RawHotplug,
 }
 
 #[derive(Deserialize)]
@@ -312,7 +321,8 @@ impl Reader<'_> {
             }
             devices.push(device);
         }
-        Ok(Guest { name, tenant, vcpus, memory, boot, disks, nets, devices, pooled })
+        let hotplug = self.hotplug(raw.hotplug)?;
+        Ok(Guest { name, tenant, vcpus, memory, boot, disks, nets, devices, pooled, hotplug })
     }
 
     pub(crate) fn name(&mut self, raw: Spanned<String>) -> Result<Name, Refusal> {

@@ -305,6 +305,12 @@ impl Function for PciTransport {
     fn decoded(&self) -> DecodedBars {
         self.config.decoded()
     }
+
+    fn reset(&mut self) {
+        self.act(Action::Reset);
+        self.config.reset();
+        self.msix.reset(&self.config, &mut self.vectors);
+    }
 }
 
 /// Configuration space of a function with `device`, the offset of its access window, and MSI-X.

@@ -130,6 +130,16 @@ impl Registers {
         Ok(Self { start, size_bytes })
     }
 
+    /// Memory of this process in the place of a device's registers.
+    #[cfg(test)]
+    pub(crate) fn of_test(size_bytes: usize) -> Self {
+        let (protection, flags) = (libc::PROT_READ, libc::MAP_PRIVATE | libc::MAP_ANONYMOUS);
+        // SAFETY: a new mapping at an address of the kernel's choice replaces nothing.
+        let start = unsafe { libc::mmap(ptr::null_mut(), size_bytes, protection, flags, -1, 0) };
+        assert_ne!(start, libc::MAP_FAILED);
+        Self { start, size_bytes }
+    }
+
     /// Its size, a multiple of the page's.
     pub(crate) fn size_bytes(&self) -> u64 {
         self.size_bytes as u64
@@ -143,8 +153,8 @@ impl Registers {
 
 impl Drop for Registers {
     fn drop(&mut self) {
-        // SAFETY: this is the mapping that `map` made, whole; memory slots that point at it are control's to delete
-        // first, and control drops them together, at the end of the process.
+        // SAFETY: this is the mapping that `map` made, whole; memory slots that point at it are deleted first
+        // (see `maps`), or the process ends.
         unsafe { libc::munmap(self.start, self.size_bytes) };
     }
 }

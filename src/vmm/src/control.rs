@@ -15,18 +15,19 @@ use std::{
 };
 
 use casemate_passthrough::VfioDevice;
-use casemate_pci::{DecodedBar, MsiMessage};
+use casemate_pci::MsiMessage;
 use casemate_wire::{End, Event};
 use kvm_bindings::{
     KVM_IRQ_ROUTING_MSI, KvmIrqRouting, kvm_irq_routing_entry, kvm_irq_routing_entry__bindgen_ty_1,
     kvm_irq_routing_msi, kvm_irq_routing_msi__bindgen_ty_1,
 };
-use kvm_ioctls::{IoEventAddress, NoDatamatch, VmFd};
+use kvm_ioctls::VmFd;
 use vmm_sys_util::eventfd::EventFd;
 
 use crate::{
     error::{During, Error},
-    memory::{self, MemorySlot},
+    maps::{Answers, Attachments, Maps},
+    root::Place,
 };
 
 /// Interrupt lines that the IOAPIC has; message-signalled interrupts are numbered from here.
@@ -52,15 +53,8 @@ pub(crate) enum Change {
         /// As the guest's redirection table has it.
         message: MsiMessage,
     },
-    /// A function's BARs answer elsewhere.
-    Move {
-        /// Its device number on the root bus.
-        function: usize,
-        /// No longer answered.
-        gone: Vec<DecodedBar>,
-        /// Answered from now on.
-        come: Vec<DecodedBar>,
-    },
+    /// These functions' BARs answer elsewhere.
+    Answer(Vec<Answers>),
     /// An assigned function's MSI-X is turned on with these events, or off.
     Msix {
         /// Its number among the assigned ones.
@@ -142,35 +136,6 @@ impl Requests {
     }
 }
 
-/// A place in a BAR that rings an eventfd when the guest writes to it.
-pub(crate) struct Doorbell {
-    /// Which BAR.
-    pub(crate) bar: u8,
-    /// Where in it.
-    pub(crate) offset: u64,
-    /// What rings.
-    pub(crate) event: EventFd,
-}
-
-/// A piece of an assigned function's BAR that the guest reaches without an exit.
-pub(crate) struct DirectRegion {
-    /// Which BAR.
-    pub(crate) bar: u8,
-    /// Where in it.
-    pub(crate) offset: u64,
-    /// The mapping of the device's registers in this process.
-    pub(crate) registers: crate::assigned::Registers,
-}
-
-/// What of a function follows its BARs around.
-#[derive(Default)]
-pub(crate) struct Attachments {
-    /// Doorbells.
-    pub(crate) doorbells: Vec<Doorbell>,
-    /// Mapped registers.
-    pub(crate) regions: Vec<DirectRegion>,
-}
-
 /// All that the control thread holds.
 pub(crate) struct Control {
     vm: Arc<VmFd>,
@@ -178,19 +143,11 @@ pub(crate) struct Control {
     wake: EventFd,
     routes: BTreeMap<u32, MsiMessage>,
     events: BTreeMap<u32, EventFd>,
-    attachments: Vec<Attachments>,
+    maps: Maps,
     devices: Vec<Arc<VfioDevice>>,
-    slots: Slots,
     panic_deadline: Option<Instant>,
     /// What the keep has not been told yet.
     news: Vec<Event>,
-}
-
-/// Memory slots in use by mapped registers: numbers are reused.
-struct Slots {
-    next: u32,
-    free: Vec<u32>,
-    taken: BTreeMap<(usize, usize), MemorySlot>,
 }
 
 impl Control {
@@ -200,16 +157,14 @@ impl Control {
         let wake = EventFd::new(libc::EFD_NONBLOCK | libc::EFD_CLOEXEC).during("making an eventfd")?;
         let copy = wake.try_clone().during("duplicating an eventfd")?;
         let requests = Arc::new(Requests { sender, wake: copy, panicked: AtomicBool::new(false) });
-        let slots = Slots { next: first_slot, free: Vec::new(), taken: BTreeMap::new() };
         let control = Self {
             vm,
             receiver,
             wake,
             routes: BTreeMap::new(),
             events: BTreeMap::new(),
-            attachments: Vec::new(),
+            maps: Maps::new(first_slot),
             devices: Vec::new(),
-            slots,
             panic_deadline: None,
             news: Vec::new(),
         };
@@ -233,9 +188,9 @@ impl Control {
         Ok(first)
     }
 
-    /// Adds what follows the BARs of the next function on the root bus.
-    pub(crate) fn add_function(&mut self, attachments: Attachments) {
-        self.attachments.push(attachments);
+    /// Takes over what follows the BARs of the function at `place`.
+    pub(crate) fn add_function(&mut self, place: Place, attachments: Attachments) {
+        self.maps.attach(place, attachments);
     }
 
     /// Takes over an assigned function's VFIO device; returns its number.
@@ -298,7 +253,7 @@ impl Control {
                 }
                 self.write_route(gsi, message)
             }
-            Change::Move { function, gone, come } => self.move_bars(function, &gone, &come),
+            Change::Answer(answers) => self.maps.answer(&*self.vm, &answers),
             Change::Msix { device, events } => {
                 let device = self.devices.get(device).ok_or(Error::Lacks("such a device"))?;
                 device.set_msix(events.as_deref()).map_err(|error| Error::device("MSI-X", error))
@@ -358,55 +313,6 @@ impl Control {
         let table =
             KvmIrqRouting::from_entries(&entries).map_err(|_| Error::Lacks("room for interrupt routes"))?;
         self.vm.set_gsi_routing(&table).during("routing interrupts")
-    }
-
-    fn move_bars(&mut self, function: usize, gone: &[DecodedBar], come: &[DecodedBar]) -> Result<(), Error> {
-        let Some(attachments) = self.attachments.get(function) else { return Ok(()) };
-        for bar in gone {
-            for doorbell in attachments.doorbells.iter().filter(|doorbell| doorbell.bar == bar.index) {
-                let address = IoEventAddress::Mmio(bar.base + doorbell.offset);
-                self.vm
-                    .unregister_ioevent(&doorbell.event, &address, NoDatamatch)
-                    .during("moving a doorbell")?;
-            }
-            for (index, _) in
-                attachments.regions.iter().enumerate().filter(|(_, region)| region.bar == bar.index)
-            {
-                if let Some(slot) = self.slots.taken.remove(&(function, index)) {
-                    self.slots.free.push(slot.slot);
-                    // SAFETY: deleting a slot needs no mapping.
-                    unsafe { memory::set_slot(&self.vm, MemorySlot { size_bytes: 0, ..slot }, false) }
-                        .during("unmapping a device's registers")?;
-                }
-            }
-        }
-        for bar in come {
-            for doorbell in attachments.doorbells.iter().filter(|doorbell| doorbell.bar == bar.index) {
-                let address = IoEventAddress::Mmio(bar.base + doorbell.offset);
-                self.vm
-                    .register_ioevent(&doorbell.event, &address, NoDatamatch)
-                    .during("moving a doorbell")?;
-            }
-            for (index, region) in
-                attachments.regions.iter().enumerate().filter(|(_, region)| region.bar == bar.index)
-            {
-                let number = self.slots.free.pop().unwrap_or_else(|| {
-                    self.slots.next += 1;
-                    self.slots.next - 1
-                });
-                let slot = MemorySlot {
-                    slot: number,
-                    guest_address: bar.base + region.offset,
-                    size_bytes: region.registers.size_bytes(),
-                    host_address: region.registers.host_address(),
-                };
-                self.slots.taken.insert((function, index), slot);
-                // SAFETY: the mapping belongs to `region`, which lives as long as this control, and control ends with
-                // the process.
-                unsafe { memory::set_slot(&self.vm, slot, false) }.during("mapping a device's registers")?;
-            }
-        }
-        Ok(())
     }
 }
 

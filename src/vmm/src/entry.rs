@@ -18,7 +18,7 @@ use rustix::{
 use crate::{
     asks::{Asks, Reply},
     error::{During, Error, bounded},
-    gate,
+    gate, layout,
     machine::{Built, Running},
 };
 
@@ -104,6 +104,13 @@ fn check(machine: &Machine) -> Result<(), Error> {
     }
     if machine.disks.iter().any(|disk| disk.size_bytes == 0 || !disk.size_bytes.is_multiple_of(512)) {
         return wrong("a disk's size must be a multiple of 512 and not 0");
+    }
+    let hotplug = &machine.hotplug;
+    let windows = [hotplug.memory_bytes, hotplug.prefetchable_bytes];
+    let sizes_are_good =
+        windows.iter().all(|size| (1 << 20..=1 << 38).contains(size) && size.is_multiple_of(1 << 20));
+    if hotplug.slots > layout::HOTPLUG_SLOTS_MOST || (hotplug.slots > 0 && !sizes_are_good) {
+        return wrong("there are at most 8 slots for hot-plug, with windows of whole MiB");
     }
     if machine.container.is_none() != machine.devices.is_empty() {
         return wrong("assigned devices and a container go together");

@@ -5,7 +5,7 @@
 //! 0x000E_0000       ACPI tables (reserved)
 //! 0x0010_0000       RAM, up to 3 GiB
 //! 0xC000_0000       window for 32-bit BARs, 512 MiB
-//! 0xE000_0000       ECAM, one bus of 1 MiB
+//! 0xE000_0000       ECAM, 1 MiB a bus: the root bus and up to 8 slots for hot-plug
 //! 0xFEC0_0000       IOAPIC
 //! 0xFEE0_0000       local APICs, and where MSIs go: never RAM, so no DMA map can touch it
 //! 0xFFFB_C000       KVM's own pages (Intel real mode)
@@ -35,8 +35,10 @@ pub(crate) const HIGH_RAM: u64 = 0x10_0000;
 pub(crate) const LOW_RAM_MOST: u64 = 0xC000_0000;
 /// 32-bit BARs.
 pub(crate) const WINDOW32: Range = Range { start: 0xC000_0000, size: 0x2000_0000 };
-/// ECAM of bus 0.
-pub(crate) const ECAM: Range = Range { start: 0xE000_0000, size: 1 << 20 };
+/// Slots that cards can be put into while the guest runs, each on a bus of its own.
+pub(crate) const HOTPLUG_SLOTS_MOST: u8 = 8;
+/// ECAM: 1 MiB for the root bus and as much for each slot.
+pub(crate) const ECAM: Range = Range { start: 0xE000_0000, size: (1 + HOTPLUG_SLOTS_MOST as u64) << 20 };
 /// The IOAPIC's registers.
 pub(crate) const IOAPIC: Range = Range { start: 0xFEC0_0000, size: 0x1000 };
 /// KVM's identity map page on Intel.

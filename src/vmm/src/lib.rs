@@ -9,7 +9,7 @@
 //!   end, and the guest with it.
 //!
 //! Unsafe is allowed here for four things, each in one place: the start (descriptors taken over, `entry`), memory
-//! slots, whose mappings must outlive them (`memory`, `control`), mapped device registers (`assigned`), and the signal that
+//! slots, whose mappings must outlive them (`memory`, `maps`), mapped device registers (`assigned`), and the signal that
 //! calls processors out of the guest (`gate`).
 #![allow(unsafe_code)]
 
@@ -24,6 +24,7 @@ mod gate;
 mod intx;
 mod layout;
 mod machine;
+mod maps;
 mod memory;
 mod platform;
 mod root;

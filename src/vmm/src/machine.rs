@@ -10,7 +10,7 @@ use std::{
 use casemate_chipset::{AcpiSpec, PciHost, RESET_CODE, RESET_VECTOR, intx_gsi, tables};
 use casemate_filters::Role;
 use casemate_passthrough::{AssignedFunction, Container, Probe, VfioDevice};
-use casemate_pci::{Function, HostBridge};
+use casemate_pci::{Function, HostBridge, RootPort};
 use casemate_virtio::{
     Balloon, BalloonControl, Blk, BlkBackend, Counters, Device, Interrupt, Kind, Net, PciParts, PciTransport,
     Rng, Worker, vector_count,
@@ -24,14 +24,16 @@ use vmm_sys_util::eventfd::EventFd;
 use crate::{
     assigned::{self, Registers, RemoteVfio},
     boot::{self, Entry, Images},
-    control::{Attachments, Control, DirectRegion, Doorbell, FIRST_MSI_GSI, Requests, Vectors},
+    control::{Control, FIRST_MSI_GSI, Requests, Vectors},
     cpu::{self, Halt},
     entry::file,
     error::{During, Error},
     intx::{self, Intx, IntxSource},
-    layout, memory,
+    layout,
+    maps::{Attachments, DirectRegion, Doorbell},
+    memory,
     platform::{Platform, Processor},
-    root::RootBus,
+    root::{Body, BusParts, Place, PortWindows, RootBus},
 };
 
 /// A machine whose parts are all there, before the first instruction.
@@ -118,6 +120,7 @@ impl Built {
             requests: Arc::clone(&requests),
             memory: Arc::clone(&memory),
             functions: Vec::new(),
+            next_device: 0,
             workers: Vec::new(),
             intx: Vec::new(),
             devices: Vec::new(),
@@ -167,12 +170,21 @@ impl Built {
         let console = file(descriptors.take(machine.console)?);
         let console_input = machine.console_input.map(|slot| descriptors.take(slot)).transpose()?.map(file);
         descriptors.finish()?;
-        let rsdp = write_acpi(&memory, machine.vcpus, window64)?;
+        parts.add_ports(machine.hotplug.slots)?;
+        let rsdp = write_acpi(&memory, machine.vcpus, machine.hotplug.slots, window64)?;
         let entry = boot::load(&memory, images, rsdp)?;
         let segments: Vec<u8> = cpu::SEGMENTS.iter().flat_map(|entry| entry.to_le_bytes()).collect();
         boot::put(&memory, layout::SEGMENTS, &segments)?;
         let vcpus = make_vcpus(&vm, &cpuid, machine.vcpus, entry)?;
-        let root = RootBus::new(parts.functions, window64, Arc::clone(&requests))?;
+        let root = RootBus::new(BusParts {
+            functions: parts.functions,
+            port_windows: PortWindows {
+                memory_bytes: machine.hotplug.memory_bytes,
+                prefetchable_bytes: machine.hotplug.prefetchable_bytes,
+            },
+            windows: [layout::WINDOW32, window64],
+            requests: Arc::clone(&requests),
+        })?;
         let (lines, sources) = parts.intx.into_iter().unzip();
         let platform = Arc::new(Platform::new(vm, root, console, lines, requests, machine.vcpus));
         Ok(Self {
@@ -238,16 +250,51 @@ struct Parts {
     control: Control,
     requests: Arc<Requests>,
     memory: Arc<GuestMemoryMmap>,
-    functions: Vec<Box<dyn Function>>,
+    functions: Vec<(Place, Body)>,
+    /// Device numbers of the root bus that are taken.
+    next_device: u8,
     workers: Vec<Worker>,
     intx: Vec<(Intx, IntxSource)>,
     devices: Vec<Emulated>,
 }
 
 impl Parts {
+    /// Adds a device of one function.
     fn add(&mut self, function: Box<dyn Function>, attachments: Attachments) {
-        self.functions.push(function);
-        self.control.add_function(attachments);
+        let place = self.next_device();
+        self.put(place, Body::Function(function), attachments);
+    }
+
+    /// The next free device of the root bus; there being no more is seen when the bus is made.
+    fn next_device(&mut self) -> Place {
+        let place = Place { bus: 0, device: self.next_device, function: 0 };
+        self.next_device = self.next_device.saturating_add(1);
+        place
+    }
+
+    fn put(&mut self, place: Place, body: Body, attachments: Attachments) {
+        self.functions.push((place, body));
+        self.control.add_function(place, attachments);
+    }
+
+    /// Adds root ports, all functions of one device. Their slots are numbered from 1.
+    fn add_ports(&mut self, slots: u8) -> Result<(), Error> {
+        if slots == 0 {
+            return Ok(());
+        }
+        let device = self.next_device();
+        for function in 0..slots {
+            let vectors = self.vectors(1)?;
+            let events = Arc::clone(&vectors.events);
+            let interrupt = Box::new(move || {
+                // It fails only when the counter is full, and then the interrupt is pending already.
+                let _ = events.iter().try_for_each(|event| event.write(1));
+            });
+            let port = RootPort::new(u16::from(function) + 1, Box::new(vectors), interrupt);
+            let port = port.map_err(|error| Error::Layout(error.to_string()))?;
+            self.put(Place { function, ..device }, Body::Port(Box::new(port)), Attachments::default());
+        }
+        Ok(())
     }
 
     /// Vectors with an event each, which the control thread connects when the guest routes them.
@@ -276,9 +323,7 @@ impl Parts {
             regions.push(DirectRegion { bar: mapping.bar, offset: mapping.offset_in_bar, registers });
         }
         if has_intx {
-            // Its slot on the root bus; there are 32.
-            let slot = u8::try_from(self.functions.len()).unwrap_or(u8::MAX);
-            self.intx.push(intx::connect(&device, address, intx_gsi(slot, 0))?);
+            self.intx.push(intx::connect(&device, address, intx_gsi(self.next_device, 0))?);
         }
         self.add(Box::new(function), Attachments { doorbells: Vec::new(), regions });
         Ok(())
@@ -355,10 +400,11 @@ fn open_kvm(kvm: OwnedFd) -> Result<(Kvm, Arc<VmFd>), Error> {
     Ok((kvm, Arc::new(vm)))
 }
 
-fn write_acpi(memory: &GuestMemoryMmap, vcpus: u8, window64: layout::Range) -> Result<u64, Error> {
+fn write_acpi(memory: &GuestMemoryMmap, vcpus: u8, slots: u8, window64: layout::Range) -> Result<u64, Error> {
     let pci = PciHost {
         ecam_base: layout::ECAM.start,
-        buses: 0..=0,
+        // Each slot is on a bus of its own.
+        buses: 0..=slots,
         mmio32: layout::WINDOW32.start..layout::WINDOW32.end(),
         mmio64: window64.start..window64.end(),
     };

@@ -1,158 +1,246 @@
-//! The root bus: configuration space by ECAM, and who answers at which address.
+//! The PCI buses: configuration space by ECAM, and who answers at which address.
+//!
+//! Bus 0 has the functions that a guest starts with, and root ports. Behind each root port is a bus of one slot, which a
+//! card can be put into and taken out of while the guest runs. The guest may number those buses and set the ports'
+//! windows as it likes; what goes through is what the ports say.
 
-use std::sync::{Arc, Mutex, PoisonError, RwLock};
+use std::{
+    collections::{BTreeMap, BTreeSet},
+    sync::{Arc, Mutex, MutexGuard, PoisonError, RwLock},
+};
 
-use casemate_pci::{BarKind, DecodedBar, EcamAddress, Function};
+use casemate_pci::{DecodedBars, EcamAddress, Forwarding, Function, RootPort, regs};
 
 use crate::{
     control::{Change, Requests},
     error::Error,
-    layout::{Range, WINDOW32},
+    layout::Range,
 };
 
-/// Device numbers on a bus.
-const DEVICES: usize = 32;
-const PAGE_BYTES: u64 = 4096;
+mod books;
+mod placement;
 
-/// One BAR at the place where it answers.
-#[derive(Clone, Copy)]
-struct Answer {
-    function: usize,
-    bar: DecodedBar,
+use books::Books;
+pub(crate) use placement::PortWindows;
+
+/// Functions of a device.
+const FUNCTIONS: u8 = 8;
+/// Devices of a bus.
+const DEVICES: u8 = 32;
+
+/// Where a function sits. Bus 0 is the root bus; bus `n` is the one behind the `n`th root port, whatever number the guest
+/// gives it.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord)]
+pub(crate) struct Place {
+    /// 0, or the number of the port, from 1.
+    pub(crate) bus: u8,
+    /// 0 to 31; behind a port, only 0.
+    pub(crate) device: u8,
+    /// 0 to 7.
+    pub(crate) function: u8,
 }
 
-/// The root bus with its functions, numbered from 0 in the order they were added; all are function 0 of their device.
+/// What sits at a place.
+pub(crate) enum Body {
+    /// A function.
+    Function(Box<dyn Function>),
+    /// A root port.
+    Port(Box<RootPort>),
+}
+
+impl Body {
+    fn function(&mut self) -> &mut dyn Function {
+        match self {
+            Self::Function(function) => function.as_mut(),
+            Self::Port(port) => port.as_mut(),
+        }
+    }
+
+    /// What others need to know of it.
+    fn state(&mut self) -> State {
+        let decoded = self.function().decoded();
+        match self {
+            Self::Function(_) => State { decoded, port: None },
+            Self::Port(port) => State { decoded, port: Some(port.forwarding()) },
+        }
+    }
+}
+
+#[derive(PartialEq)]
+struct State {
+    decoded: DecodedBars,
+    /// Of a port: what goes through.
+    port: Option<Forwarding>,
+}
+
+/// What a [`RootBus`] is made of.
+pub(crate) struct BusParts {
+    /// The functions of the root bus, root ports among them, each at a place of its own.
+    pub(crate) functions: Vec<(Place, Body)>,
+    /// What each port's windows have room for.
+    pub(crate) port_windows: PortWindows,
+    /// Where memory BARs lie: below 4 GiB, and above.
+    pub(crate) windows: [Range; 2],
+    /// Who makes the changes.
+    pub(crate) requests: Arc<Requests>,
+}
+
+type Cell = Mutex<Option<Body>>;
+
+/// All buses with their functions.
+///
+/// A function's lock is taken before that of the books, never after. Who holds either may wait for the control thread.
 pub(crate) struct RootBus {
-    functions: Vec<Mutex<Box<dyn Function>>>,
-    answers: RwLock<Vec<Answer>>,
-    windows: [Range; 2],
+    cells: BTreeMap<Place, Cell>,
+    /// The root ports, in the order of the buses behind them.
+    ports: Vec<Place>,
+    books: RwLock<Books>,
     requests: Arc<Requests>,
 }
 
 impl RootBus {
-    /// Puts the functions on a bus and places every BAR: there is no firmware that would.
+    /// Puts the functions on their buses, and places every BAR and window: there is no firmware that would.
     ///
     /// # Errors
-    /// When there are too many functions, or the windows are too small for their BARs.
-    pub(crate) fn new(
-        mut functions: Vec<Box<dyn Function>>,
-        window64: Range,
-        requests: Arc<Requests>,
-    ) -> Result<Self, Error> {
-        if functions.len() > DEVICES {
-            return Err(Error::Layout(format!("{} devices; a bus has {DEVICES}", functions.len())));
+    /// When two sit at one place, or the windows are too small.
+    pub(crate) fn new(parts: BusParts) -> Result<Self, Error> {
+        let BusParts { mut functions, port_windows, windows, requests } = parts;
+        placement::place(&mut functions, windows, port_windows)?;
+        let mut cells = BTreeMap::new();
+        let mut ports = Vec::new();
+        let mut several = BTreeSet::new();
+        for (place, body) in functions {
+            if place.bus != 0 || place.device >= DEVICES || place.function >= FUNCTIONS {
+                return Err(Error::Layout(format!("there is no place {place:?} on the root bus")));
+            }
+            if matches!(body, Body::Port(_)) {
+                ports.push(place);
+            }
+            if place.function != 0 {
+                several.insert((place.bus, place.device));
+            }
+            if cells.insert(place, Mutex::new(Some(body))).is_some() {
+                return Err(Error::Layout(format!("two functions at {place:?}")));
+            }
         }
-        let windows = [WINDOW32, window64];
-        place_bars(&mut functions, windows)?;
-        let functions = functions.into_iter().map(Mutex::new).collect();
-        Ok(Self { functions, answers: RwLock::default(), windows, requests })
+        for (bus, _) in (1..).zip(&ports) {
+            for function in 0..FUNCTIONS {
+                cells.insert(Place { bus, device: 0, function }, Mutex::new(None));
+            }
+        }
+        let books = RwLock::new(Books::new(windows, ports.len(), several));
+        Ok(Self { cells, ports, books, requests })
+    }
+
+    /// How many buses configuration space has room for.
+    pub(crate) fn buses(&self) -> u16 {
+        1 + self.ports.len() as u16
     }
 
     /// A read of configuration space, `offset` bytes into ECAM.
     pub(crate) fn config_read(&self, offset: u64, data: &mut [u8]) {
         data.fill(0xFF);
-        if let Some((function, register)) = self.function_at(offset) {
-            self.with(function, |function| function.config_read(register, data));
+        let Some((place, register)) = self.route(offset) else { return };
+        self.with(place, |body| body.function().config_read(register, data));
+        // Which functions are beside it, a function does not know.
+        let header = usize::from(regs::HEADER_TYPE).checked_sub(usize::from(register));
+        if let Some(byte) = header.and_then(|at| data.get_mut(at))
+            && *byte != 0xFF
+            && self.books().has_several(place)
+        {
+            *byte |= regs::HEADER_TYPE_MULTIFUNCTION;
         }
     }
 
     /// A write to configuration space. BARs that answer elsewhere afterwards are moved before it returns.
     pub(crate) fn config_write(&self, offset: u64, data: &[u8]) {
-        let Some((number, register)) = self.function_at(offset) else { return };
-        self.with(number, |function| {
-            let before = function.decoded();
-            function.config_write(register, data);
-            let after = function.decoded();
+        let Some((place, register)) = self.route(offset) else { return };
+        let port = self.ports.iter().position(|port| *port == place);
+        let states = self.with(place, |body| {
+            let before = body.state();
+            body.function().config_write(register, data);
+            let after = body.state();
             if before != after {
-                self.relocate(number, &after);
+                self.note(place, port, &after);
             }
+            (before.port, after.port)
         });
+        let (Some(port), Some((Some(before), Some(after)))) = (port, states) else { return };
+        if after.reset && !before.reset {
+            self.reset_behind(port);
+        }
     }
 
     /// A read at a guest physical address; all ones where nobody answers.
     pub(crate) fn memory_read(&self, address: u64, data: &mut [u8]) {
         data.fill(0xFF);
-        if let Some((answer, offset)) = self.answer_at(address, data.len()) {
-            self.with(answer.function, |function| function.bar_read(answer.bar.index, offset, data));
+        let answer = self.books().answer_at(address, data.len());
+        if let Some((place, bar, offset)) = answer {
+            self.with(place, |body| body.function().bar_read(bar, offset, data));
         }
     }
 
     /// A write at a guest physical address; lost where nobody answers.
     pub(crate) fn memory_write(&self, address: u64, data: &[u8]) {
-        if let Some((answer, offset)) = self.answer_at(address, data.len()) {
-            self.with(answer.function, |function| function.bar_write(answer.bar.index, offset, data));
+        let answer = self.books().answer_at(address, data.len());
+        if let Some((place, bar, offset)) = answer {
+            self.with(place, |body| body.function().bar_write(bar, offset, data));
         }
     }
 
-    fn with<T>(&self, function: usize, act: impl FnOnce(&mut dyn Function) -> T) -> Option<T> {
-        let function = self.functions.get(function)?;
-        Some(act(function.lock().unwrap_or_else(PoisonError::into_inner).as_mut()))
+    fn lock(&self, place: Place) -> Option<MutexGuard<'_, Option<Body>>> {
+        self.cells.get(&place).map(|cell| cell.lock().unwrap_or_else(PoisonError::into_inner))
     }
 
-    fn function_at(&self, offset: u64) -> Option<(usize, u16)> {
-        let address = EcamAddress::decode(offset, 1)?;
-        let number = usize::from(address.device);
-        (address.function == 0 && number < self.functions.len()).then_some((number, address.register))
+    fn with<T>(&self, place: Place, act: impl FnOnce(&mut Body) -> T) -> Option<T> {
+        self.lock(place)?.as_mut().map(act)
     }
 
-    fn answer_at(&self, address: u64, length: usize) -> Option<(Answer, u64)> {
-        let answers = self.answers.read().unwrap_or_else(PoisonError::into_inner);
-        answers.iter().find_map(|answer| {
-            let range = Range { start: answer.bar.base, size: answer.bar.size };
-            range.offset(address, length).map(|offset| (*answer, offset))
-        })
+    fn books(&self) -> std::sync::RwLockReadGuard<'_, Books> {
+        self.books.read().unwrap_or_else(PoisonError::into_inner)
     }
 
-    /// Takes note of what a function answers to now. What lies outside the windows, or over another's BAR, is not
-    /// answered: real bridges would not route the one, and the other is the guest's mistake.
-    fn relocate(&self, function: usize, decoded: &[DecodedBar]) {
-        let mut answers = self.answers.write().unwrap_or_else(PoisonError::into_inner);
-        let (was, others): (Vec<Answer>, Vec<Answer>) =
-            answers.iter().copied().partition(|answer| answer.function == function);
-        let mut now: Vec<DecodedBar> = Vec::new();
-        for bar in decoded {
-            let routed = self.windows.iter().any(|window| window.holds(bar.base, bar.size));
-            let free =
-                |other: &DecodedBar| bar.base >= other.base + other.size || other.base >= bar.base + bar.size;
-            if routed && others.iter().all(|other| free(&other.bar)) && now.iter().all(free) {
-                now.push(*bar);
-            }
-        }
-        let gone: Vec<_> = was.iter().map(|answer| answer.bar).filter(|bar| !now.contains(bar)).collect();
-        let come: Vec<_> =
-            now.iter().filter(|bar| !was.iter().any(|was| was.bar == **bar)).copied().collect();
-        if let Err(error) = self.requests.change(Change::Move { function, gone, come }) {
-            eprintln!("casemate-vmm: device {function}: {error}");
-        }
-        *answers = others.into_iter().chain(now.into_iter().map(|bar| Answer { function, bar })).collect();
+    /// Whose register an offset into ECAM names.
+    fn route(&self, offset: u64) -> Option<(Place, u16)> {
+        let address = EcamAddress::decode(offset, self.buses())?;
+        let bus = if address.bus == 0 { 0 } else { self.books().bus_behind(address.bus)? };
+        let place = Place { bus, device: address.device, function: address.function };
+        Some((place, address.register))
     }
-}
 
-/// Gives every BAR an address: in each window the largest first, so that alignment wastes nothing.
-fn place_bars(functions: &mut [Box<dyn Function>], windows: [Range; 2]) -> Result<(), Error> {
-    let mut wanted: Vec<_> = functions
-        .iter()
-        .enumerate()
-        .flat_map(|(number, function)| function.bars().into_iter().map(move |bar| (number, bar)))
-        .collect();
-    wanted.sort_by_key(|(_, bar)| std::cmp::Reverse(bar.size));
-    let mut next = windows.map(|window| window.start);
-    for (number, bar) in wanted {
-        let which = usize::from(bar.kind == BarKind::Memory64);
-        let (Some(next), Some(window)) = (next.get_mut(which), windows.get(which)) else { continue };
-        let full = || Error::Layout(format!("no room for a BAR of {:#x} bytes", bar.size));
-        // A page of its own for each: pages are what KVM maps.
-        let size = bar.size.max(PAGE_BYTES);
-        let base = next.checked_next_multiple_of(size).ok_or_else(full)?;
-        if !window.holds(base, size) {
-            return Err(full());
+    /// Takes note of what a function answers to now, or a port lets through, and moves what must move. Its caller has
+    /// the function's lock, so that what is noted last is what holds.
+    fn note(&self, place: Place, port: Option<usize>, state: &State) {
+        let mut books = self.books.write().unwrap_or_else(PoisonError::into_inner);
+        books.want(place, state.decoded);
+        if let (Some(port), Some(forwarding)) = (port, &state.port) {
+            books.forward(port, forwarding.clone());
         }
-        *next = base + size;
-        if let Some(function) = functions.get_mut(number) {
-            function.place_bar(bar.index, base).map_err(|error| Error::Layout(error.to_string()))?;
+        let answers = books.settle();
+        if answers.is_empty() {
+            return;
+        }
+        if let Err(error) = self.requests.change(Change::Answer(answers)) {
+            // What KVM did not take over is reached by exits.
+            eprintln!("casemate-vmm: moving the registers of devices: {error}");
         }
     }
-    Ok(())
+
+    /// Resets the card behind a port.
+    fn reset_behind(&self, port: usize) {
+        for place in self.behind(port) {
+            self.with(place, |body| {
+                body.function().reset();
+                self.note(place, None, &body.state());
+            });
+        }
+    }
+
+    /// The places behind a port.
+    fn behind(&self, port: usize) -> impl Iterator<Item = Place> + use<> {
+        let bus = u8::try_from(port + 1).unwrap_or(u8::MAX);
+        (0..FUNCTIONS).map(move |function| Place { bus, device: 0, function })
+    }
 }
 
 #[cfg(test)]

@@ -1,6 +1,9 @@
-use std::sync::Mutex;
+use std::{collections::BTreeMap, sync::Mutex};
 
-use casemate_pci::{BarRequest, Config, ConfigError, DecodedBars, HostBridge, Identity, regs};
+use casemate_pci::{
+    BarKind, BarRequest, Config, ConfigError, DecodedBar, DecodedBars, HostBridge, Identity, MsiMessage,
+    VectorSink, regs,
+};
 use proptest::prelude::*;
 
 use super::*;
@@ -47,89 +50,239 @@ impl Function for Probe {
     fn decoded(&self) -> DecodedBars {
         self.config.decoded()
     }
+    fn reset(&mut self) {
+        self.config.reset();
+    }
 }
 
-const WINDOW64: Range = Range { start: 1 << 32, size: 1 << 30 };
+const WINDOWS: [Range; 2] = [layout::WINDOW32, Range { start: 1 << 32, size: 1 << 33 }];
+const PORT_WINDOWS: PortWindows = PortWindows { memory_bytes: 2 << 20, prefetchable_bytes: 64 << 20 };
 
-/// Which function's which BAR control was asked to map.
-type Mapped = Arc<Mutex<Vec<(usize, DecodedBar)>>>;
+/// What control was asked to map.
+type Mapped = Arc<Mutex<BTreeMap<Place, Vec<DecodedBar>>>>;
 
-/// A bus with two probes behind the bridge.
+/// Interrupts nobody.
+struct Nobody;
+
+impl VectorSink for Nobody {
+    fn set(&mut self, _vector: u16, _message: Option<MsiMessage>) {}
+    fn is_pending(&self, _vector: u16) -> bool {
+        false
+    }
+}
+
+fn at(device: u8, function: u8) -> Place {
+    Place { bus: 0, device, function }
+}
+
+fn function(mark: u8) -> Body {
+    Body::Function(Probe::new(mark))
+}
+
+fn port(slot: u16) -> Body {
+    Body::Port(Box::new(RootPort::new(slot, Box::new(Nobody), Box::new(|| {})).unwrap()))
+}
+
+/// A bridge, two probes, a device of two probes, and two root ports.
 fn bus() -> (RootBus, Mapped) {
-    let mapped = Arc::new(Mutex::new(Vec::new()));
+    let mapped: Mapped = Arc::default();
     let seen = Arc::clone(&mapped);
     let requests = Requests::answered_by(move |change| {
-        if let Change::Move { function, gone, come } = change {
-            let mut mapped = seen.lock().unwrap();
-            for bar in gone {
-                let place = mapped.iter().position(|entry| *entry == (function, bar));
-                mapped.remove(place.expect("only what is mapped is unmapped"));
-            }
-            mapped.extend(come.into_iter().map(|bar| (function, bar)));
+        if let Change::Answer(answers) = change {
+            seen.lock().unwrap().extend(answers.into_iter().map(|answer| (answer.place, answer.bars)));
         }
     });
-    let functions: Vec<Box<dyn Function>> =
-        vec![Box::new(HostBridge::new()), Probe::new(0x10), Probe::new(0x20)];
-    (RootBus::new(functions, WINDOW64, requests).unwrap(), mapped)
+    let functions = vec![
+        (at(0, 0), Body::Function(Box::new(HostBridge::new()))),
+        (at(1, 0), function(0x10)),
+        (at(2, 0), function(0x20)),
+        (at(3, 0), function(0x30)),
+        (at(3, 5), function(0x40)),
+        (at(4, 0), port(1)),
+        (at(4, 1), port(2)),
+    ];
+    let parts = BusParts { functions, port_windows: PORT_WINDOWS, windows: WINDOWS, requests };
+    (RootBus::new(parts).unwrap(), mapped)
 }
 
-fn ecam(device: u64, register: u16) -> u64 {
-    device << 15 | u64::from(register)
+/// Puts a probe behind a port, as hot-plug does.
+fn put_behind(bus: &RootBus, port: u8, function: u8, mark: u8) {
+    let place = Place { bus: port + 1, device: 0, function };
+    *bus.lock(place).unwrap() = Some(self::function(mark));
 }
 
-fn read_bar(bus: &RootBus, device: u64, index: u16) -> u64 {
-    let mut low = [0; 4];
-    let mut high = [0; 4];
-    bus.config_read(ecam(device, regs::BASE_ADDRESS_0 + index * 4), &mut low);
-    bus.config_read(ecam(device, regs::BASE_ADDRESS_0 + index * 4 + 4), &mut high);
-    u64::from(u32::from_le_bytes(high)) << 32 | u64::from(u32::from_le_bytes(low) & !0xf)
+fn ecam(bus: u64, device: u64, function: u64, register: u16) -> u64 {
+    bus << 20 | device << 15 | function << 12 | u64::from(register)
+}
+
+fn read_u32(bus: &RootBus, offset: u64) -> u32 {
+    let mut data = [0; 4];
+    bus.config_read(offset, &mut data);
+    u32::from_le_bytes(data)
+}
+
+fn read_bar(bus: &RootBus, function: u64, index: u16) -> u64 {
+    let register = function + u64::from(regs::BASE_ADDRESS_0 + index * 4);
+    u64::from(read_u32(bus, register + 4)) << 32 | u64::from(read_u32(bus, register) & !0xf)
+}
+
+fn write_bar(bus: &RootBus, function: u64, base: u64) {
+    let register = function + u64::from(regs::BASE_ADDRESS_0);
+    let [low, high] = [base as u32, (base >> 32) as u32].map(u32::to_le_bytes);
+    bus.config_write(register, &low);
+    bus.config_write(register + 4, &high);
+}
+
+fn enable(bus: &RootBus, function: u64) {
+    bus.config_write(function + u64::from(regs::COMMAND), &regs::COMMAND_MEMORY.to_le_bytes());
+}
+
+fn who(bus: &RootBus, address: u64) -> u8 {
+    let mut data = [0];
+    bus.memory_read(address, &mut data);
+    data[0]
+}
+
+fn count(mapped: &Mapped) -> usize {
+    mapped.lock().unwrap().values().map(Vec::len).sum()
 }
 
 #[test]
 fn bars_are_placed_apart_and_answer_when_enabled() {
     let (bus, mapped) = bus();
-    let (first, second) = (read_bar(&bus, 1, 0), read_bar(&bus, 2, 0));
-    assert!(WINDOW64.holds(first, 1 << 15) && WINDOW64.holds(second, 1 << 15) && first != second);
-    let mut data = [0; 4];
-    bus.memory_read(first, &mut data);
-    assert_eq!(data, [0xff; 4], "memory decoding is off");
-    bus.config_write(ecam(1, regs::COMMAND), &regs::COMMAND_MEMORY.to_le_bytes());
-    bus.memory_read(first, &mut data);
-    assert_eq!(data, [0x10; 4]);
-    assert_eq!(mapped.lock().unwrap().len(), 2);
-    bus.config_write(ecam(1, regs::COMMAND), &[0, 0]);
-    assert!(mapped.lock().unwrap().is_empty());
+    let (first, second) = (read_bar(&bus, ecam(0, 1, 0, 0), 0), read_bar(&bus, ecam(0, 2, 0, 0), 0));
+    assert!(WINDOWS[1].holds(first, 1 << 15) && WINDOWS[1].holds(second, 1 << 15) && first != second);
+    assert_eq!(who(&bus, first), 0xff, "memory decoding is off");
+    enable(&bus, ecam(0, 1, 0, 0));
+    assert_eq!(who(&bus, first), 0x10);
+    assert_eq!(count(&mapped), 2);
+    bus.config_write(ecam(0, 1, 0, regs::COMMAND), &[0, 0]);
+    assert_eq!(count(&mapped), 0);
 }
 
 #[test]
-fn a_bar_over_another_or_outside_the_windows_is_not_answered() {
+fn a_bar_over_another_is_answered_once_the_other_has_gone() {
     let (bus, mapped) = bus();
-    for device in [1, 2] {
-        bus.config_write(ecam(device, regs::COMMAND), &regs::COMMAND_MEMORY.to_le_bytes());
-    }
-    let first = read_bar(&bus, 1, 0);
-    bus.config_write(ecam(2, regs::BASE_ADDRESS_0), &(first as u32).to_le_bytes());
-    let mut data = [0; 1];
-    bus.memory_read(first, &mut data);
-    assert_eq!(data, [0x10], "the first one stays");
-    bus.config_write(ecam(1, regs::BASE_ADDRESS_0 + 4), &[0, 0, 0, 0]);
-    assert!(mapped.lock().unwrap().iter().all(|(_, bar)| {
-        [layout::WINDOW32, WINDOW64].iter().any(|window| window.holds(bar.base, bar.size))
-    }));
+    let (one, two) = (ecam(0, 1, 0, 0), ecam(0, 2, 0, 0));
+    enable(&bus, one);
+    enable(&bus, two);
+    let first = read_bar(&bus, one, 0);
+    write_bar(&bus, two, first);
+    assert_eq!(who(&bus, first), 0x10, "the first one stays");
+    assert_eq!(count(&mapped), 3);
+    // The hidden one's own registers are not touched: it appears because the other has moved away.
+    write_bar(&bus, one, first + (1 << 20));
+    assert_eq!((who(&bus, first), who(&bus, first + (1 << 20))), (0x20, 0x10));
+    assert_eq!(count(&mapped), 4);
+    write_bar(&bus, one, first);
+    assert_eq!(who(&bus, first), 0x20, "and now it is the one who stays");
+    bus.config_write(two + u64::from(regs::COMMAND), &[0, 0]);
+    assert_eq!(who(&bus, first), 0x10);
+}
+
+#[test]
+fn a_bar_outside_the_windows_is_not_answered() {
+    let (bus, mapped) = bus();
+    let one = ecam(0, 1, 0, 0);
+    enable(&bus, one);
+    write_bar(&bus, one, 0x10_0000);
+    assert_eq!((who(&bus, 0x10_0000), count(&mapped)), (0xff, 1));
+}
+
+#[test]
+fn functions_of_one_device_say_so() {
+    let (bus, _) = bus();
+    let header = |device, function| {
+        let mut data = [0];
+        bus.config_read(ecam(0, device, function, regs::HEADER_TYPE), &mut data);
+        data[0]
+    };
+    assert_eq!([header(1, 0), header(3, 0), header(3, 5), header(3, 1)], [0, 0x80, 0x80, 0xff]);
+    assert_eq!([header(4, 0), header(4, 1), header(4, 2)], [0x81, 0x81, 0xff]);
+    assert_eq!(
+        read_u32(&bus, ecam(0, 3, 0, regs::CACHE_LINE_SIZE)).to_le_bytes()[2],
+        0x80,
+        "read as a dword"
+    );
+}
+
+#[test]
+fn what_is_behind_a_port_answers_by_the_ports_numbers_and_windows() {
+    let (bus, mapped) = bus();
+    put_behind(&bus, 1, 0, 0x50);
+    let (port, card) = (ecam(0, 4, 1, 0), ecam(2, 0, 0, 0));
+    assert_eq!(read_u32(&bus, card), u32::MAX, "nobody has enabled the port, nor told the bus of it");
+    enable(&bus, port);
+    assert_eq!(read_u32(&bus, card), 0x1000_1af4);
+    assert_eq!(read_u32(&bus, ecam(1, 0, 0, 0)), u32::MAX, "the other port's slot is empty");
+    assert_eq!(read_u32(&bus, ecam(2, 1, 0, 0)), u32::MAX, "a slot has one device");
+    let window = u64::from(read_u32(&bus, port + u64::from(regs::MEMORY_BASE)) & 0xfff0) << 16;
+    enable(&bus, card);
+    write_bar(&bus, card, window);
+    assert_eq!(who(&bus, window), 0x50);
+    write_bar(&bus, card, window + (2 << 20));
+    assert_eq!(who(&bus, window + (2 << 20)), 0xff, "outside the port's window");
+    write_bar(&bus, card, window);
+    // The port is closed, and opened again: what is behind it needs no write.
+    bus.config_write(port + u64::from(regs::COMMAND), &[0, 0]);
+    assert_eq!((who(&bus, window), count(&mapped)), (0xff, 0));
+    enable(&bus, port);
+    assert_eq!(who(&bus, window), 0x50);
+    // Another number for its bus.
+    bus.config_write(port + u64::from(regs::SECONDARY_BUS), &[1, 1]);
+    assert_eq!(read_u32(&bus, card), u32::MAX);
+}
+
+#[test]
+fn a_reset_of_the_bus_behind_a_port_resets_the_card() {
+    let (bus, _) = bus();
+    put_behind(&bus, 0, 0, 0x50);
+    let (port, card) = (ecam(0, 4, 0, 0), ecam(1, 0, 0, 0));
+    enable(&bus, port);
+    enable(&bus, card);
+    let control = port + u64::from(regs::BRIDGE_CONTROL);
+    bus.config_write(control, &regs::BRIDGE_CONTROL_BUS_RESET.to_le_bytes());
+    assert_eq!(read_u32(&bus, card), u32::MAX, "held in reset");
+    bus.config_write(control, &[0, 0]);
+    assert_eq!(read_u32(&bus, card + u64::from(regs::COMMAND)) & 0xffff, 0);
+}
+
+#[test]
+fn places_that_are_none_are_refused() {
+    let new = |functions| {
+        let requests = Requests::answered_by(|_| {});
+        RootBus::new(BusParts { functions, port_windows: PORT_WINDOWS, windows: WINDOWS, requests }).is_err()
+    };
+    assert!(new(vec![(at(32, 0), function(0))]));
+    assert!(new(vec![(at(1, 8), function(0))]));
+    assert!(new(vec![(at(1, 0), function(0)), (at(1, 0), function(0))]));
+    let many = (0..8).map(|function| (at(1, function), port(1))).collect();
+    let large = PortWindows { memory_bytes: 128 << 20, ..PORT_WINDOWS };
+    let requests = Requests::answered_by(|_| {});
+    assert!(
+        RootBus::new(BusParts { functions: many, port_windows: large, windows: WINDOWS, requests }).is_err()
+    );
 }
 
 proptest! {
     #[test]
     fn no_write_of_a_guests_confuses_the_bus(
-        writes in proptest::collection::vec((0u64..4, 0u16..0x60, any::<[u8; 8]>(), 0usize..9), 1..60),
+        writes in proptest::collection::vec(
+            (0u64..4, 0u64..6, 0u64..2, 0u16..0x60, any::<[u8; 8]>(), 0usize..9), 1..60),
     ) {
         let (bus, mapped) = bus();
-        for (device, register, bytes, length) in writes {
-            bus.config_write(ecam(device, register), &bytes[..length]);
+        put_behind(&bus, 0, 0, 0x50);
+        put_behind(&bus, 1, 1, 0x60);
+        for port in 0..2 {
+            enable(&bus, ecam(0, 4, port, 0));
+        }
+        for (number, device, function, register, bytes, length) in writes {
+            bus.config_write(ecam(number, device, function, register), &bytes[..length]);
             let mapped = mapped.lock().unwrap();
-            for (index, (_, bar)) in mapped.iter().enumerate() {
-                prop_assert!([layout::WINDOW32, WINDOW64].iter().any(|window| window.holds(bar.base, bar.size)));
-                for (_, other) in mapped.iter().skip(index + 1) {
+            let bars: Vec<_> = mapped.values().flatten().collect();
+            for (index, bar) in bars.iter().enumerate() {
+                prop_assert!(WINDOWS.iter().any(|window| window.holds(bar.base, bar.size)));
+                for other in bars.iter().skip(index + 1) {
                     prop_assert!(bar.base + bar.size <= other.base || other.base + other.size <= bar.base);
                 }
             }

@@ -69,6 +69,19 @@ pub struct Machine {
     pub groups: Vec<Slot>,
     /// Assigned functions of those groups.
     pub devices: Vec<Assigned>,
+    /// Slots for cards that come while the guest runs.
+    pub hotplug: Hotplug,
+}
+
+/// Root ports with a slot each.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
+pub struct Hotplug {
+    /// How many; 0 to 8.
+    pub slots: u8,
+    /// What each has for BARs that are not prefetchable, below 4 GiB; a multiple of 1 MiB.
+    pub memory_bytes: u64,
+    /// What each has for prefetchable BARs; a multiple of 1 MiB.
+    pub prefetchable_bytes: u64,
 }
 
 /// An emulated disk.

@@ -1,0 +1,115 @@
+use std::{cell::RefCell, collections::BTreeSet};
+
+use super::*;
+use crate::assigned::Registers;
+
+/// A KVM that has what it was given, refuses what no KVM takes, and fails when it is told to.
+#[derive(Default)]
+struct Host {
+    slots: RefCell<BTreeMap<u32, MemorySlot>>,
+    bells: RefCell<BTreeSet<u64>>,
+    fails: RefCell<bool>,
+}
+
+impl Host {
+    fn failing(&self, fails: bool) {
+        *self.fails.borrow_mut() = fails;
+    }
+
+    fn mapped(&self) -> Vec<u64> {
+        self.slots.borrow().values().map(|slot| slot.guest_address).collect()
+    }
+}
+
+impl Vm for Host {
+    fn set_slot(&self, slot: MemorySlot) -> Result<(), Error> {
+        let mut slots = self.slots.borrow_mut();
+        if *self.fails.borrow() {
+            return Err(Error::Lacks("memory slots today"));
+        }
+        if slot.size_bytes == 0 {
+            assert!(slots.remove(&slot.slot).is_some(), "only what is mapped is unmapped");
+            return Ok(());
+        }
+        let apart = |other: &MemorySlot| {
+            slot.guest_address + slot.size_bytes <= other.guest_address
+                || other.guest_address + other.size_bytes <= slot.guest_address
+        };
+        assert!(slots.values().all(apart), "slots may not overlap");
+        assert!(slots.insert(slot.slot, slot).is_none(), "slot {} is in use", slot.slot);
+        Ok(())
+    }
+
+    fn ring(&self, _event: &EventFd, address: u64, on: bool) -> Result<(), Error> {
+        if *self.fails.borrow() {
+            return Err(Error::Lacks("doorbells today"));
+        }
+        let mut bells = self.bells.borrow_mut();
+        let changed = if on { bells.insert(address) } else { bells.remove(&address) };
+        assert!(changed, "{address:#x} is as asked already");
+        Ok(())
+    }
+}
+
+const FIRST: Place = Place { bus: 0, device: 1, function: 0 };
+const SECOND: Place = Place { bus: 0, device: 2, function: 0 };
+const BAR_BYTES: u64 = 0x2000;
+
+fn maps() -> Maps {
+    let mut maps = Maps::new(2);
+    for place in [FIRST, SECOND] {
+        let event = EventFd::new(libc::EFD_NONBLOCK).unwrap();
+        let doorbells = vec![Doorbell { bar: 0, offset: 0x1800, event }];
+        let regions = vec![DirectRegion { bar: 0, offset: 0, registers: Registers::of_test(0x1000) }];
+        maps.attach(place, Attachments { doorbells, regions });
+    }
+    maps
+}
+
+fn at(place: Place, base: u64) -> Answers {
+    Answers { place, bars: vec![DecodedBar { index: 0, base, size: BAR_BYTES }] }
+}
+
+fn nowhere(place: Place) -> Answers {
+    Answers { place, bars: Vec::new() }
+}
+
+#[test]
+fn functions_change_places() {
+    let (host, mut maps) = (Host::default(), maps());
+    maps.answer(&host, &[at(FIRST, 0x1_0000), at(SECOND, 0x2_0000)]).unwrap();
+    assert_eq!(host.slots.borrow().keys().copied().collect::<Vec<_>>(), [2, 3]);
+    maps.answer(&host, &[at(FIRST, 0x2_0000), at(SECOND, 0x1_0000)]).unwrap();
+    assert_eq!(host.mapped().len(), 2);
+    assert_eq!(*host.bells.borrow(), BTreeSet::from([0x1_1800, 0x2_1800]));
+    maps.answer(&host, &[at(FIRST, 0x2_0000)]).unwrap();
+    maps.answer(&host, &[nowhere(FIRST), nowhere(SECOND)]).unwrap();
+    assert!(host.mapped().is_empty() && host.bells.borrow().is_empty());
+    maps.answer(&host, &[at(SECOND, 0x3_0000)]).unwrap();
+    assert!(host.slots.borrow().keys().all(|slot| *slot < 4), "numbers are used again");
+}
+
+#[test]
+fn what_could_not_be_made_is_made_by_the_next_change() {
+    let (host, mut maps) = (Host::default(), maps());
+    host.failing(true);
+    maps.answer(&host, &[at(FIRST, 0x1_0000)]).unwrap_err();
+    assert!(host.mapped().is_empty());
+    host.failing(false);
+    // Nothing of the first try is in the books: this neither unmaps nor leaks a number.
+    maps.answer(&host, &[nowhere(FIRST)]).unwrap();
+    maps.answer(&host, &[at(FIRST, 0x1_0000)]).unwrap();
+    assert_eq!(host.slots.borrow().keys().copied().collect::<Vec<_>>(), [2]);
+}
+
+#[test]
+fn what_could_not_be_taken_away_is_taken_away_by_the_next_change() {
+    let (host, mut maps) = (Host::default(), maps());
+    maps.answer(&host, &[at(FIRST, 0x1_0000)]).unwrap();
+    host.failing(true);
+    maps.answer(&host, &[nowhere(FIRST)]).unwrap_err();
+    assert_eq!(host.mapped(), [0x1_0000], "KVM has it still");
+    host.failing(false);
+    maps.answer(&host, &[at(FIRST, 0x4_0000)]).unwrap();
+    assert_eq!((host.mapped(), host.bells.borrow().len()), (vec![0x4_0000], 1));
+}
