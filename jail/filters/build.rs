@@ -1,10 +1,13 @@
-//! Compiles `build.toml`, `vcpu.toml`, `rest.toml` and `compiler.toml` into BPF programs and tables of rules; see `compile/mod.rs`.
+//! Compiles the filter files beside it into BPF programs and tables of rules; see `compile/mod.rs`.
 
 #[path = "src/calls.rs"]
 mod calls;
 mod compile;
 
 use std::{env, fs, path::Path, process::exit};
+
+/// The roles whose filters go over that of the building phase, each a file.
+const NARROW: [&str; 7] = ["vcpu", "control", "blk", "net", "device", "console", "intx"];
 
 fn main() {
     println!("cargo::rerun-if-changed=build.rs");
@@ -17,15 +20,16 @@ fn main() {
 }
 
 fn run() -> Result<(), String> {
-    let mut files = Vec::new();
-    for name in ["build.toml", "vcpu.toml", "rest.toml", "compiler.toml"] {
-        println!("cargo::rerun-if-changed={name}");
-        let text = fs::read_to_string(name).map_err(|error| format!("jail/filters/{name}: {error}"))?;
-        files.push(compile::parse(&format!("jail/filters/{name}"), &text)?);
-    }
-    let [build, vcpu, rest, compiler] =
-        <[compile::File; 4]>::try_from(files).map_err(|_| "four files make the filters")?;
-    let source = compile::source(&build, &vcpu, &rest)? + &compile::source_alone(&compiler, "COMPILER")?;
+    let load = |name: &str| compile::load(name, &read);
+    let narrow = NARROW.into_iter().map(|name| Ok((name, load(name)?)));
+    let narrow = narrow.collect::<Result<Vec<_>, String>>()?;
+    let compiler = compile::source_alone(&load("compiler")?, "COMPILER")?;
+    let source = compile::source(&load("build")?, &narrow)? + &compiler;
     let directory = env::var("OUT_DIR").map_err(|error| error.to_string())?;
     fs::write(Path::new(&directory).join("filters.rs"), source).map_err(|error| error.to_string())
+}
+
+fn read(file: &str) -> Result<String, String> {
+    println!("cargo::rerun-if-changed={file}");
+    fs::read_to_string(file).map_err(|error| format!("jail/filters/{file}: {error}"))
 }

@@ -1,13 +1,14 @@
 //! A running cell.
 
 use std::{
+    collections::BTreeSet,
     fmt,
     fs::File,
     io,
     os::fd::{AsFd, BorrowedFd, OwnedFd},
 };
 
-use casemate_spec::Refusal;
+use casemate_spec::{CellPart, Refusal};
 use rustix::{
     io::Errno,
     process::{Signal, WaitId, WaitIdOptions, WaitIdStatus, pidfd_send_signal, waitid},
@@ -34,6 +35,7 @@ pub(crate) struct Parts {
     pub(crate) pidfd: OwnedFd,
     pub(crate) cgroup: Cgroup,
     pub(crate) landlock: Landlock,
+    pub(crate) weakened: BTreeSet<CellPart>,
     pub(crate) log_of_kernel: Option<File>,
 }
 
@@ -83,6 +85,11 @@ impl Cell {
     /// Readable when the process has ended.
     pub fn pidfd(&self) -> BorrowedFd<'_> {
         self.parts.pidfd.as_fd()
+    }
+
+    /// The parts that it is without, since the host can't give them and the plan let them be lacking.
+    pub fn weakened(&self) -> &BTreeSet<CellPart> {
+        &self.parts.weakened
     }
 
     /// What the cell's Landlock ruleset denies.

@@ -14,10 +14,12 @@ use std::{
 
 use casemate_spec::Refusal;
 
-use crate::CgroupPlan;
+use crate::{CgroupPlan, IoPlan};
 
-/// The controllers whose limits a cell has.
+/// The controllers whose limits a cell always has.
 const CONTROLLERS: [&str; 3] = ["memory", "pids", "cpu"];
+/// Beside them the one of disks, where there is something to limit.
+const IO: &str = "io";
 
 /// The period over which processor time is counted, in microseconds: the kernel's own default.
 const CPU_PERIOD_US: u64 = 100_000;
@@ -35,6 +37,8 @@ pub(crate) struct Cgroup {
 impl Cgroup {
     /// Makes `plan.parent/guest` with its limits.
     pub(crate) fn create(plan: &CgroupPlan, guest: &str) -> Result<Self, Refusal> {
+        let has_io = plan.io.rules.limits() && has_controller(&plan.parent, IO);
+        let controllers: Vec<&str> = CONTROLLERS.into_iter().chain(has_io.then_some(IO)).collect();
         for directory in hierarchy(&plan.parent)? {
             if let Err(error) = fs::create_dir(&directory)
                 && error.kind() != io::ErrorKind::AlreadyExists
@@ -45,11 +49,13 @@ impl Cgroup {
                     "run the keep as root",
                 ));
             }
-            delegate(&directory)?;
+            delegate(&directory, &controllers)?;
         }
         let path = plan.parent.join(guest);
         make(&path)?;
-        let limited = limit(&path, plan).and_then(|()| {
+        let limited = limit(&path, plan);
+        let limited = limited.and_then(|()| if has_io { limit_io(&path, &plan.io) } else { Ok(()) });
+        let limited = limited.and_then(|()| {
             let directory =
                 OpenOptions::new().read(true).custom_flags(libc::O_DIRECTORY | libc::O_PATH).open(&path);
             directory.map_err(|error| refuse(&path, error, "see that nothing else manages this cgroup"))
@@ -102,15 +108,22 @@ fn hierarchy(parent: &Path) -> Result<Vec<PathBuf>, Refusal> {
     Ok(directories)
 }
 
+/// Whether cgroups below the nearest of `parent`'s ancestors that exists can have this controller.
+pub(crate) fn has_controller(parent: &Path, controller: &str) -> bool {
+    let lists = parent.ancestors().map(|directory| directory.join("cgroup.controllers"));
+    let list = lists.filter_map(|path| fs::read_to_string(path).ok()).next().unwrap_or_default();
+    list.split_whitespace().any(|known| known == controller)
+}
+
 /// Gives the children of this cgroup the controllers.
-fn delegate(directory: &Path) -> Result<(), Refusal> {
+fn delegate(directory: &Path, controllers: &[&str]) -> Result<(), Refusal> {
     let read = |file: &str| {
         let text = fs::read_to_string(directory.join(file));
         text.map_err(|error| refuse(&directory.join(file), error, "run the keep as root"))
     };
     let (has, gives) = (read("cgroup.controllers")?, read("cgroup.subtree_control")?);
     let names = |list: &str, name: &str| list.split_whitespace().any(|known| known == name);
-    for controller in CONTROLLERS.into_iter().filter(|controller| !names(&gives, controller)) {
+    for controller in controllers.iter().filter(|controller| !names(&gives, controller)) {
         if !names(&has, controller) {
             let cause = format_args!("the {controller} controller is not to be had here");
             let remedy = "hand the controllers memory, pids and cpu to cgroup v2 (and not to v1), and delegate them down to this cgroup";
@@ -149,16 +162,27 @@ fn limit(path: &Path, plan: &CgroupPlan) -> Result<(), Refusal> {
         ("pids.max", plan.pids_max.to_string()),
         ("cpu.max", format!("{} {CPU_PERIOD_US}", u64::from(plan.cpus_max) * CPU_PERIOD_US)),
     ];
-    for (file, value) in limits {
-        fs::write(path.join(file), &value).map_err(|error| {
-            refuse(
-                &path.join(file),
-                format_args!("can't be set to {value}: {error}"),
-                "see that nothing else manages this cgroup",
-            )
-        })?;
+    limits.into_iter().try_for_each(|(file, value)| set(path, file, &value))
+}
+
+fn limit_io(path: &Path, plan: &IoPlan) -> Result<(), Refusal> {
+    if let Some(weight) = plan.rules.weight {
+        // By the scheduler that weighs (blk-iocost, or BFQ as a module).
+        let file = if path.join("io.weight").exists() { "io.weight" } else { "io.bfq.weight" };
+        set(path, file, &weight.to_string())?;
     }
-    Ok(())
+    // The kernel takes one line a write.
+    plan.lines().iter().try_for_each(|line| set(path, "io.max", line))
+}
+
+fn set(path: &Path, file: &str, value: &str) -> Result<(), Refusal> {
+    fs::write(path.join(file), value).map_err(|error| {
+        refuse(
+            &path.join(file),
+            format_args!("can't be set to {value}: {error}"),
+            "see that nothing else manages this cgroup",
+        )
+    })
 }
 
 fn is_populated(path: &Path) -> io::Result<bool> {
@@ -195,8 +219,13 @@ mod tests {
     fn a_parent_elsewhere_is_refused() {
         let directory = tempfile::tempdir().unwrap();
         for parent in [directory.path().join("a/b"), directory.path().into(), "/nowhere/at/all".into()] {
-            let plan =
-                CgroupPlan { parent: parent.clone(), memory_bytes_max: 1 << 30, pids_max: 8, cpus_max: 1 };
+            let plan = CgroupPlan {
+                parent: parent.clone(),
+                memory_bytes_max: 1 << 30,
+                pids_max: 8,
+                cpus_max: 1,
+                io: IoPlan::default(),
+            };
             let refusal = Cgroup::create(&plan, "g").unwrap_err();
             assert_eq!(refusal.code, "cell-cgroup");
             assert!(refusal.to_string().contains("not in a cgroup v2 hierarchy"), "{refusal}");
@@ -209,10 +238,10 @@ mod tests {
         let directory = tempfile::tempdir().unwrap();
         fs::write(directory.path().join("cgroup.controllers"), "cpu memory\n").unwrap();
         fs::write(directory.path().join("cgroup.subtree_control"), "memory cpu\n").unwrap();
-        let refusal = delegate(directory.path()).unwrap_err();
+        let refusal = delegate(directory.path(), &CONTROLLERS).unwrap_err();
         assert!(refusal.to_string().contains("the pids controller is not to be had"), "{refusal}");
         fs::write(directory.path().join("cgroup.controllers"), "pids memory cpu\n").unwrap();
-        delegate(directory.path()).unwrap();
+        delegate(directory.path(), &CONTROLLERS).unwrap();
         assert_eq!(fs::read_to_string(directory.path().join("cgroup.subtree_control")).unwrap(), "+pids");
     }
 }

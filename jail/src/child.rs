@@ -37,7 +37,8 @@ pub(crate) struct Prepared {
     pub(crate) log: RawFd,
     pub(crate) control: Option<RawFd>,
     pub(crate) program: RawFd,
-    pub(crate) ruleset: RawFd,
+    /// Without one there is no Landlock.
+    pub(crate) ruleset: Option<RawFd>,
     pub(crate) ruleset_flags: u32,
     /// The write end of the pipe for a [`Report`](crate::step::Report).
     pub(crate) status: RawFd,
@@ -88,7 +89,10 @@ fn close_cell(prepared: &Prepared) -> (Step, Errno) {
         (Step::NoNewPrivileges, &|| set_no_new_privs(true)),
         // After the change of uid, which takes it back.
         (Step::Tie, &|| if prepared.tied_to_parent { tie() } else { Ok(()) }),
-        (Step::Landlock, &|| sys::landlock_restrict_self(RULESET, prepared.ruleset_flags)),
+        (Step::Landlock, &|| match prepared.ruleset {
+            Some(_) => sys::landlock_restrict_self(RULESET, prepared.ruleset_flags),
+            None => Ok(()),
+        }),
     ];
     for (step, act) in steps {
         if let Err(error) = act() {
@@ -109,7 +113,7 @@ fn place(prepared: &Prepared, status: RawFd) -> Result<()> {
         // Without one the place is empty from exec on.
         (away(prepared.control.unwrap_or(prepared.null))?, CONTROL, prepared.control.is_none()),
         (away(prepared.program)?, PROGRAM, true),
-        (away(prepared.ruleset)?, RULESET, true),
+        (away(prepared.ruleset.unwrap_or(prepared.null))?, RULESET, true),
         (status, STATUS, true),
     ];
     for (from, to, close_on_exec) in places {

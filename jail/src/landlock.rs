@@ -5,13 +5,16 @@
 
 use std::{fmt, os::fd::OwnedFd};
 
-use casemate_spec::Refusal;
+use casemate_spec::{CellPart, Refusal};
 use rustix::io::Errno;
 
-use crate::sys::{self, LandlockAttributes};
+use crate::{
+    lacking::Lack,
+    sys::{self, LandlockAttributes},
+};
 
 /// What the ruleset of a cell handles, which is what it denies.
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
 pub struct Landlock {
     /// The kernel's Landlock ABI.
     pub abi: u32,
@@ -45,72 +48,111 @@ pub(crate) struct Ruleset {
     pub(crate) handled: Landlock,
 }
 
+/// Why a cell can't have Landlock here; `None` where it can.
+pub(crate) fn lack() -> Option<Lack> {
+    let cause = match sys::landlock_abi() {
+        Ok(abi) if abi >= ABI_MIN => return None,
+        Ok(abi) => format!("the kernel has Landlock ABI {abi}, a cell needs {ABI_MIN}"),
+        Err(error) => format!("the kernel has no Landlock that is enabled: {error}"),
+    };
+    let remedy =
+        "use Linux 5.19 or newer with CONFIG_SECURITY_LANDLOCK, and name landlock in `lsm=` if that is set";
+    Some(Lack { part: CellPart::Landlock, cause, remedy })
+}
+
 /// Makes the widest ruleset the kernel knows.
 pub(crate) fn ruleset() -> Result<Ruleset, Refusal> {
-    let refuse = |cause: String| {
-        Refusal::new(
-            "cell-landlock",
-            "Landlock",
-            cause,
-            "use Linux 5.19 or newer with CONFIG_SECURITY_LANDLOCK, and name landlock in `lsm=` if that is set",
-        )
+    let refuse = |error: Errno| {
+        let remedy = "see that the keep has descriptors left";
+        Refusal::new("cell-landlock", "Landlock", format_args!("landlock_create_ruleset: {error}"), remedy)
     };
-    let abi = sys::landlock_abi()
-        .map_err(|error| refuse(format!("the kernel has none that is enabled: {error}")))?;
-    if abi < ABI_MIN {
-        return Err(refuse(format!("the kernel has ABI {abi}, a cell needs {ABI_MIN}")));
-    }
+    let abi = sys::landlock_abi().map_err(refuse)?;
+    // The attribute is valid alone, so an error means that the kernel does not know the bit.
+    let handled = widest(abi, &|attributes| sys::landlock_ruleset(attributes).is_ok());
+    let Landlock { filesystem, network, scopes, .. } = handled;
+    let ruleset =
+        sys::landlock_ruleset(&LandlockAttributes { filesystem, network, scopes }).map_err(refuse)?;
+    Ok(Ruleset { ruleset, flags: flags(abi), handled })
+}
+
+/// All rights that the kernel knows, by asking for one after the other.
+fn widest(abi: u32, knows: &dyn Fn(&LandlockAttributes) -> bool) -> Landlock {
     let empty = LandlockAttributes { filesystem: 0, network: 0, scopes: 0 };
     let known = |with_bit: &dyn Fn(u64) -> LandlockAttributes| {
-        // The attribute is valid alone, so an error means that the kernel does not know the bit.
         let bits = (0..u64::BITS).map(|bit| 1 << bit);
-        bits.take_while(|bit| sys::landlock_ruleset(&with_bit(*bit)).is_ok()).fold(0, |all, bit| all | bit)
+        bits.take_while(|bit| knows(&with_bit(*bit))).fold(0, |all, bit| all | bit)
     };
-    let all = LandlockAttributes {
+    Landlock {
+        abi,
         filesystem: known(&|filesystem| LandlockAttributes { filesystem, ..empty }),
         network: known(&|network| LandlockAttributes { network, ..empty }),
         scopes: known(&|scopes| LandlockAttributes { scopes, ..empty }),
-    };
-    let ruleset = sys::landlock_ruleset(&all)
-        .map_err(|error: Errno| refuse(format!("landlock_create_ruleset: {error}")))?;
-    // From ABI 7 on denials are logged, by default until exec only; the program after exec is the one of interest.
+    }
+}
+
+/// What landlock_restrict_self(2) is asked for beside. From ABI 7 on denials are logged, by default until exec only; the
+/// program after exec is the one of interest.
+fn flags(abi: u32) -> u32 {
     const LOG_NEW_EXEC_ON: u32 = 1 << 1;
-    let flags = if abi >= 7 { LOG_NEW_EXEC_ON } else { 0 };
-    let LandlockAttributes { filesystem, network, scopes } = all;
-    Ok(Ruleset { ruleset, flags, handled: Landlock { abi, filesystem, network, scopes } })
+    if abi >= 7 { LOG_NEW_EXEC_ON } else { 0 }
 }
 
 #[cfg(test)]
 mod tests {
     use super::*;
 
+    /// What each ABI knows: rights to files, to the network, scopes, and what is asked for beside (Linux
+    /// `Documentation/userspace-api/landlock.rst`, "Previous limitations").
+    const ABIS: [(u32, u32, u32, u32, u32); 7] = [
+        (1, 13, 0, 0, 0),
+        // Linking and renaming between directories.
+        (2, 14, 0, 0, 0),
+        // Truncating.
+        (3, 15, 0, 0, 0),
+        // Binding and connecting TCP.
+        (4, 15, 2, 0, 0),
+        // ioctl on devices.
+        (5, 16, 2, 0, 0),
+        // Abstract unix sockets and signals.
+        (6, 16, 2, 2, 0),
+        // Logging.
+        (7, 16, 2, 2, 2),
+    ];
+
     #[test]
-    fn everything_that_the_abi_is_known_to_have_is_handled() {
+    fn of_each_abi_all_that_it_knows_is_asked_for() {
+        for (abi, filesystem, network, scopes, beside) in ABIS {
+            let mask = |bits: u32| (1u64 << bits) - 1;
+            // As the kernel does: a bit that it does not know is an error, and so is an attribute that handles nothing.
+            let knows = |asked: &LandlockAttributes| {
+                let unknown = asked.filesystem & !mask(filesystem)
+                    | asked.network & !mask(network)
+                    | asked.scopes & !mask(scopes);
+                unknown == 0 && (asked.filesystem | asked.network | asked.scopes) != 0
+            };
+            let [filesystem, network, scopes] = [filesystem, network, scopes].map(mask);
+            assert_eq!(widest(abi, &knows), Landlock { abi, filesystem, network, scopes }, "ABI {abi}");
+            assert_eq!(flags(abi), beside, "ABI {abi}");
+        }
+    }
+
+    #[test]
+    fn of_the_running_kernel_all_that_its_abi_is_known_to_have_is_handled() {
         let Ok(abi) = sys::landlock_abi() else {
-            // Then a cell must be refused by name.
-            assert_eq!(ruleset().unwrap_err().code, "cell-landlock");
+            // Then a cell is refused by name.
+            assert_eq!(lack().unwrap().refusal().code, "cell-landlock");
             return;
         };
         let handled = ruleset().unwrap().handled;
-        let (filesystem, network, scopes) = match abi {
-            0..=1 => panic!("ABI {abi} must be refused"),
-            2 => (14, 0, 0),
-            3 => (15, 0, 0),
-            4 => (15, 2, 0),
-            5 => (16, 2, 0),
-            _ => (16, 2, 2),
-        };
+        let known = ABIS.iter().rev().find(|(known, ..)| *known <= abi);
+        let (known, filesystem, network, scopes, _) = *known.unwrap();
         assert_eq!(handled.abi, abi);
         for (mask, least) in
             [(handled.filesystem, filesystem), (handled.network, network), (handled.scopes, scopes)]
         {
-            assert!(
-                mask.count_ones() >= least && mask.trailing_ones() == mask.count_ones(),
-                "{handled}: {mask:#x}"
-            );
-        }
-        if abi <= 7 {
-            assert_eq!(handled.filesystem.count_ones(), filesystem);
+            let count = mask.count_ones();
+            assert!(count >= least && mask.trailing_ones() == count, "{handled}: {mask:#x}");
+            assert!(count == least || abi > known, "{handled}: {mask:#x}");
         }
     }
 }

@@ -8,7 +8,8 @@
 //! they differ by thread.
 //!
 //! All or nothing: where a part can't be had, the program does not start, and the [`Refusal`](casemate_spec::Refusal)
-//! names the part. Landlock does not govern descriptors that are handed in; what may be done with those is for seccomp
+//! names the part. Three parts (`lacking`) may be without, where the plan says so; the cell then tells that it is weakened.
+//! Landlock does not govern descriptors that are handed in; what may be done with those is for seccomp
 //! and for whoever chose them.
 //!
 //! Modules: `plan` is what the caller says; `program` the sealed executable; `cgroup` and `landlock` are made by the
@@ -22,6 +23,7 @@ mod cell;
 mod cgroup;
 mod child;
 mod inspect;
+mod lacking;
 mod landlock;
 mod limits;
 mod memory;
@@ -35,10 +37,11 @@ mod trace;
 pub use bpf::{ARCH_X86_64, Answer, Call, Filter};
 pub use cell::{Cell, End};
 pub use inspect::{Capabilities, CellView, Descriptor, Namespace, ThreadView, inspect};
+pub use lacking::{Lack, lacking};
 pub use landlock::Landlock;
 pub use limits::{LimitsView, limits};
 pub use memory::MemoryUse;
-pub use plan::{CellPlan, CgroupPlan, Rlimits};
+pub use plan::{CellPlan, CgroupPlan, IoPlan, Rlimits};
 pub use program::Program;
 pub use start::start;
 pub use sys::core_cookie;

@@ -7,7 +7,7 @@ use std::{
 };
 
 /// The files of a cgroup whose values are its limits, and what it uses of them.
-const CGROUP_FILES: [&str; 8] = [
+const CGROUP_FILES: [&str; 10] = [
     "memory.max",
     "memory.oom.group",
     "memory.current",
@@ -16,6 +16,8 @@ const CGROUP_FILES: [&str; 8] = [
     "cpu.max",
     "cpu.weight",
     "io.max",
+    "io.weight",
+    "io.bfq.weight",
 ];
 
 /// Limits of a process and of its cgroup.

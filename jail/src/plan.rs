@@ -1,8 +1,8 @@
 //! What the caller says about a cell.
 
-use std::{ffi::CString, os::fd::OwnedFd, path::PathBuf};
+use std::{collections::BTreeSet, ffi::CString, os::fd::OwnedFd, path::PathBuf};
 
-use casemate_spec::Refusal;
+use casemate_spec::{CellPart, IoRules, Refusal};
 
 use crate::Program;
 
@@ -31,6 +31,8 @@ pub struct CellPlan {
     pub rlimits: Rlimits,
     /// Limits of the cell.
     pub cgroup: CgroupPlan,
+    /// Parts that the cell may be without where the host can't give them.
+    pub may_lack: BTreeSet<CellPart>,
     /// Whether the cell is killed when the thread that called `start` ends (the thread, not the process: prctl(2),
     /// `PR_SET_PDEATHSIG`).
     pub tied_to_parent: bool,
@@ -61,6 +63,44 @@ pub struct CgroupPlan {
     pub pids_max: u64,
     /// `cpu.max`: processors that it can keep busy, averaged over a tenth of a second.
     pub cpus_max: u32,
+    /// What it may do to disks.
+    pub io: IoPlan,
+}
+
+/// `io.weight`, and `io.max` of each disk.
+#[derive(Clone, Debug, Default, PartialEq, Eq)]
+pub struct IoPlan {
+    /// The limits; they hold for each of the disks.
+    pub rules: IoRules,
+    /// The disks by major and minor number: whole ones, for partitions have no limits.
+    pub disks: Vec<(u32, u32)>,
+    /// Files that lie on no disk of their own.
+    pub without_device: Vec<String>,
+}
+
+impl IoPlan {
+    /// The lines of `io.max`, as the kernel shows them.
+    pub fn lines(&self) -> Vec<String> {
+        let IoRules {
+            weight: _,
+            read_bytes_per_second,
+            write_bytes_per_second,
+            read_ops_per_second,
+            write_ops_per_second,
+        } = self.rules;
+        let limits = [
+            ("rbps", read_bytes_per_second),
+            ("wbps", write_bytes_per_second),
+            ("riops", read_ops_per_second),
+            ("wiops", write_ops_per_second),
+        ];
+        if limits.iter().all(|(_, limit)| limit.is_none()) {
+            return Vec::new();
+        }
+        let limits =
+            limits.map(|(name, limit)| format!("{name}={}", limit.map_or("max".into(), |n| n.to_string())));
+        self.disks.iter().map(|(major, minor)| format!("{major}:{minor} {}", limits.join(" "))).collect()
+    }
 }
 
 impl CellPlan {
@@ -90,5 +130,20 @@ impl CellPlan {
             return refuse(subject, "a guest needs more", "allow at least 16");
         }
         Ok(())
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn lines_of_io_max_are_written_as_the_kernel_shows_them() {
+        let rules = IoRules { read_bytes_per_second: Some(1 << 20), weight: Some(5), ..IoRules::default() };
+        let plan = IoPlan { rules, disks: vec![(254, 0), (8, 16)], without_device: Vec::new() };
+        let rest = "rbps=1048576 wbps=max riops=max wiops=max";
+        assert_eq!(plan.lines(), [format!("254:0 {rest}"), format!("8:16 {rest}")]);
+        let weight = IoRules { weight: Some(5), ..IoRules::default() };
+        assert!(IoPlan { rules: weight, ..plan }.lines().is_empty());
     }
 }

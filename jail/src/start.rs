@@ -10,7 +10,7 @@ use std::{
     },
 };
 
-use casemate_spec::Refusal;
+use casemate_spec::{CellPart, Refusal};
 use rustix::{
     io::Errno,
     pipe::{PipeFlags, pipe_with},
@@ -22,7 +22,7 @@ use crate::{
     cell::Parts,
     cgroup::Cgroup,
     child::{self, Prepared},
-    landlock,
+    lacking, landlock,
     step::{Step, unpack},
     sys::{self, Arguments, Cloned},
 };
@@ -32,7 +32,7 @@ use crate::{
 ///
 /// # Errors
 /// A refusal that names the part which could not be had: `cell-plan`, `cell-cgroup`, `cell-seccomp`, `cell-landlock`,
-/// `cell-namespaces`, `cell-descriptors`, `cell-session`, `cell-root`, `cell-rlimits`, `cell-capabilities`,
+/// `cell-core-scheduling`, `cell-io`, `cell-namespaces`, `cell-descriptors`, `cell-session`, `cell-root`, `cell-rlimits`, `cell-capabilities`,
 /// `cell-identity`, `cell-tie`, `cell-exec`. Nothing is left behind.
 pub fn start(plan: CellPlan) -> Result<Cell, Refusal> {
     plan.check()?;
@@ -45,7 +45,8 @@ pub fn start(plan: CellPlan) -> Result<Cell, Refusal> {
             remedy,
         )
     })?;
-    let ruleset = landlock::ruleset()?;
+    let weakened = lacking::accepted(&plan)?;
+    let ruleset = (!weakened.contains(&CellPart::Landlock)).then(landlock::ruleset).transpose()?;
     let null = open_null()?;
     let (report, status) = pipe_with(PipeFlags::CLOEXEC).map_err(|error| descriptors("pipe", error))?;
     let arguments = [CString::from(plan.program.name())].into_iter().chain(plan.arguments).collect();
@@ -56,8 +57,8 @@ pub fn start(plan: CellPlan) -> Result<Cell, Refusal> {
         log: plan.log.as_raw_fd(),
         control: plan.control.as_ref().map(AsRawFd::as_raw_fd),
         program: plan.program.as_fd().as_raw_fd(),
-        ruleset: ruleset.ruleset.as_raw_fd(),
-        ruleset_flags: ruleset.flags,
+        ruleset: ruleset.as_ref().map(|ruleset| ruleset.ruleset.as_raw_fd()),
+        ruleset_flags: ruleset.as_ref().map_or(0, |ruleset| ruleset.flags),
         status: status.as_raw_fd(),
         arguments: Arguments::new(arguments),
         rlimits: limits(&plan.rlimits),
@@ -76,7 +77,8 @@ pub fn start(plan: CellPlan) -> Result<Cell, Refusal> {
         }
     };
     drop(status);
-    let cell = Cell::new(Parts { pid, pidfd, cgroup, landlock: ruleset.handled, log_of_kernel });
+    let landlock = ruleset.map(|ruleset| ruleset.handled).unwrap_or_default();
+    let cell = Cell::new(Parts { pid, pidfd, cgroup, landlock, weakened, log_of_kernel });
     closed(report, &plan.guest)?;
     Ok(cell)
 }

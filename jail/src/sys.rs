@@ -237,6 +237,15 @@ pub(crate) fn own_core_cookie() -> Result<()> {
     }
 }
 
+/// Whether the kernel schedules cores apart, or has none that run two threads.
+pub(crate) fn has_core_scheduling() -> bool {
+    let mut cookie = 0u64;
+    // SAFETY: for this command and this kind of id the kernel writes one u64, which lives through the call; 0 is the caller.
+    let result =
+        unsafe { libc::prctl(libc::PR_SCHED_CORE, libc::PR_SCHED_CORE_GET, 0, PIDTYPE_PID, &raw mut cookie) };
+    matches!(checked(result.into()), Ok(_) | Err(Errno::NODEV))
+}
+
 /// The core-scheduling cookie of a thread, 0 without one; `None` where the kernel does not tell.
 pub fn core_cookie(tid: u32) -> Option<u64> {
     let mut cookie = 0u64;

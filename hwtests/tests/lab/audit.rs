@@ -54,9 +54,14 @@ pub(crate) fn tells_what_a_cell_is(ctx: &mut Ctx) -> Result<(), Failure> {
     expect!(odd.is_empty(), "lines that do not pass: {odd:?}");
     run.success()?;
     let filters: Vec<&str> = lines(&report, "seccomp").map(|line| text(line, "found")).collect();
-    for (thread, role) in
-        [("vcpu0", "vcpu"), ("vcpu1", "vcpu"), ("virtio-rng0", "rest"), ("virtio-blk1", "rest")]
-    {
+    for (thread, role) in [
+        ("casemate-vmm", "control"),
+        ("vcpu0", "vcpu"),
+        ("vcpu1", "vcpu"),
+        ("virtio-rng0", "device"),
+        ("virtio-blk1", "blk"),
+        ("virtio-net2", "net"),
+    ] {
         let filters_of = format!("filters build and {role},");
         let is_so = |found: &&str| found.starts_with(thread) && found.contains(&filters_of);
         expect!(filters.iter().any(is_so), "{thread} is not under {role}: {filters:?}");

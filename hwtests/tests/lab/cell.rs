@@ -10,7 +10,7 @@ use std::{
 
 use casemate_hwtests::{
     devices, expect,
-    harness::{Ctx, Failure, wait_until},
+    harness::{Ctx, Failure, Finished, Running, wait_until},
 };
 use casemate_jail::{Answer, Call, CellView, Descriptor, filters, inspect};
 use rustix::{
@@ -172,7 +172,7 @@ pub(crate) fn stops_its_victims(ctx: &mut Ctx) -> Result<(), Failure> {
     let victim = ctx.program("casemate-victim")?;
     let cgroup = Path::new("/sys/fs/cgroup/casemate-probe");
     let probe = ctx.start(["casemate-jail-probe".as_ref(), victim.as_os_str(), cgroup.as_os_str()])?;
-    let table = probe.wait(Duration::from_secs(240))?;
+    let table = probe.wait(Duration::from_secs(400))?;
     let rows: Vec<Value> = table.stdout.lines().filter_map(|line| serde_json::from_str(line).ok()).collect();
     let text = |row: &Value, key: &str| row.get(key).and_then(Value::as_str).unwrap_or_default().to_owned();
     for row in &rows {
@@ -196,10 +196,120 @@ pub(crate) fn stops_its_victims(ctx: &mut Ctx) -> Result<(), Failure> {
                 .iter()
                 .any(|row| text(row, "role") == role && text(row, "stopped_by").starts_with("seccomp"))
         };
-        expect!(
-            by_seccomp("vcpu") && by_seccomp("rest"),
-            "{attempt} was not stopped in both roles: {stopped:?}"
+        for role in ["vcpu", "control", "blk", "net", "device", "console", "intx"] {
+            expect!(by_seccomp(role), "{attempt} was not stopped in {role}: {stopped:?}");
+        }
+    }
+    Ok(())
+}
+
+/// A guest whose disk can't be limited is refused, and with the host file's leave is shown as weakened; one whose disk can
+/// be is limited.
+pub(crate) fn is_weaker_by_leave_alone(ctx: &mut Ctx) -> Result<(), Failure> {
+    let host_file = ctx.directory().join("host.toml");
+    let on_disk = Path::new(devices::SHARED_DISK_MOUNT).join("limited.img");
+    let in_memory = Path::new("/run").join("unlimited.img");
+    for image in [&on_disk, &in_memory] {
+        fs::write(image, vec![0; 8 << 20])?;
+    }
+    let script = "sleep 2; begin=$(cut -d. -f1 /proc/uptime)
+        dd if=/dev/zero of=/dev/vda bs=1M count=8 conv=notrunc,fsync 2>/dev/null && echo has-written
+        echo seconds: $(($(cut -d. -f1 /proc/uptime) - begin)); sleep 1000";
+    let start = |image: &Path, cell: &str| -> Result<Running, Failure> {
+        fs::write(&host_file, format!("{cell}[cell.io]\nwrite_bytes_per_second = \"2 MiB\"\n"))?;
+        let guest = ctx.guest(script)?.vcpus(1).disk(image, false).write_into(ctx.directory())?;
+        let words = ["casemate", "--json", "--host-config"].map(OsStr::new);
+        ctx.start(words.into_iter().chain([host_file.as_os_str(), OsStr::new("run"), guest.as_os_str()]))
+    };
+    let soon = Duration::from_secs(60);
+    let report = |passed: bool| -> Result<String, Failure> {
+        let audit = ctx.run(["casemate", "audit", ctx.name()])?;
+        expect!(audit.status.success() == passed, "the audit: {}", audit.stdout);
+        Ok(audit.stdout)
+    };
+
+    let refused = start(&in_memory, "")?.wait(soon)?;
+    expect!(
+        refused.stderr.contains("cell-io") && refused.stderr.contains("unlimited.img"),
+        "{}",
+        refused.stderr
+    );
+
+    let limited = start(&on_disk, "")?;
+    limited.wait_for_text("has-written", soon)?;
+    limited.wait_for_text("seconds:", soon)?;
+    let told = report(true)?;
+    expect!(told.contains("wbps=2097152"), "its disk is not limited: {told}");
+    ctx.run(["casemate", "ps"])?.success()?.printed("whole")?;
+    let run = stop(limited)?;
+    let seconds: u64 = run.value("seconds:")?.parse().map_err(|_| Failure::new("no seconds"))?;
+    expect!(seconds >= 3, "8 MiB at 2 MiB a second were written in {seconds} s");
+
+    let weaker = start(&in_memory, "[cell]\nallow_weaker = [\"io-limits\"]\n")?;
+    let closed = weaker.wait_for_step("cell-closed", soon)?;
+    expect!(closed.pointer("/weakened/0").is_some_and(|part| part == "io-limits"), "{closed}");
+    weaker.wait_for_text("has-written", soon)?;
+    let told = report(false)?;
+    expect!(told.contains("without io-limits") && told.matches("FAIL").count() == 2, "{told}");
+    ctx.run(["casemate", "ps"])?.success()?.printed("weakened: io-limits")?;
+    stop(weaker)?;
+    fs::remove_file(&on_disk)?;
+    fs::remove_file(&in_memory)?;
+    Ok(())
+}
+
+/// Stops a guest that does not power off by itself.
+fn stop(running: Running) -> Result<Finished, Failure> {
+    running.signal(Signal::TERM)?;
+    let run = running.wait(Duration::from_secs(20))?;
+    run.success()?;
+    Ok(run)
+}
+
+/// What a captured VMM can do to its keep: whatever it says, the run ends, in order and by name.
+pub(crate) fn keep_bears_a_captured_vmm(ctx: &mut Ctx) -> Result<(), Failure> {
+    let programs = ctx.directory().join("captured");
+    fs::create_dir_all(&programs)?;
+    for (from, to) in [
+        ("casemate", "casemate"),
+        ("casemate-liar", "casemate-vmm"),
+        ("casemate-policy-compiler", "casemate-policy-compiler"),
+    ] {
+        fs::copy(ctx.program(from)?, programs.join(to))?;
+    }
+    let casemate = programs.join("casemate");
+    for lie in ["gone", "flood", "nonsense", "long", "short", "gifts", "paint", "log", "silence"] {
+        let guest =
+            ctx.guest("true")?.vcpus(1).command_line(&format!("liar={lie} ")).write_into(ctx.directory())?;
+        let running =
+            ctx.start([casemate.as_os_str(), "run".as_ref(), "--json".as_ref(), guest.as_os_str()])?;
+        // Some do nothing that the keep would end: there the user does.
+        if ["gifts", "log", "silence"].contains(&lie) {
+            cell_of(&running)?;
+            thread::sleep(Duration::from_secs(2));
+            running.signal(Signal::TERM)?;
+        }
+        let run = running.wait(Duration::from_secs(60))?;
+        println!(
+            "{lie}: {:?}, {} bytes: {}",
+            run.status.code(),
+            run.stderr.len(),
+            run.stderr.lines().last().unwrap_or_default()
         );
+        expect!(
+            run.status.code().is_some_and(|code| (0..10).contains(&code)),
+            "{lie}: the keep ended by {}",
+            run.status
+        );
+        expect!(run.stderr.len() < 256 << 10, "{lie}: the keep told {} bytes", run.stderr.len());
+        let is_plain = |text: &str| !text.chars().any(|c| c.is_control() && c != '\n');
+        expect!(
+            is_plain(&run.stderr) && is_plain(&run.stdout),
+            "{lie}: the terminal is painted: {:?}",
+            run.stderr
+        );
+        let cgroup = Path::new("/sys/fs/cgroup/casemate").join(ctx.name());
+        expect!(!cgroup.exists(), "{lie}: its cgroup stays");
     }
     Ok(())
 }

@@ -94,9 +94,11 @@ const TESTS: &[LabTest] = &[
     // The cell
     LabTest::new("cell-is-closed-around-a-guest", cell::is_closed_around_a_running_guest),
     LabTest::new("audit-tells-what-a-cell-is", audit::tells_what_a_cell_is),
+    LabTest::new("cell-cannot-confuse-its-keep", cell::keep_bears_a_captured_vmm),
+    LabTest::new("cell-is-weaker-by-leave-alone", cell::is_weaker_by_leave_alone),
     LabTest::new("cell-is-closed-around-the-compiler", cell::is_closed_around_the_policy_compiler),
     LabTest::new("cell-hears-its-keep-alone", cell::hears_its_keep_alone),
-    LabTest::new("cell-stops-its-victims", cell::stops_its_victims).deadline_seconds(300),
+    LabTest::new("cell-stops-its-victims", cell::stops_its_victims).deadline_seconds(450),
     // The documents
     LabTest::new("commands-in-the-documents-run", documents::commands_run).deadline_seconds(240),
 ];

@@ -112,12 +112,17 @@ pub(crate) fn two_devices_in_one_guest(ctx: &mut Ctx) -> Result<(), Failure> {
 /// A card whose only interrupt is INTx. Its group's mate is in use at first, and its reset is its bus's, so the mate has
 /// to go.
 pub(crate) fn rtl8139_works_by_intx(ctx: &mut Ctx) -> Result<(), Failure> {
+    with_rtl8139(ctx, card_without_msi)
+}
+
+/// Does something with that card while its group's mate is away.
+pub(crate) fn with_rtl8139(ctx: &Ctx, act: impl Fn(&Ctx) -> Result<(), Failure>) -> Result<(), Failure> {
     ctx.shell(&format!(
         "umount {}; echo 1 >/sys/bus/pci/devices/{}/remove",
         devices::SHARED_DISK_MOUNT,
         devices::SHARED_DISK
     ))?;
-    let result = card_without_msi(ctx);
+    let result = act(ctx);
     ctx.shell(&format!(
         "echo 1 >/sys/bus/pci/rescan
         n=0; until mount -t ext4 /dev/vd? {} 2>/dev/null || [ $n = 50 ]; do sleep 0.1; n=$((n + 1)); done",

@@ -7,7 +7,7 @@ use seccompiler::{
     TargetArch, sock_filter,
 };
 
-use super::{Condition, File, Rule, refuse_idle};
+use super::{Condition, File, Rule, refuse_idle, union};
 
 /// The Rust source of a filter that stands alone.
 pub(crate) fn source_alone(file: &File, role: &str) -> Result<String, String> {
@@ -16,15 +16,15 @@ pub(crate) fn source_alone(file: &File, role: &str) -> Result<String, String> {
     Ok(source)
 }
 
-/// The Rust source of the VMM's three filters: for each role a program and its rules.
-pub(crate) fn source(build: &File, vcpu: &File, rest: &File) -> Result<String, String> {
-    refuse_idle(build, vcpu)?;
-    refuse_idle(build, rest)?;
-    let while_building: Vec<&Rule> = [build, vcpu, rest].into_iter().flat_map(|file| &file.rules).collect();
+/// The Rust source of the VMM's filters: for the phase in which it builds the machine, and for each role of `narrow`, by
+/// name, a program and its rules.
+pub(crate) fn source(build: &File, narrow: &[(&str, File)]) -> Result<String, String> {
     let mut source = String::new();
-    emit(&mut source, "BUILD", &while_building)?;
-    emit(&mut source, "VCPU", &vcpu.rules.iter().collect::<Vec<_>>())?;
-    emit(&mut source, "REST", &rest.rules.iter().collect::<Vec<_>>())?;
+    for (role, file) in narrow {
+        refuse_idle(&build.rules, &file.rules)?;
+        source += &source_alone(file, &role.to_uppercase())?;
+    }
+    emit(&mut source, "BUILD", &union([build].into_iter().chain(narrow.iter().map(|(_, file)| file))))?;
     Ok(source)
 }
 
@@ -37,12 +37,21 @@ fn emit(source: &mut String, role: &str, rules: &[&Rule]) -> Result<(), String> 
             writeln!(source, "    libc::sock_filter {{ code: {code:#x}, jt: {jt}, jf: {jf}, k: {k:#x} }},")?;
         }
         writeln!(source, "];\nstatic {role}_RULES: &[Rule] = &[")?;
-        for Rule { call, when, fails_with, why, .. } in rules {
+        for Rule { call, when, fails_with, why, unseen, file, conditions, .. } in rules {
             let fails_with = fails_with.as_ref().map(|(name, _)| name);
-            writeln!(
+            let file = file.rsplit('/').next().unwrap_or(file).trim_end_matches(".toml");
+            write!(
                 source,
-                "    Rule {{ call: {call:?}, when: &{when:?}, fails_with: {fails_with:?}, why: {why:?} }},"
+                "    Rule {{ call: {call:?}, when: &{when:?}, fails_with: {fails_with:?}, why: {why:?}, \
+                 unseen: {unseen:?}, file: {file:?}, comparisons: &["
             )?;
+            for Condition { argument, mask, value, .. } in conditions {
+                write!(
+                    source,
+                    "Comparison {{ argument: {argument}, mask: {mask:#x}, value: {value:#x} }}, "
+                )?;
+            }
+            writeln!(source, "] }},")?;
         }
         writeln!(source, "];")
     };

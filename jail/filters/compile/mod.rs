@@ -2,7 +2,8 @@
 //! links the filters.
 //!
 //! Filters stack, and a thread may do what all of them allow. So the filter of the building phase allows what it names
-//! itself and what the two narrower ones name: a call stands in the one file where it belongs.
+//! itself and what the narrower ones name: a call stands in the one file where it belongs. What the run time of the
+//! language needs on every thread stands in one file that theirs take in by `with`.
 
 mod condition;
 mod constants;
@@ -13,6 +14,8 @@ pub(crate) use condition::Condition;
 pub(crate) use constants::IOCTLS;
 pub(crate) use emit::{source, source_alone};
 
+use std::collections::BTreeSet;
+
 use serde::Deserialize;
 use toml::Spanned;
 
@@ -21,15 +24,17 @@ use crate::calls::CALLS;
 /// A filter file, checked.
 #[derive(Debug)]
 pub(crate) struct File {
-    /// Its name, for messages.
-    pub(crate) name: String,
-    /// Its rules in the order of the file.
+    /// Its rules in the order of the file, and then those of the files that it takes in.
     pub(crate) rules: Vec<Rule>,
+    /// Names of files that it takes in, without `.toml`, as long as they are not.
+    with: Vec<String>,
 }
 
 /// One rule, checked.
 #[derive(Clone, Debug)]
 pub(crate) struct Rule {
+    /// The file that it stands in.
+    pub(crate) file: String,
     /// The line on which it stands.
     pub(crate) line: usize,
     /// The call's name.
@@ -44,11 +49,15 @@ pub(crate) struct Rule {
     pub(crate) fails_with: Option<(String, u16)>,
     /// The reason.
     pub(crate) why: String,
+    /// Why no test sees it used.
+    pub(crate) unseen: Option<String>,
 }
 
 #[derive(Deserialize)]
 #[serde(deny_unknown_fields)]
 struct RawFile {
+    #[serde(default)]
+    with: Vec<String>,
     #[serde(default)]
     rule: Vec<RawRule>,
 }
@@ -61,6 +70,32 @@ struct RawRule {
     when: Vec<Spanned<String>>,
     fails_with: Option<Spanned<String>>,
     why: Spanned<String>,
+    unseen: Option<String>,
+}
+
+/// Reads the filter file `name`.toml and those that it takes in, each by `read`.
+pub(crate) fn load(name: &str, read: &dyn Fn(&str) -> Result<String, String>) -> Result<File, String> {
+    let parse_named = |name: &str| {
+        let name = format!("{name}.toml");
+        parse(&format!("jail/filters/{name}"), &read(&name)?)
+    };
+    let mut file = parse_named(name)?;
+    for part in std::mem::take(&mut file.with) {
+        let part = parse_named(&part)?;
+        if !part.with.is_empty() {
+            return Err(format!("jail/filters/{name}.toml takes in a file that takes in others"));
+        }
+        refuse_idle(&file.rules, &part.rules)?;
+        file.rules.extend(part.rules);
+    }
+    Ok(file)
+}
+
+/// All rules of these files, each once: rules that allow the same are the first one.
+pub(crate) fn union<'f>(files: impl IntoIterator<Item = &'f File>) -> Vec<&'f Rule> {
+    let mut known = BTreeSet::new();
+    let rules = files.into_iter().flat_map(|file| &file.rules);
+    rules.filter(|rule| known.insert((&rule.call, &rule.when, &rule.fails_with))).collect()
 }
 
 /// Reads a filter file; what is wrong with it is told as `file:line: subject: cause`.
@@ -102,25 +137,26 @@ pub(crate) fn parse(name: &str, text: &str) -> Result<File, String> {
             Ok((error.get_ref().clone(), value))
         });
         rules.push(Rule {
+            file: name.into(),
             line: line_of(rule_at),
             number,
             when: rule.when.into_iter().map(Spanned::into_inner).collect(),
             conditions,
             fails_with: fails_with.transpose()?,
             why: rule.why.into_inner(),
+            unseen: rule.unseen,
             call,
         });
     }
-    let file = File { name: name.into(), rules };
-    refuse_idle(&file, &file)?;
-    Ok(file)
+    refuse_idle(&rules, &rules)?;
+    Ok(File { rules, with: raw.with })
 }
 
-/// Refuses a rule of `file` that allows nothing which a rule of `others` does not allow as well.
-pub(crate) fn refuse_idle(file: &File, others: &File) -> Result<(), String> {
-    let same_file = file.name == others.name;
-    for rule in &file.rules {
+/// Refuses a rule that allows nothing which one of `others` does not allow as well.
+pub(crate) fn refuse_idle(rules: &[Rule], others: &[Rule]) -> Result<(), String> {
+    for rule in rules {
         let covers = |other: &Rule| {
+            let same_file = other.file == rule.file;
             let is_itself = same_file && other.line == rule.line;
             let both_allow = other.fails_with.is_none() && rule.fails_with.is_none();
             let at_odds = same_file && !both_allow;
@@ -130,10 +166,10 @@ pub(crate) fn refuse_idle(file: &File, others: &File) -> Result<(), String> {
                 !same_file || other.line < rule.line || other.conditions.len() < rule.conditions.len();
             !is_itself && other.number == rule.number && (at_odds || (both_allow && wider && first))
         };
-        if let Some(other) = others.rules.iter().find(|other| covers(other)) {
+        if let Some(other) = others.iter().find(|other| covers(other)) {
             return Err(format!(
                 "{}:{}: {}: this rule is idle: {}:{} covers it; take one of the two out",
-                file.name, rule.line, rule.call, others.name, other.line
+                rule.file, rule.line, rule.call, other.file, other.line
             ));
         }
     }

@@ -1,14 +1,16 @@
 //! The seccomp filters of cells: which system calls casemate-vmm may make, thread by thread, and casemate-policy-compiler,
 //! and why.
 //!
-//! The rules are data: `build.toml`, `vcpu.toml`, `rest.toml` and `compiler.toml` beside this crate's manifest, each rule with its reason
-//! and with its arguments compared wherever a number or a flag decides. They are compiled into BPF while the crate is
+//! The rules are data: a file a role beside this crate's manifest (`vcpu.toml`, `blk.toml`, …), each rule with its reason and
+//! with its arguments compared wherever a number or a flag decides. They are compiled into BPF while the crate is
 //! built, so a program that links this crate carries arrays and two system calls, and depends on libc alone. What no
 //! rule allows kills the process. The same filters stand in every build profile.
 //!
 //! Filters stack, and a thread may do what all of its filters allow. So a thread only ever becomes narrower:
-//! [`Role::Build`] comes first, for the whole process, and allows what its own file says and what the other two say;
-//! before the first guest instruction each thread puts on [`Role::Vcpu`] or [`Role::Rest`].
+//! [`Role::Build`] comes first, for the whole process, and allows what its own file says and what those of the narrow
+//! roles say; before the first guest instruction each thread puts on that of its role, one of [`Role::NARROW`]. What the
+//! language's run time needs on every thread (`runtime.toml`) is a part of each of them. A rule that can't be
+//! seen used says why (`unseen`).
 //!
 //! A filter sees numbers and not what pointers point at: paths, structs and io_uring entries are beyond it. That is why
 //! no call is allowed that takes a path or a ring, and why memory slots and DMA maps are left to one thread.
@@ -23,31 +25,60 @@ mod compile;
 #[cfg(test)]
 mod tests;
 
-use std::{fmt, io};
+use std::{collections::BTreeSet, fmt, io};
 
 /// What a thread is for.
-#[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
+#[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord, Hash)]
 pub enum Role {
     /// Every thread, from the first line of `main` on, while the machine is built.
     Build,
     /// A thread that runs a virtual CPU, from before its first guest instruction.
     Vcpu,
-    /// Every other thread (control, I/O), from before the first guest instruction.
-    Rest,
+    /// The control thread, `main`: it hears the keep and makes every change to the machine.
+    Control,
+    /// The thread of a virtio disk.
+    Blk,
+    /// The thread of a virtio network card.
+    Net,
+    /// The thread of any other virtio device: entropy, balloon.
+    Device,
+    /// The thread that types at the guest's serial port.
+    Console,
+    /// A thread that waits for the INTx of an assigned function.
+    Intx,
     /// The one thread of casemate-policy-compiler, from before it reads a byte. It stands alone: no VMM puts it on.
     Compiler,
 }
 
 impl Role {
     /// All roles; those of the VMM in the order in which their filters are put on.
-    pub const ALL: [Self; 4] = [Self::Build, Self::Vcpu, Self::Rest, Self::Compiler];
+    pub const ALL: [Self; 9] = [
+        Self::Build,
+        Self::Vcpu,
+        Self::Control,
+        Self::Blk,
+        Self::Net,
+        Self::Device,
+        Self::Console,
+        Self::Intx,
+        Self::Compiler,
+    ];
+
+    /// The roles of a VMM's threads once its guest runs.
+    pub const NARROW: [Self; 7] =
+        [Self::Vcpu, Self::Control, Self::Blk, Self::Net, Self::Device, Self::Console, Self::Intx];
 
     /// The role's name, which is also the name of its file without `.toml`.
     pub const fn name(self) -> &'static str {
         match self {
             Self::Build => "build",
             Self::Vcpu => "vcpu",
-            Self::Rest => "rest",
+            Self::Control => "control",
+            Self::Blk => "blk",
+            Self::Net => "net",
+            Self::Device => "device",
+            Self::Console => "console",
+            Self::Intx => "intx",
             Self::Compiler => "compiler",
         }
     }
@@ -59,11 +90,21 @@ impl Role {
 
     /// The BPF program that [`install`] hands to the kernel.
     pub fn program(self) -> &'static [libc::sock_filter] {
+        self.compiled().0
+    }
+
+    /// What its file was compiled to.
+    fn compiled(self) -> (&'static [libc::sock_filter], &'static [Rule]) {
         match self {
-            Self::Build => &BUILD_PROGRAM,
-            Self::Vcpu => &VCPU_PROGRAM,
-            Self::Rest => &REST_PROGRAM,
-            Self::Compiler => &COMPILER_PROGRAM,
+            Self::Build => (&BUILD_PROGRAM, BUILD_RULES),
+            Self::Vcpu => (&VCPU_PROGRAM, VCPU_RULES),
+            Self::Control => (&CONTROL_PROGRAM, CONTROL_RULES),
+            Self::Blk => (&BLK_PROGRAM, BLK_RULES),
+            Self::Net => (&NET_PROGRAM, NET_RULES),
+            Self::Device => (&DEVICE_PROGRAM, DEVICE_RULES),
+            Self::Console => (&CONSOLE_PROGRAM, CONSOLE_RULES),
+            Self::Intx => (&INTX_PROGRAM, INTX_RULES),
+            Self::Compiler => (&COMPILER_PROGRAM, COMPILER_RULES),
         }
     }
 }
@@ -85,18 +126,47 @@ pub struct Rule {
     pub fails_with: Option<&'static str>,
     /// What the use is needed for.
     pub why: &'static str,
+    /// Why no test sees it used; `None`: one does.
+    pub unseen: Option<&'static str>,
+    /// The file that it stands in, without `.toml`: that of its role, or one that this takes in.
+    pub file: &'static str,
+    /// The comparisons of `when` as numbers.
+    pub comparisons: &'static [Comparison],
+}
+
+impl Rule {
+    /// Whether a call of this rule's name with these arguments is a use that the rule speaks of.
+    pub fn is_met_by(&self, arguments: [u64; 6]) -> bool {
+        let holds = |Comparison { argument, mask, value }: &Comparison| {
+            arguments.get(usize::from(*argument)).is_some_and(|given| given & mask == *value)
+        };
+        self.comparisons.iter().all(holds)
+    }
+}
+
+/// A comparison of one argument of a call.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct Comparison {
+    /// Which argument, 0 to 5.
+    pub argument: u8,
+    /// The bits that are looked at.
+    pub mask: u64,
+    /// What they must be.
+    pub value: u64,
 }
 
 include!(concat!(env!("OUT_DIR"), "/filters.rs"));
 
-/// The rules of a role. Those of [`Role::Build`] include the other two roles'.
+/// The rules of a role. Those of [`Role::Build`] include the narrow roles'.
 pub fn rules(role: Role) -> &'static [Rule] {
-    match role {
-        Role::Build => BUILD_RULES,
-        Role::Vcpu => VCPU_RULES,
-        Role::Rest => REST_RULES,
-        Role::Compiler => COMPILER_RULES,
-    }
+    role.compiled().1
+}
+
+/// How many different system calls a role's filter lets run, with some argument.
+pub fn calls_of(role: Role) -> usize {
+    let calls: BTreeSet<_> =
+        rules(role).iter().filter(|rule| rule.fails_with.is_none()).map(|rule| rule.call).collect();
+    calls.len()
 }
 
 /// The name of a system call of x86-64: 257 is `openat`.

@@ -14,10 +14,23 @@ pub struct Attempt {
     pub run: fn(kvm: RawFd) -> Outcome,
     /// Whether it needs that descriptor.
     pub needs_kvm: bool,
-    /// Roles whose filter does other than kill it.
-    pub in_roles: &'static [(Role, Expected)],
+    /// What must become of it under the filter of a role.
+    pub in_role: fn(Role) -> Expected,
     /// What stops it where no filter is on.
     pub beneath: Beneath,
+}
+
+impl Attempt {
+    /// Whether it is tried under this role's filter. What tells roles apart is tried in all; what every filter stops for want
+    /// of a rule is tried in those of the threads that strangers reach first, for each is a cell of its own. That the
+    /// programs of all roles stop it is a test of casemate-filters.
+    pub fn is_tried_in(&self, role: Role) -> bool {
+        const EVERYWHERE: [&str; 4] = ["control-", "ioctl-", "kvm-", "bomb-memory"];
+        const EXAMPLES: [&str; 3] = ["open-passwd", "connect-loopback", "mmap-exec"];
+        matches!(role, Role::Build | Role::Vcpu | Role::Control | Role::Compiler)
+            || EVERYWHERE.iter().any(|begin| self.name.starts_with(begin))
+            || EXAMPLES.contains(&self.name)
+    }
 }
 
 /// What must become of an attempt.
@@ -56,6 +69,12 @@ pub enum Beneath {
     Capability,
     /// A resource limit: EPERM.
     Rlimit,
+    /// The limits of descriptors (RLIMIT_NOFILE): EMFILE.
+    DescriptorLimit,
+    /// The limits of processes and threads (pids.max, RLIMIT_NPROC): EAGAIN.
+    PidLimit,
+    /// The limit of memory (memory.max): the kernel kills the whole cell.
+    MemoryLimit,
     /// The handed descriptor is of another kind: ENOTTY.
     Descriptor,
     /// The host has no such transport, or refuses the connection. A host that listens there must see to it itself.
@@ -82,45 +101,100 @@ impl Beneath {
             Self::PidNamespace => &[libc::ESRCH],
             Self::Capability => &[libc::EPERM, libc::EACCES, libc::ENOSYS],
             Self::Rlimit => &[libc::EPERM],
+            Self::DescriptorLimit => &[libc::EMFILE],
+            Self::PidLimit => &[libc::EAGAIN],
             Self::Descriptor => &[libc::ENOTTY],
             Self::Host => {
                 &[libc::EAFNOSUPPORT, libc::ENODEV, libc::ENETUNREACH, libc::ECONNRESET, libc::ETIMEDOUT]
             }
             Self::Kernel => &[libc::ENOSYS],
-            Self::Nothing | Self::Signal => &[],
+            Self::Nothing | Self::Signal | Self::MemoryLimit => &[],
         }
     }
 }
 
 const fn out(name: &'static str, beneath: Beneath, run: fn(RawFd) -> Outcome) -> Attempt {
-    Attempt { name, run, needs_kvm: false, in_roles: &[], beneath }
+    Attempt { name, run, needs_kvm: false, in_role: killed, beneath }
 }
 
-const fn with(attempt: Attempt, in_roles: &'static [(Role, Expected)]) -> Attempt {
-    Attempt { in_roles, ..attempt }
+const fn with(attempt: Attempt, in_role: fn(Role) -> Expected) -> Attempt {
+    Attempt { in_role, ..attempt }
 }
 
-const THROUGH_EVERYWHERE: &[(Role, Expected)] = &[
-    (Role::Build, Expected::Through),
-    (Role::Vcpu, Expected::Through),
-    (Role::Rest, Expected::Through),
-    (Role::Compiler, Expected::Through),
-];
-const SIGNAL_EVERYWHERE: &[(Role, Expected)] = &[
-    (Role::Build, Expected::Signalled),
-    (Role::Vcpu, Expected::Signalled),
-    (Role::Rest, Expected::Signalled),
-];
-const THROUGH_WHILE_BUILDING: &[(Role, Expected)] = &[(Role::Build, Expected::Through)];
+fn killed(_: Role) -> Expected {
+    Expected::Killed
+}
+
+fn through_everywhere(_: Role) -> Expected {
+    Expected::Through
+}
+
+/// The policy compiler aborts by no call that its filter knows.
+fn signal_in_the_vmm(role: Role) -> Expected {
+    if role == Role::Compiler { Expected::Killed } else { Expected::Signalled }
+}
+
+fn through_while_building(role: Role) -> Expected {
+    if role == Role::Build { Expected::Through } else { Expected::Killed }
+}
+
+fn memory_is_limited(_: Role) -> Expected {
+    Expected::Beneath(Beneath::MemoryLimit)
+}
+
+fn descriptors_are_limited(role: Role) -> Expected {
+    if role == Role::Build { Expected::Beneath(Beneath::DescriptorLimit) } else { Expected::Killed }
+}
+
+fn threads_are_limited(role: Role) -> Expected {
+    if role == Role::Build { Expected::Beneath(Beneath::PidLimit) } else { Expected::Killed }
+}
+
+/// A request of ioctl(2) gets past the filters of these roles, and then meets a descriptor of another kind.
+fn past(role: Role, roles: &[Role]) -> Expected {
+    if role == Role::Build || roles.contains(&role) {
+        Expected::Beneath(Beneath::Descriptor)
+    } else {
+        Expected::Killed
+    }
+}
+
+fn for_processors(role: Role) -> Expected {
+    past(role, &[Role::Vcpu])
+}
+
+fn for_control(role: Role) -> Expected {
+    past(role, &[Role::Control])
+}
+
+/// Whoever raises a pin of the IOAPIC.
+fn for_pins(role: Role) -> Expected {
+    past(role, &[Role::Vcpu, Role::Control, Role::Console, Role::Intx])
+}
+
+fn for_building(role: Role) -> Expected {
+    past(role, &[])
+}
+
+/// An attempt of a request that means nothing to the descriptor, so that nothing but the filter tells roles apart.
+const fn request(name: &'static str, in_role: fn(Role) -> Expected, run: fn(RawFd) -> Outcome) -> Attempt {
+    with(out(name, Beneath::Descriptor, run), in_role)
+}
+
+fn answered_while_building(role: Role) -> Expected {
+    if role == Role::Build { Expected::Answered(libc::ENOSYS) } else { Expected::Killed }
+}
+
 const EXECUTABLE: i32 = libc::PROT_READ | libc::PROT_WRITE | libc::PROT_EXEC;
 
 /// Every attempt.
 pub static ATTEMPTS: &[Attempt] = &[
     // What must work, or the rest of the table would prove nothing.
-    with(out("control-nothing", Beneath::Nothing, |_| Ok(())), THROUGH_EVERYWHERE),
-    with(out("control-memory", Beneath::Nothing, |_| calls::use_memory()), THROUGH_EVERYWHERE),
-    with(out("control-abort", Beneath::Signal, |_| std::process::abort()), SIGNAL_EVERYWHERE),
-    with(out("control-thread", Beneath::Nothing, |_| calls::start_a_thread()), THROUGH_WHILE_BUILDING),
+    with(out("control-nothing", Beneath::Nothing, |_| Ok(())), through_everywhere),
+    with(out("control-memory", Beneath::Nothing, |_| calls::use_memory()), through_everywhere),
+    with(out("control-abort", Beneath::Signal, |_| std::process::abort()), signal_in_the_vmm),
+    with(out("control-fault", Beneath::Signal, |_| calls::touch_what_is_not_there()), signal_in_the_vmm),
+    with(out("control-thread", Beneath::Nothing, |_| calls::start_a_thread()), through_while_building),
     // Files.
     out("open-passwd", Beneath::EmptyRoot, |_| open(c"/etc/passwd", libc::O_RDONLY).map(drop)),
     out("open-proc-mem", Beneath::EmptyRoot, |_| open(c"/proc/self/mem", libc::O_RDWR).map(drop)),
@@ -156,10 +230,7 @@ pub static ATTEMPTS: &[Attempt] = &[
     out("modify-ldt", Beneath::Nothing, |_| calls::write_an_ldt_entry()),
     // Processes.
     out("fork", Beneath::Nothing, |_| calls::fork()),
-    with(
-        out("clone3", Beneath::Nothing, |_| calls::clone3()),
-        &[(Role::Build, Expected::Answered(libc::ENOSYS))],
-    ),
+    with(out("clone3", Beneath::Nothing, |_| calls::clone3()), answered_while_building),
     out("ptrace", Beneath::PidNamespace, |_| {
         only(libc::SYS_ptrace, [flag(libc::PTRACE_ATTACH as i32), 2, 0, 0])
     }),
@@ -198,9 +269,30 @@ pub static ATTEMPTS: &[Attempt] = &[
         needs_kvm: true,
         ..with(
             out("kvm-create-vm", Beneath::Nothing, |kvm| only(libc::SYS_ioctl, [flag(kvm), 0xae01, 0])),
-            THROUGH_WHILE_BUILDING,
+            through_while_building,
         )
     },
+    request("ioctl-kvm-run", for_processors, |_| calls::request(0xae80)),
+    request("ioctl-kvm-signal-msi", for_pins, |_| calls::request(0x4020_aea5)),
+    request("ioctl-kvm-memory-slot", for_control, |_| calls::request(0x4020_ae46)),
+    request("ioctl-kvm-routes", for_control, |_| calls::request(0x4008_ae6a)),
+    request("ioctl-kvm-irqfd", for_control, |_| calls::request(0x4020_ae76)),
+    request("ioctl-kvm-ioeventfd", for_control, |_| calls::request(0x4040_ae79)),
+    request("ioctl-kvm-create-vcpu", for_building, |_| calls::request(0xae41)),
+    request("ioctl-kvm-create-device", for_building, |_| calls::request(0xc00c_aee0)),
+    request("ioctl-vfio-interrupts", for_control, |_| calls::request(0x3b6e)),
+    request("ioctl-vfio-reset", for_control, |_| calls::request(0x3b6f)),
+    request("ioctl-vfio-map-dma", for_building, |_| calls::request(0x3b71)),
+    out("ioctl-vfio-unmap-dma", Beneath::Descriptor, |_| calls::request(0x3b72)),
+    out("ioctl-tap-name", Beneath::Descriptor, |_| calls::request(0x4004_54ca)),
+    // Bombs: what there is of something is used up.
+    out("bomb-processes", Beneath::PidLimit, |_| calls::fork_without_end()),
+    with(out("bomb-threads", Beneath::PidLimit, |_| calls::start_threads_without_end()), threads_are_limited),
+    with(
+        out("bomb-descriptors", Beneath::DescriptorLimit, |_| calls::make_events_without_end()),
+        descriptors_are_limited,
+    ),
+    with(out("bomb-memory", Beneath::MemoryLimit, |_| calls::use_memory_without_end()), memory_is_limited),
     out("vfio-set-container", Beneath::Descriptor, |_| only(libc::SYS_ioctl, [2, 0x3b68, 0])),
     out("terminal-input", Beneath::Descriptor, |_| only(libc::SYS_ioctl, [2, libc::TIOCSTI, text(c"x")])),
 ];

@@ -253,11 +253,56 @@ pub(crate) fn use_memory() -> Outcome {
         block.shrink_to_fit();
     }
     let bytes: usize = std::hint::black_box(&blocks).iter().map(Vec::len).sum();
-    // A hash map asks for random seeds.
-    let map: std::collections::HashMap<usize, usize> = blocks.iter().map(Vec::len).enumerate().collect();
-    if std::hint::black_box(map).len() == blocks.len() && bytes > 0 {
-        Ok(())
-    } else {
-        Err(Stopped { call: "brk", error: 0 })
+    if bytes > 0 { Ok(()) } else { Err(Stopped { call: "brk", error: 0 }) }
+}
+
+/// A fault that ends the program: a write to a page that is not mapped.
+pub(crate) fn touch_what_is_not_there() -> Outcome {
+    let at = std::ptr::without_provenance_mut::<u8>(8);
+    // SAFETY: there is none: nothing is ever mapped there (mmap_min_addr), so the program ends by SIGSEGV here, which is the
+    // attempt. In assembly, for a compiler might make of it what it likes.
+    unsafe { asm!("mov byte ptr [{at}], 1", at = in(reg) at) };
+    Ok(())
+}
+
+/// A request of ioctl(2) on the pipe of the log, to which it means nothing.
+pub(crate) fn request(request: u64) -> Outcome {
+    only(libc::SYS_ioctl, [2, request, 0])
+}
+
+pub(crate) fn fork_without_end() -> Outcome {
+    loop {
+        if call(libc::SYS_clone, [flag(libc::SIGCHLD)])? == 0 {
+            loop {
+                // SAFETY: waits for a signal, and touches nothing.
+                unsafe { libc::pause() };
+            }
+        }
+    }
+}
+
+pub(crate) fn start_threads_without_end() -> Outcome {
+    loop {
+        let thread = std::thread::Builder::new().spawn(|| {
+            loop {
+                std::thread::park();
+            }
+        });
+        thread.map_err(|error| Stopped { call: "clone", error: error.raw_os_error().unwrap_or(0) })?;
+    }
+}
+
+pub(crate) fn make_events_without_end() -> Outcome {
+    loop {
+        call(libc::SYS_eventfd2, [0, 0])?;
+    }
+}
+
+/// Fresh memory, a mebibyte at a time, each page of it touched.
+pub(crate) fn use_memory_without_end() -> Outcome {
+    loop {
+        let block = vec![1u8; 1 << 20];
+        std::hint::black_box(block.as_slice());
+        std::mem::forget(block);
     }
 }

@@ -12,6 +12,7 @@
 
 mod attempts;
 mod calls;
+pub mod trace;
 
 pub use attempts::{ATTEMPTS, Attempt, Beneath, Expected};
 pub use calls::Stopped;
@@ -34,11 +35,5 @@ pub fn attempt(name: &str) -> Option<&'static Attempt> {
 
 /// Where a role's filters, as far as the attempt meets them, lead.
 pub fn expected(attempt: &Attempt, role: Option<Role>) -> Expected {
-    match role {
-        None => Expected::Beneath(attempt.beneath),
-        Some(role) => {
-            let special = attempt.in_roles.iter().find(|(known, _)| *known == role);
-            special.map_or(Expected::Killed, |(_, expected)| *expected)
-        }
-    }
+    role.map_or(Expected::Beneath(attempt.beneath), attempt.in_role)
 }

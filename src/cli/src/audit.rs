@@ -31,7 +31,7 @@ pub(crate) fn ps(paths: &Paths, as_json: bool) -> Result<ExitCode, Failure> {
         output::line("no guest runs on this host");
         return Ok(ExitCode::SUCCESS);
     }
-    let head = ["GUEST", "TENANT", "STATE", "PID", "UID", "VCPUS", "MEMORY", "UP", "DEVICES"]
+    let head = ["GUEST", "TENANT", "STATE", "PID", "UID", "VCPUS", "MEMORY", "UP", "CELL", "DEVICES"]
         .map(str::to_owned)
         .to_vec();
     let rows = [head].into_iter().chain(guests.iter().map(row)).collect::<Vec<_>>();
@@ -69,6 +69,10 @@ fn row(Listed { state, record: guest }: &Listed) -> Vec<String> {
         guest.vcpus.to_string(),
         ByteSize::from_bytes(guest.memory_bytes).to_string(),
         format!("{}:{:02}:{:02}", up / 3600, up / 60 % 60, up % 60),
+        match guest.weakened.as_slice() {
+            [] => "whole".into(),
+            parts => format!("weakened: {}", parts.join(" ")),
+        },
         if devices.is_empty() { "-".into() } else { devices.join(" ") },
     ]
 }

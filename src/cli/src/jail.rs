@@ -2,8 +2,8 @@
 
 use std::process::ExitCode;
 
-use casemate_filters::{Role, rules};
-use clap::{Subcommand, ValueEnum};
+use casemate_filters::{Role, calls_of, rules};
+use clap::{Subcommand, builder::PossibleValuesParser};
 use serde::Serialize;
 
 use crate::output::{self, Failure};
@@ -12,19 +12,12 @@ use crate::output::{self, Failure};
 pub(crate) enum Command {
     /// List the system calls that a cell's threads may make, each with its reason.
     Show {
-        /// Which threads: of a VMM while the machine is built, those that run processors, or the rest; or the policy
-        /// compiler's.
-        #[arg(long, value_enum)]
-        thread: Option<Thread>,
+        /// Which threads: all of a VMM while the machine is built (build), and once the guest runs: those that run processors
+        /// (vcpu), the one that changes the machine (control), those of disks (blk), network cards (net) and other devices
+        /// (device), that of the console's input (console), those of INTx (intx); or the policy compiler's (compiler).
+        #[arg(long, value_parser = PossibleValuesParser::new(Role::ALL.map(Role::name)))]
+        thread: Option<String>,
     },
-}
-
-#[derive(Clone, Copy, PartialEq, Eq, ValueEnum)]
-pub(crate) enum Thread {
-    Build,
-    Vcpu,
-    Rest,
-    Compiler,
 }
 
 #[derive(Serialize)]
@@ -34,33 +27,35 @@ struct Line {
     when: &'static [&'static str],
     fails_with: Option<&'static str>,
     why: &'static str,
+    /// The file of jail/filters that it stands in.
+    file: &'static str,
+    #[serde(skip_serializing_if = "Option::is_none")]
+    unseen: Option<&'static str>,
 }
 
 pub(crate) fn jail(command: &Command, json: bool) -> Result<ExitCode, Failure> {
     let Command::Show { thread } = command;
-    let roles = [
-        (Thread::Build, Role::Build, "build"),
-        (Thread::Vcpu, Role::Vcpu, "vcpu"),
-        (Thread::Rest, Role::Rest, "rest"),
-        (Thread::Compiler, Role::Compiler, "compiler"),
-    ];
-    for (name, role, word) in
-        roles.into_iter().filter(|(name, ..)| thread.is_none_or(|thread| thread == *name))
-    {
-        let _ = name;
+    let is_asked = |role: &Role| thread.as_deref().is_none_or(|thread| thread == role.name());
+    for role in Role::ALL.into_iter().filter(is_asked) {
         let lines = rules(role).iter().map(|rule| Line {
-            thread: word,
+            thread: role.name(),
             call: rule.call,
             when: rule.when,
             fails_with: rule.fails_with,
             why: rule.why,
+            file: rule.file,
+            unseen: rule.unseen,
         });
         if json {
             lines.for_each(|line| output::json(&line));
         } else {
             let rows: Vec<Vec<String>> =
                 lines.map(|line| vec![line.call.into(), condition(&line), line.why.into()]).collect();
-            output::line(&format!("{word}: {} rules; every other call ends the process", rows.len()));
+            output::line(&format!(
+                "{role}: {} calls by {} rules; every other call ends the process",
+                calls_of(role),
+                rows.len()
+            ));
             output::line(&output::table(&rows));
         }
     }

@@ -130,10 +130,13 @@ pub(crate) fn tell(step: &Step, json: bool) {
                 ));
             }
         }
-        Step::CellClosed { pid, uid, landlock_abi } => {
+        Step::CellClosed { pid, uid, landlock_abi, weakened } => {
             output::aside(&format!(
                 "the cell is closed: process {pid}, uid {uid}, Landlock ABI {landlock_abi}"
             ));
+            if !weakened.is_empty() {
+                output::aside(&format!("the cell is WEAKENED: without {}", weakened.join(", ")));
+            }
         }
         Step::Running { elapsed } => {
             output::aside(&format!("the guest runs, {} ms after its VMM was started", elapsed.as_millis()));
@@ -193,10 +196,8 @@ fn summary(report: &Report) {
         let size = ByteSize::from_bytes(bytes.next_multiple_of(1024));
         output::aside(&format!("the VMM used {size} beside the guest's memory"));
     }
-    output::aside(&format!(
-        "the filters allow {} system calls to a vCPU's thread and {} to the others",
-        report.cell.vcpu_calls, report.cell.rest_calls
-    ));
+    let calls = report.cell.calls.iter().map(|(role, calls)| format!("{role} {calls}"));
+    output::aside(&format!("system calls that the filters allow: {}", calls.collect::<Vec<_>>().join(", ")));
     output::aside(&format!(
         "exits to the VMM: {} for ports, {} for registers, {} others",
         report.machine.pio_exits, report.machine.mmio_exits, report.machine.other_exits

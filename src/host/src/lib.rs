@@ -24,6 +24,7 @@
 // only module with unsafe blocks.
 #![allow(unsafe_code)]
 
+mod backing;
 mod block;
 mod claim;
 mod config;

@@ -11,7 +11,7 @@ use casemate_policy::{
     Attrs, Change, Config, Device, Disk, Engine, Field, File, GuestSpec, HostState, Needs, Neighbour, Net,
     Operation, Outcome, Record, Request, Tenant, Value, Verdict,
 };
-use casemate_spec::{ByteSize, Guest, Located, Refusal};
+use casemate_spec::{ByteSize, CellPart, Guest, Located, Refusal};
 
 use crate::{Decisions, Paths, PolicyReport, Refusals, beside, digest};
 
@@ -32,6 +32,8 @@ pub(crate) struct Question<'a> {
     /// What it boots from. Where a policy wants a digest, a sealed copy takes the file's place.
     pub(crate) images: &'a mut Images,
     pub(crate) functions: &'a [PciFunction],
+    /// What its cell will be without.
+    pub(crate) weakened: &'a [CellPart],
 }
 
 /// Asks the bundle whether this guest may run, and keeps what was asked and answered. A denial names the keys of the
@@ -50,7 +52,7 @@ fn decide(
     question: Question<'_>,
     keep: &mut dyn FnMut(&Record) -> Result<(), Refusal>,
 ) -> Result<PolicyReport, Refusals> {
-    let Question { paths, bundle, override_why, located, images, functions } = question;
+    let Question { paths, bundle, override_why, located, images, functions, weakened } = question;
     let override_why = override_why.map(checked_reason).transpose()?;
     let started = Instant::now();
     let config =
@@ -62,7 +64,10 @@ fn decide(
         Err(_) => Digests::default(),
     };
     let beside = beside::read(&paths.runtime, located.guest.name.as_str());
-    let request = request(located, images, functions, digests, beside);
+    let mut request = request(located, images, functions, digests, beside);
+    if !weakened.is_empty() {
+        request.host.attrs.insert("weakened".into(), crate::run::names(weakened).join(" "));
+    }
     let now = request.now_seconds;
     let answer =
         engine.as_ref().map_err(Clone::clone).and_then(|engine| engine.admit(&request, override_why));

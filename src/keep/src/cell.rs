@@ -9,9 +9,9 @@ use std::{
     path::{Path, PathBuf},
 };
 
-use casemate_host::{Claim, Tap};
-use casemate_jail::{Cell, CellPlan, CgroupPlan, Program, Rlimits};
-use casemate_spec::{Guest, Refusal};
+use casemate_host::{Claim, Host, Image, Tap};
+use casemate_jail::{Cell, CellPlan, CgroupPlan, IoPlan, Program, Rlimits};
+use casemate_spec::{CellPart, CellRules, Guest, Refusal};
 use casemate_wire::{Assigned, Channel, Disk, FromCell, Hotplug, Machine, Net, Slot, ToCell, VERSION};
 use rustix::{
     fs::{FlockOperation, flock},
@@ -158,6 +158,51 @@ pub(crate) struct Resources<'a> {
     pub(crate) claim: Option<&'a Claim>,
     /// Whether the guest's console has input.
     pub(crate) input: bool,
+    /// What the host file says of cells.
+    pub(crate) rules: &'a CellRules,
+}
+
+/// What the cell of this guest will be without, by the host file's leave.
+///
+/// # Errors
+/// The refusal of what is lacking without it.
+pub(crate) fn weakened(
+    paths: &Paths,
+    guest: &Guest,
+    images: &Images,
+    rules: &CellRules,
+) -> Result<Vec<CellPart>, Refusal> {
+    let lacks = casemate_jail::lacking(&cgroup(paths, guest, images, rules));
+    match lacks.iter().find(|lack| !rules.may_lack.contains(&lack.part)) {
+        Some(lack) => Err(lack.refusal()),
+        None => Ok(lacks.into_iter().map(|lack| lack.part).collect()),
+    }
+}
+
+fn cgroup(paths: &Paths, guest: &Guest, images: &Images, rules: &CellRules) -> CgroupPlan {
+    CgroupPlan {
+        parent: paths.cgroup.clone(),
+        memory_bytes_max: guest.memory.bytes() + guest.memory.bytes() / PAGE_TABLE_SHARE + OVERHEAD_BYTES,
+        pids_max: threads(guest),
+        // One for each virtual processor, and one for all that the VMM does beside.
+        cpus_max: u32::from(guest.vcpus) + 1,
+        io: io(&images.disks, rules),
+    }
+}
+
+/// The limits of the host's disks that the guest's lie on.
+fn io(images: &[Image], rules: &CellRules) -> IoPlan {
+    let host = Host::live();
+    let (mut disks, mut without_device) = (Vec::new(), Vec::new());
+    for image in images {
+        match host.disk_under(&image.fd) {
+            Some(disk) => disks.push(disk),
+            None => without_device.push(image.path.display().to_string()),
+        }
+    }
+    disks.sort_unstable();
+    disks.dedup();
+    IoPlan { rules: rules.io, disks, without_device }
 }
 
 /// Starts the VMM in a closed cell and hands it the machine.
@@ -186,13 +231,7 @@ pub(crate) fn start(
     let (log, log_write) = pipe()?;
     let (console, console_write) = pipe()?;
     let rlimits = rlimits(guest, resources);
-    let cgroup = CgroupPlan {
-        parent: paths.cgroup.clone(),
-        memory_bytes_max: guest.memory.bytes() + guest.memory.bytes() / PAGE_TABLE_SHARE + OVERHEAD_BYTES,
-        pids_max: threads(guest),
-        // One for each virtual processor, and one for all that the VMM does beside.
-        cpus_max: u32::from(guest.vcpus) + 1,
-    };
+    let cgroup = cgroup(paths, guest, resources.images, resources.rules);
     let (input_read, console_input) = resources.input.then(pipe).transpose()?.unzip();
     let cell = casemate_jail::start(CellPlan {
         guest: guest.name.to_string(),
@@ -206,6 +245,7 @@ pub(crate) fn start(
         log: log_write,
         rlimits,
         cgroup: cgroup.clone(),
+        may_lack: resources.rules.may_lack.clone(),
         tied_to_parent: true,
     })?;
     let channel = Channel::new(peer);

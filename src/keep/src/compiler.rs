@@ -11,7 +11,7 @@ use std::{
     time::{Duration, Instant},
 };
 
-use casemate_jail::{Cell, CellPlan, CgroupPlan, End, Program, Rlimits, start};
+use casemate_jail::{Cell, CellPlan, CgroupPlan, End, IoPlan, Program, Rlimits, start};
 use casemate_policy::{Compiler, Ended, HOST_LIMITS, Launch, Plain, Streams};
 use rustix::{
     event::{PollFd, PollFlags, Timespec, poll},
@@ -64,7 +64,9 @@ impl Launch for Paths {
                 memory_bytes_max: MEMORY_BYTES,
                 pids_max: 1,
                 cpus_max: 1,
+                io: IoPlan::default(),
             },
+            may_lack: self.read_host_file().map_err(in_words)?.cell.may_lack,
             tied_to_parent: true,
         })
         .map_err(in_words)?;

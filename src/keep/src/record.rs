@@ -63,6 +63,9 @@ pub struct GuestRecord {
     pub limits: GivenLimits,
     /// Its Landlock ruleset.
     pub landlock: GivenLandlock,
+    /// The parts of a cell that it is without, by the host file's leave.
+    #[serde(default)]
+    pub weakened: Vec<String>,
 }
 
 /// A PCI function as it was given to the guest.
@@ -90,6 +93,10 @@ pub struct GivenLimits {
     pub descriptors_max: u64,
     pub threads_max: u64,
     pub file_size_bytes_max: u64,
+    #[serde(default)]
+    pub io_weight: Option<u16>,
+    #[serde(default)]
+    pub io_max: Vec<String>,
 }
 
 /// The Landlock ruleset as it was enforced: the kernel tells it to nobody afterwards.
@@ -192,8 +199,11 @@ impl GuestRecord {
                 descriptors_max: rlimits.descriptors_max,
                 threads_max: rlimits.threads_max,
                 file_size_bytes_max: rlimits.file_size_bytes_max,
+                io_weight: cgroup.io.rules.weight,
+                io_max: cgroup.io.lines(),
             },
             landlock: GivenLandlock { abi, filesystem, network, scopes },
+            weakened: crate::run::names(started.cell.weakened()),
         })
     }
 }
@@ -272,8 +282,11 @@ pub(crate) mod tests {
                 descriptors_max: 1,
                 threads_max: 1,
                 file_size_bytes_max: 1,
+                io_weight: None,
+                io_max: Vec::new(),
             },
             landlock: GivenLandlock { abi: 2, filesystem: 0x3fff, network: 0, scopes: 0 },
+            weakened: Vec::new(),
         }
     }
 

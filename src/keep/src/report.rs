@@ -1,6 +1,6 @@
 //! What a run tells: steps while it goes, and a report at its end.
 
-use std::time::Duration;
+use std::{collections::BTreeMap, time::Duration};
 
 use casemate_host::{Recovered, Returned};
 use casemate_spec::PciAddress;
@@ -43,6 +43,9 @@ pub enum Step {
         uid: u32,
         /// The Landlock ABI in force.
         landlock_abi: u32,
+        /// The parts of a cell that it is without, by the host file's leave.
+        #[serde(skip_serializing_if = "Vec::is_empty")]
+        weakened: Vec<String>,
     },
     /// The first guest instruction runs next.
     Running {
@@ -185,10 +188,8 @@ impl From<Recovered> for Step {
 pub struct CellReport {
     /// The VMM's own memory (Pss) beyond the guest's, when last seen.
     pub memory_bytes: Option<u64>,
-    /// System calls that the vCPU threads' filter allows.
-    pub vcpu_calls: usize,
-    /// System calls that the other threads' filter allows.
-    pub rest_calls: usize,
+    /// System calls that each filter allows, by the role of the threads that have it.
+    pub calls: BTreeMap<&'static str, usize>,
 }
 
 /// What the machine did.

@@ -8,12 +8,12 @@ use std::{
     time::Duration,
 };
 
-use casemate_filters::Role;
+use casemate_filters::{Role, calls_of};
 use casemate_host::{
     Choice, Claim, ClaimRequest, Host, Ledger, Owner, PciFunction, Pools, Tap, TapRequest, assignable, claim,
     open_image, open_initrd, open_kernel,
 };
-use casemate_spec::{LIMITS, Located, PciAddress, Refusal, parse_guest};
+use casemate_spec::{CellPart, CellRules, LIMITS, Located, PciAddress, Refusal, parse_guest};
 
 use crate::{
     CellReport, DeviceReport, Input, MachineReport, Paths, PolicyReport, Report, Step,
@@ -104,6 +104,8 @@ pub fn run(
     let addresses = judge_devices(&located, &host, &functions, &ledger)?;
     let unchecked = pools.unchecked(&addresses);
 
+    let weakened = cell::weakened(paths, &located.guest, &images, &host_file.cell)?;
+
     // Authorise. The name is reserved before, so that of two guests that start at once one sees the other.
     let identity =
         Identity::reserve(paths, &located.guest).map_err(|refusal| refusal.at(located.location("name")))?;
@@ -114,6 +116,7 @@ pub fn run(
         located: &mut located,
         images: &mut images,
         functions: &functions,
+        weakened: &weakened,
     })?;
     identity.tell(&located.guest)?;
     tell(Step::Admitted { policy: policy.clone() });
@@ -131,6 +134,7 @@ pub fn run(
         signals,
         images: &images,
         policy,
+        rules: &host_file.cell,
     };
     let outcome = prepared.run(claim.as_ref(), &ledger, console, tell);
 
@@ -153,6 +157,7 @@ pub fn try_guest(paths: &Paths, file: &Path, policy: &Path) -> Result<PolicyRepo
     let mut images = open_images(&located)?;
     let host = Host::live();
     let functions = host.functions()?;
+    let weakened = cell::weakened(paths, &located.guest, &images, &paths.read_host_file()?.cell)?;
     if !(located.guest.devices.is_empty() && located.guest.pooled.is_empty()) {
         let ledger = Ledger::open(&paths.state)?;
         let host_file = paths.read_host_file()?;
@@ -167,6 +172,7 @@ pub fn try_guest(paths: &Paths, file: &Path, policy: &Path) -> Result<PolicyRepo
         located: &mut located,
         images: &mut images,
         functions: &functions,
+        weakened: &weakened,
     })
 }
 
@@ -192,6 +198,7 @@ struct Prepared<'a> {
     signals: StopSignals,
     images: &'a Images,
     policy: PolicyReport,
+    rules: &'a CellRules,
 }
 
 impl Prepared<'_> {
@@ -204,8 +211,13 @@ impl Prepared<'_> {
     ) -> Result<Report, Refusal> {
         let guest = &self.located.guest;
         let taps = make_taps(self.located)?;
-        let resources =
-            Resources { images: self.images, taps: &taps, claim, input: self.options.input != Input::None };
+        let resources = Resources {
+            images: self.images,
+            taps: &taps,
+            claim,
+            input: self.options.input != Input::None,
+            rules: self.rules,
+        };
         let started = cell::start(self.paths, guest, self.identity, &resources)?;
         if claim.is_some() {
             match ledger.note_cell(&Owner::this_process(guest.name.as_str())?, started.cell.pid()) {
@@ -218,6 +230,7 @@ impl Prepared<'_> {
             pid: started.cell.pid(),
             uid: self.identity.uid,
             landlock_abi: started.cell.landlock().abi,
+            weakened: names(started.cell.weakened()),
         });
         let facts = Facts {
             located: self.located,
@@ -247,8 +260,7 @@ impl Prepared<'_> {
             policy: self.policy,
             cell: CellReport {
                 memory_bytes: seen.memory_bytes,
-                vcpu_calls: calls(Role::Vcpu),
-                rest_calls: calls(Role::Rest),
+                calls: Role::NARROW.map(|role| (role.name(), calls_of(role))).into(),
             },
             machine: MachineReport {
                 line: seen.line,
@@ -261,16 +273,9 @@ impl Prepared<'_> {
     }
 }
 
-/// Different system calls that a role's filter allows.
-fn calls(role: Role) -> usize {
-    let mut calls: Vec<_> = casemate_filters::rules(role)
-        .iter()
-        .filter(|rule| rule.fails_with.is_none())
-        .map(|rule| rule.call)
-        .collect();
-    calls.sort_unstable();
-    calls.dedup();
-    calls.len()
+/// As the host file and records name them.
+pub(crate) fn names<'a>(parts: impl IntoIterator<Item = &'a CellPart>) -> Vec<String> {
+    parts.into_iter().map(ToString::to_string).collect()
 }
 
 fn read_guest_file(path: &Path) -> Result<String, Refusal> {

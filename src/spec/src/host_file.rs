@@ -6,7 +6,8 @@ use serde::Deserialize;
 use toml::Spanned;
 
 use crate::{
-    Location, Name, PciAddress, PciId, Refusal,
+    CellRules, Location, Name, PciAddress, PciId, Refusal,
+    cell_rules::RawCell,
     device::{hex16, is_serial},
     guest::{malformed, short},
     locate::locate,
@@ -24,6 +25,8 @@ const LIST_MAX: usize = 256;
 pub struct HostFile {
     /// Its pools of devices; no two have one name.
     pub pools: Vec<Pool>,
+    /// What cells may lack here, and what their guests may do to disks.
+    pub cell: CellRules,
 }
 
 /// Devices that are as good as each other, under a name that guests ask by.
@@ -113,6 +116,8 @@ pub enum Firmware {
 struct RawHost {
     #[serde(default)]
     pool: Vec<RawPool>,
+    #[serde(default)]
+    cell: RawCell,
 }
 
 #[derive(Deserialize)]
@@ -137,7 +142,7 @@ struct RawPool {
 ///
 /// # Errors
 /// A [`Refusal`] that names file, line and key: `file-too-large`, `bad-toml`, `unknown-key`, `missing-key`, `bad-name`,
-/// `pool-twice`, `bad-pool`, `too-many`.
+/// `pool-twice`, `bad-pool`, `bad-cell`, `too-many`.
 pub fn parse_host(file: &Path, source: &str) -> Result<HostFile, Refusal> {
     if source.len() > FILE_BYTES_MAX {
         let cause = format_args!("a host file has at most {FILE_BYTES_MAX} bytes");
@@ -166,7 +171,7 @@ pub fn parse_host(file: &Path, source: &str) -> Result<HostFile, Refusal> {
         }
         pools.push(pool);
     }
-    Ok(HostFile { pools })
+    Ok(HostFile { pools, cell: raw.cell.check(file, source)? })
 }
 
 struct Reader<'a> {

@@ -7,6 +7,7 @@
 //! file, line and key), the cause, and what to do about it.
 
 mod address;
+mod cell_rules;
 mod device;
 mod guest;
 mod host_file;
@@ -16,6 +17,7 @@ mod refusal;
 mod size;
 
 pub use address::{PciAddress, PciAddressError};
+pub use cell_rules::{CellPart, CellRules, IoRules};
 pub use device::{DevicePin, PciId, PciIdError};
 pub use guest::{Assigned, Boot, Disk, Guest, LIMITS, Limits, Located, Name, Net, Pooled, parse_guest};
 pub use host_file::{ClassPrefix, Firmware, HostFile, NumaPolicy, Pool, parse_host};

@@ -16,7 +16,7 @@ use vmm_sys_util::{
 
 use crate::{
     active::Active,
-    device::{Device, Fault, Progress},
+    device::{Device, Fault, Kind, Progress},
 };
 
 /// What epoll reports with an event: a queue's index, or one of these.
@@ -76,9 +76,14 @@ impl Worker {
         Ok((worker, remote))
     }
 
+    /// What its device is, which says what its thread has to do.
+    pub fn kind(&self) -> Kind {
+        self.device.kind()
+    }
+
     /// A name for the thread.
     pub fn name(&self) -> &'static str {
-        self.device.kind().name()
+        self.kind().name()
     }
 
     /// Runs until the device's transport is dropped.

@@ -38,6 +38,8 @@ pub fn enter() -> ExitCode {
         eprintln!("casemate-vmm: the filter cannot be installed: {error}");
         return ExitCode::from(2);
     }
+    // A program that is executed by its descriptor is called by that number. A name is for people; without it nothing fails.
+    let _ = rustix::thread::set_name(c"casemate-vmm");
     // SAFETY: the keep puts the control socket there before it executes this program, and nothing else here has
     // taken a descriptor yet. If it is missing, the first call on it says so.
     let listener = unsafe { OwnedFd::from_raw_fd(CONTROL) };

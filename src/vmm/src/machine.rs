@@ -217,7 +217,7 @@ impl Built {
         for (number, worker) in workers.into_iter().enumerate() {
             let ready = Arc::clone(&ready);
             spawn(format!("{}{number}", worker.name()), move || {
-                narrow(Role::Rest);
+                narrow(role_of(worker.kind()));
                 ready.wait();
                 worker.run();
             })?;
@@ -225,7 +225,7 @@ impl Built {
         for (number, source) in intx.into_iter().enumerate() {
             let (ioapic, ready) = (platform.ioapic(), Arc::clone(&ready));
             spawn(format!("intx{number}"), move || {
-                narrow(Role::Rest);
+                narrow(Role::Intx);
                 ready.wait();
                 source.run(&ioapic);
             })?;
@@ -233,12 +233,12 @@ impl Built {
         if let Some(input) = console_input {
             let (platform, ready) = (Arc::clone(&platform), Arc::clone(&ready));
             spawn("console".into(), move || {
-                narrow(Role::Rest);
+                narrow(Role::Console);
                 ready.wait();
                 platform.feed_serial(input);
             })?;
         }
-        narrow(Role::Rest);
+        narrow(Role::Control);
         ready.wait();
         let memory_bytes = held.memory.iter().map(vm_memory::GuestMemoryRegion::len).sum();
         Ok(Running { control, memory_bytes, devices, platform, _held: held })
@@ -358,6 +358,15 @@ fn narrow(role: Role) {
     if let Err(error) = casemate_filters::install(role) {
         eprintln!("casemate-vmm: the {role:?} filter cannot be installed: {error}");
         std::process::exit(2);
+    }
+}
+
+/// The filter of a device's thread.
+fn role_of(kind: Kind) -> Role {
+    match kind {
+        Kind::Block => Role::Blk,
+        Kind::Net => Role::Net,
+        Kind::Entropy | Kind::Balloon => Role::Device,
     }
 }
 

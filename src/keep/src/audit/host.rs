@@ -17,7 +17,7 @@ pub(super) fn name() -> String {
 }
 
 pub(super) fn lines(record: &GuestRecord) -> Vec<AuditLine> {
-    let mut lines = vec![landlock(record)];
+    let mut lines = vec![landlock(record), weakened(record)];
     lines.extend(record.devices.iter().map(device));
     lines.extend(record.devices.iter().map(reset));
     if !record.devices.is_empty() {
@@ -45,6 +45,19 @@ fn landlock(record: &GuestRecord) -> AuditLine {
         // The kernel tells nobody which rulesets a process is under.
         source: Source::Recorded,
         passed: given.abi >= 2 && count(given.filesystem) >= 14,
+    }
+}
+
+fn weakened(record: &GuestRecord) -> AuditLine {
+    AuditLine {
+        part: "weakened",
+        wanted: "no part is lacking".into(),
+        found: match record.weakened.as_slice() {
+            [] => "no part is lacking".into(),
+            parts => format!("without {}, by the host file's leave", parts.join(", ")),
+        },
+        source: Source::Recorded,
+        passed: record.weakened.is_empty(),
     }
 }
 

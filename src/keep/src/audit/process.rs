@@ -150,6 +150,20 @@ pub(super) fn limits(at: &Measured<'_>) -> Vec<AuditLine> {
         let is = file(name);
         measured("cgroup", format!("{name} {value}"), format!("{name} {is}"), is == value)
     }));
+    // As the kernel shows it: "default" is the weight where no disk has one of its own.
+    let weigher =
+        ["io.weight", "io.bfq.weight"].into_iter().find(|name| found.cgroup_files.contains_key(name));
+    let weight = given.io_weight.map(|weight| (weigher.unwrap_or("io.weight"), format!("default {weight}")));
+    let maxima = given.io_max.iter().map(|line| ("io.max", line.clone()));
+    lines.extend(weight.into_iter().chain(maxima).map(|(name, value)| {
+        let is = file(name);
+        measured(
+            "cgroup",
+            format!("{name} {value}"),
+            format!("{name} {is}"),
+            is.lines().any(|line| line == value),
+        )
+    }));
     let wanted = [
         ("Max core file size", 0),
         ("Max locked memory", given.memlock_bytes),

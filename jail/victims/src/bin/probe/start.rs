@@ -1,6 +1,7 @@
 //! Cells for the probe.
 
 use std::{
+    collections::BTreeSet,
     ffi::CString,
     fs::File,
     io::{IoSlice, Read},
@@ -10,9 +11,9 @@ use std::{
     sync::atomic::{AtomicU32, Ordering},
 };
 
-use casemate_jail::{Cell, CellPlan, CgroupPlan, End, Program, Rlimits, start};
+use casemate_jail::{Cell, CellPlan, CgroupPlan, End, IoPlan, Program, Rlimits, start};
 use casemate_spec::Refusal;
-use casemate_victims::{ABSTRACT_NAME, Attempt};
+use casemate_victims::{ABSTRACT_NAME, Attempt, Beneath};
 use rustix::net::{
     AddressFamily, SendAncillaryBuffer, SendAncillaryMessage, SendFlags, SocketAddrUnix, SocketFlags,
     SocketType, bind, connect, listen, sendmsg, socket_with,
@@ -42,7 +43,12 @@ pub(crate) struct Victim {
 
 impl Probe {
     pub(crate) fn attempt(&self, attempt: &Attempt, role: &str) -> Result<Told, String> {
-        let victim = self.start(&[attempt.name, role]).map_err(|refusal| refusal.to_string())?;
+        let less = |plan: &mut CellPlan| {
+            if attempt.beneath == Beneath::MemoryLimit {
+                plan.cgroup.memory_bytes_max = 32 << 20;
+            }
+        };
+        let victim = self.start_with(&[attempt.name, role], less).map_err(|refusal| refusal.to_string())?;
         if attempt.needs_kvm {
             victim.send(
                 &File::options()
@@ -93,7 +99,9 @@ impl Probe {
                 memory_bytes_max: 512 << 20,
                 pids_max: 16,
                 cpus_max: 2,
+                io: IoPlan::default(),
             },
+            may_lack: BTreeSet::new(),
             tied_to_parent: false,
         };
         change(&mut plan);
@@ -107,7 +115,7 @@ impl Victim {
         self.log.read_exact(&mut [0]).map_err(|error| error.to_string())
     }
 
-    fn wait(mut self) -> Result<Told, String> {
+    pub(crate) fn wait(mut self) -> Result<Told, String> {
         let mut said = String::new();
         self.log.read_to_string(&mut said).map_err(|error| error.to_string())?;
         let end = self.cell.wait().map_err(|error| error.to_string())?;
