@@ -13,6 +13,7 @@ mod inside;
 mod outside;
 mod process;
 mod protocol;
+mod tiny;
 
 use std::{process::ExitCode, time::Duration};
 
@@ -20,6 +21,7 @@ pub use context::{Ctx, wait_until};
 pub use failure::Failure;
 pub use guest::{GuestFile, GuestImage};
 pub use process::{Finished, Running, send_signal};
+pub use tiny::tiny_kernel;
 
 /// One test of the table.
 #[derive(Clone, Copy, Debug)]

@@ -21,6 +21,8 @@ pub(crate) struct Recipe {
     pub(crate) directories: &'static [&'static str],
     /// Modules (and with each, what it needs). One that is built into the kernel is fine too.
     pub(crate) modules: &'static [&'static str],
+    /// Modules that not every kernel has: cloud kernels lack drivers of real devices.
+    pub(crate) if_there: &'static [&'static str],
 }
 
 /// The lab: what it takes to mount this machine's root, KVM and VFIO, host networking, and the drivers of its devices.
@@ -52,6 +54,7 @@ pub(crate) const HOST: Recipe = Recipe {
         "nvme",
         "8139cp",
     ],
+    if_there: &[],
 };
 
 /// A guest: drivers of emulated and of assigned devices, loaded by modalias when such a device is there.
@@ -77,7 +80,28 @@ pub(crate) const GUEST: Recipe = Recipe {
         "button",
         "evdev",
         "pvpanic-mmio",
+        "wdat_wdt",
     ],
+    if_there: &[],
+};
+
+/// A guest with another of Debian's kernels: what the emulated devices need, and more where it is.
+pub(crate) const OTHER_GUEST: Recipe = Recipe {
+    modules: &[
+        "virtio_pci",
+        "virtio_blk",
+        "virtio_net",
+        "virtio-rng",
+        "virtio_console",
+        "virtio_balloon",
+        "vmw_vsock_virtio_transport",
+        "ext4",
+        "button",
+        "pvpanic-mmio",
+        "wdat_wdt",
+    ],
+    if_there: &["crc32c_generic", "evdev", "e1000e", "igb", "igbvf", "nvme", "8139cp", "virtio_mem"],
+    ..GUEST
 };
 
 /// Builds an image. It isn't compressed: unpacking costs more in an emulated processor than reading.
@@ -93,14 +117,14 @@ pub(crate) fn build(recipe: &Recipe, kernel: &Kernel, scratch: &Path) -> Result<
         // Where the kernel looks for it when it wants a module itself.
         archive.link("sbin/modprobe", "/bin/busybox");
     }
-    add_modules(&mut archive, recipe.modules, kernel, scratch)?;
+    add_modules(&mut archive, recipe, kernel, scratch)?;
     Ok(archive.finish())
 }
 
 /// Adds the modules, uncompressed and flat in one directory, with the tables by which modprobe finds them.
 fn add_modules(
     archive: &mut Archive,
-    names: &[&str],
+    recipe: &Recipe,
     kernel: &Kernel,
     scratch: &Path,
 ) -> Result<(), LabError> {
@@ -112,7 +136,7 @@ fn add_modules(
         let path = directory.join(name);
         fs::write(&path, bytes).map_err(|error| LabError::io("write", &path, error))
     };
-    for path in files_of(names, kernel)? {
+    for path in files_of(recipe, kernel)? {
         let file = kernel.modules().join(&path);
         let name = Path::new(&path).file_name().unwrap_or_default().to_string_lossy().into_owned();
         match name.strip_suffix(".xz") {
@@ -135,8 +159,8 @@ fn add_modules(
     Ok(())
 }
 
-/// The files of the named modules and of all they need, relative to `lib/modules/RELEASE`.
-fn files_of(names: &[&str], kernel: &Kernel) -> Result<BTreeSet<String>, LabError> {
+/// The files of a recipe's modules and of all they need, relative to `lib/modules/RELEASE`.
+fn files_of(recipe: &Recipe, kernel: &Kernel) -> Result<BTreeSet<String>, LabError> {
     let text = |table: &str| -> Result<String, LabError> {
         let path = kernel.modules().join(table);
         fs::read_to_string(&path).map_err(|error| LabError::io("read", &path, error))
@@ -144,7 +168,10 @@ fn files_of(names: &[&str], kernel: &Kernel) -> Result<BTreeSet<String>, LabErro
     let (dependencies, builtin) = (text("modules.dep")?, text("modules.builtin")?);
     let table = Dependencies::parse(&dependencies, &builtin);
     let mut files = BTreeSet::new();
-    for name in names {
+    for found in recipe.if_there.iter().filter_map(|name| table.closure(name)) {
+        files.extend(found.into_iter().map(str::to_owned));
+    }
+    for name in recipe.modules {
         let found = table.closure(name).ok_or_else(|| {
             LabError::new(
                 format_args!("Debian's kernel {} has no module {name}", kernel.release),

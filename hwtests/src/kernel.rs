@@ -1,4 +1,4 @@
-//! Debian's kernel: downloaded, unpacked, and its ELF image taken out of the bzImage for guests.
+//! Debian's kernels: downloaded, unpacked, and their ELF images taken out of the bzImages for guests.
 
 use std::{
     fs,
@@ -12,40 +12,93 @@ use crate::{
     packages::Apt,
 };
 
+/// A kernel of Debian's, by its package: the newest whose name has a number between these two.
+#[derive(Clone, Copy, Debug)]
+pub(crate) struct Series {
+    /// How the lab calls it.
+    pub(crate) name: &'static str,
+    /// What stands before the number.
+    pub(crate) prefix: &'static str,
+    /// What stands behind it and what belongs to it, flavour included. Unsigned: the modules load all the same.
+    pub(crate) suffix: &'static str,
+}
+
+/// The lab's own, and that of most guests.
+pub(crate) const OWN: Series =
+    Series { name: "6.12", prefix: "linux-image-6.12.", suffix: "-amd64-unsigned" };
+
+/// Those that guests are tried with beside it. The first can be the lab's own, too.
+pub(crate) const OTHERS: [Series; 3] = [
+    Series { name: "6.1", prefix: "linux-image-6.1.0-", suffix: "-amd64-unsigned" },
+    Series { name: "6.1-cloud", prefix: "linux-image-6.1.0-", suffix: "-cloud-amd64-unsigned" },
+    Series { name: "6.12-cloud", prefix: "linux-image-6.12.", suffix: "-cloud-amd64-unsigned" },
+];
+
 /// A kernel that lies unpacked in the lab's directory.
 pub(crate) struct Kernel {
     /// As `uname -r` prints it.
     pub(crate) release: String,
     /// Holds `boot` and `lib/modules`.
     pub(crate) tree: PathBuf,
+    /// The image that guests boot: ELF, or the package's own where that is packed in a way that the lab can't undo.
+    guest_image: PathBuf,
+    /// Holds the release; written last.
+    marker: PathBuf,
 }
 
 impl Kernel {
-    /// The kernel that is there, or the newest of Debian's after a download. One that is there stays until the lab's
-    /// directory is removed, so that test results of one checkout compare.
-    pub(crate) fn ensure(
+    /// The lab's own kernel.
+    pub(crate) fn own(layout: &Layout, apt: &mut Apt, say: &mut dyn FnMut(&str)) -> Result<Self, LabError> {
+        let kernel = Self {
+            release: String::new(),
+            tree: layout.kernel_tree(),
+            guest_image: layout.guest_kernel(),
+            marker: layout.kernel_release(),
+        };
+        kernel.ensure(OWN, &layout.root().join("downloads"), apt, say)
+    }
+
+    /// One of the others.
+    pub(crate) fn other(
         layout: &Layout,
+        series: Series,
         apt: &mut Apt,
         say: &mut dyn FnMut(&str),
     ) -> Result<Self, LabError> {
-        let tree = layout.kernel_tree();
-        if let Ok(release) = fs::read_to_string(layout.kernel_release()) {
-            return Ok(Self { release, tree });
+        let directory = layout.other_kernel(series.name);
+        fs::create_dir_all(&directory).map_err(|error| LabError::io("create", &directory, error))?;
+        let kernel = Self {
+            release: String::new(),
+            tree: directory.join("tree"),
+            guest_image: directory.join("kernel"),
+            marker: directory.join("release"),
+        };
+        kernel.ensure(series, &directory.join("downloads"), apt, say)
+    }
+
+    /// The kernel that is there, or the newest of Debian's after a download. One that is there stays until the lab's
+    /// directory is removed, so that test results of one checkout compare.
+    fn ensure(
+        mut self,
+        series: Series,
+        downloads: &Path,
+        apt: &mut Apt,
+        say: &mut dyn FnMut(&str),
+    ) -> Result<Self, LabError> {
+        if let Ok(release) = fs::read_to_string(&self.marker) {
+            return Ok(Self { release, ..self });
         }
-        let package = apt.newest_kernel()?;
-        say(&format!("downloads and unpacks {package} (about 105 MB)"));
-        let downloads = layout.root().join("downloads");
-        let file = apt.download(&package, &downloads)?;
-        let _ = fs::remove_dir_all(&tree);
-        output_of(Command::new("dpkg-deb").arg("-x").arg(&file).arg(&tree))?;
-        fs::remove_dir_all(&downloads).map_err(|error| LabError::io("remove", &downloads, error))?;
-        let release = package.trim_start_matches("linux-image-").trim_end_matches("-unsigned").to_owned();
-        output_of(Command::new("depmod").arg("-b").arg(&tree).arg(&release))?;
-        let kernel = Self { release, tree };
-        kernel.extract_elf(&layout.guest_kernel())?;
-        let marker = layout.kernel_release();
-        fs::write(&marker, &kernel.release).map_err(|error| LabError::io("write", &marker, error))?;
-        Ok(kernel)
+        let package = apt.newest_kernel(series)?;
+        say(&format!("downloads and unpacks {package}"));
+        let file = apt.download(&package, downloads)?;
+        let _ = fs::remove_dir_all(&self.tree);
+        output_of(Command::new("dpkg-deb").arg("-x").arg(&file).arg(&self.tree))?;
+        fs::remove_dir_all(downloads).map_err(|error| LabError::io("remove", downloads, error))?;
+        self.release = package.trim_start_matches("linux-image-").trim_end_matches("-unsigned").to_owned();
+        output_of(Command::new("depmod").arg("-b").arg(&self.tree).arg(&self.release))?;
+        self.make_guest_image()?;
+        fs::write(&self.marker, &self.release).map_err(|error| LabError::io("write", &self.marker, error))?;
+        Ok(self)
     }
 
     /// The bzImage, which boots the lab itself.
@@ -58,20 +111,33 @@ impl Kernel {
         self.tree.join("lib/modules").join(&self.release)
     }
 
-    fn extract_elf(&self, target: &Path) -> Result<(), LabError> {
+    /// Takes the ELF image out of the bzImage, since unpacking it costs an emulated processor seconds.
+    fn make_guest_image(&self) -> Result<(), LabError> {
         let path = self.bzimage();
         let image = fs::read(&path).map_err(|error| LabError::io("read", &path, error))?;
         let broken =
             |what: &str| LabError::new(format_args!("{} {what}", path.display()), "remove target/lab");
         let payload = payload_of(&image).ok_or_else(|| broken("is no bzImage"))?;
-        let stream = target.with_extension("zst");
-        fs::write(&stream, payload).map_err(|error| LabError::io("write", &stream, error))?;
-        let elf = decompressed("zstd", &stream)?;
-        let _ = fs::remove_file(&stream);
-        if !elf.starts_with(b"\x7fELF") {
-            return Err(broken("holds no ELF image compressed by zstd"));
+        let unpacked = match payload {
+            [0x28, 0xb5, 0x2f, 0xfd, ..] => self.unpacked("zstd", payload)?,
+            [0xfd, b'7', b'z', b'X', b'Z', 0, ..] => self.unpacked("xz", payload)?,
+            // LZ4, as cloud kernels had it: quick to unpack in the guest, and so the way of bzImages is tried as well.
+            _ => image,
+        };
+        let is_kernel = unpacked.starts_with(b"\x7fELF") || unpacked.get(0x202..0x206) == Some(b"HdrS");
+        if !is_kernel {
+            return Err(broken("holds no ELF image"));
         }
-        fs::write(target, elf).map_err(|error| LabError::io("write", target, error))
+        fs::write(&self.guest_image, unpacked)
+            .map_err(|error| LabError::io("write", &self.guest_image, error))
+    }
+
+    fn unpacked(&self, program: &str, payload: &[u8]) -> Result<Vec<u8>, LabError> {
+        let stream = self.guest_image.with_extension("packed");
+        fs::write(&stream, payload).map_err(|error| LabError::io("write", &stream, error))?;
+        let unpacked = decompressed(program, &stream);
+        let _ = fs::remove_file(&stream);
+        unpacked
     }
 }
 

@@ -37,6 +37,17 @@ impl Layout {
         Ok(self.kernel_tree().join("boot").join(format!("vmlinuz-{release}")))
     }
 
+    /// The directory of a kernel that guests are tried with beside the lab's own: `6.1`, `6.1-cloud`, `6.12-cloud`.
+    pub(crate) fn other_kernel(&self, name: &str) -> PathBuf {
+        self.root.join("kernels").join(name)
+    }
+
+    /// The image of such a kernel, and the initramfs that goes with it.
+    pub fn other_guest(&self, name: &str) -> (PathBuf, PathBuf) {
+        let directory = self.other_kernel(name);
+        (directory.join("kernel"), directory.join("guest.cpio"))
+    }
+
     /// The guests' initramfs, to which a test's own files are appended as a second archive.
     pub fn guest_initramfs(&self) -> PathBuf {
         self.root.join("guest.cpio")
@@ -57,9 +68,25 @@ impl Layout {
         self.root.join("kernel.release")
     }
 
-    /// The lab's own initramfs.
-    pub(crate) fn host_initramfs(&self) -> PathBuf {
-        self.root.join("host.cpio")
+    /// The kernel that the lab boots: its own, or the one that CASEMATE_LAB_KERNEL names (`6.1`).
+    pub(crate) fn lab_kernel(&self) -> LabKernel {
+        match std::env::var("CASEMATE_LAB_KERNEL") {
+            Ok(name) if !name.is_empty() => {
+                let directory = self.other_kernel(&name);
+                LabKernel {
+                    tree: directory.join("tree"),
+                    release: directory.join("release"),
+                    initramfs: directory.join("host.cpio"),
+                    name: Some(name),
+                }
+            }
+            _ => LabKernel {
+                tree: self.kernel_tree(),
+                release: self.kernel_release(),
+                initramfs: self.root.join("host.cpio"),
+                name: None,
+            },
+        }
     }
 
     /// The template of the disk that shares the RTL8139's group, copied for each run.
@@ -71,6 +98,18 @@ impl Layout {
     pub(crate) fn runs(&self) -> PathBuf {
         self.root.join("runs")
     }
+}
+
+/// What the lab boots.
+pub(crate) struct LabKernel {
+    /// Holds `boot`.
+    pub(crate) tree: PathBuf,
+    /// The file that holds the release.
+    pub(crate) release: PathBuf,
+    /// The lab's own initramfs, with drivers of this kernel.
+    pub(crate) initramfs: PathBuf,
+    /// Another than usual, by its name.
+    pub(crate) name: Option<String>,
 }
 
 /// The root of the workspace.

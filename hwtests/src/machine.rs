@@ -152,9 +152,10 @@ impl Lab {
                 LabError::new(format_args!("{} is not UTF-8", path.display()), "move the workspace")
             })
         };
-        let release = fs::read_to_string(self.layout.kernel_release())
-            .map_err(|error| LabError::io("read", &self.layout.kernel_release(), error))?;
-        let kernel = self.layout.kernel_tree().join("boot").join(format!("vmlinuz-{release}"));
+        let booted = self.layout.lab_kernel();
+        let release = fs::read_to_string(&booted.release)
+            .map_err(|error| LabError::io("read", &booted.release, error))?;
+        let kernel = booted.tree.join("boot").join(format!("vmlinuz-{release}"));
         // Without no_timer_check the kernel panics now and then on a loaded machine.
         let append = "console=ttyS0 panic=1 quiet loglevel=3 no_timer_check intel_iommu=on";
         let mut line: Vec<String> = words(&[
@@ -162,7 +163,7 @@ impl Lab {
             "-display none -serial stdio",
         ]);
         line.extend(words(&[&format!("-smp {} -m {}", self.cpus, self.memory_mib)]));
-        line.extend(["-kernel".into(), path(kernel)?, "-initrd".into(), path(self.layout.host_initramfs())?]);
+        line.extend(["-kernel".into(), path(kernel)?, "-initrd".into(), path(booted.initramfs)?]);
         line.extend(["-append".into(), append.into()]);
         line.extend(words(DEVICES));
         let nvme = path(directory.join("nvme.img"))?;

@@ -6,7 +6,7 @@ use std::{
     process::{Command, Stdio},
 };
 
-use crate::{LabError, command::text_of};
+use crate::{LabError, command::text_of, kernel::Series};
 
 /// From bookworm itself: what builds and fills the lab.
 const TOOLS: &[&str] = &["busybox-static", "kmod", "pciutils", "xz-utils", "zstd"];
@@ -45,16 +45,16 @@ impl Apt {
         Ok(())
     }
 
-    /// The newest Debian kernel package of the series `6.12` for amd64, unsigned (its modules load all the same).
-    pub(crate) fn newest_kernel(&mut self) -> Result<String, LabError> {
+    /// The newest package of a series of Debian's kernels for amd64.
+    pub(crate) fn newest_kernel(&mut self, series: Series) -> Result<String, LabError> {
         self.ready()?;
-        let found =
-            text_of(Command::new("apt-cache").args(["search", "--names-only", "^linux-image-6\\.12\\."]))?;
+        let pattern = format!("^{}", series.prefix.replace('.', "\\."));
+        let found = text_of(Command::new("apt-cache").args(["search", "--names-only", &pattern]))?;
         let names = found.lines().filter_map(|line| line.split_whitespace().next());
-        newest_kernel_name(names).ok_or_else(|| {
+        newest_kernel_name(series, names).ok_or_else(|| {
             LabError::new(
-                format_args!("no package linux-image-6.12.*-amd64-unsigned in {}", backports()),
-                "check that the mirror in /etc/apt/sources.list.d carries this suite",
+                format_args!("no package {}*{} in {RELEASE}", series.prefix, series.suffix),
+                "check that the mirror in /etc/apt/sources.list.d carries it, its updates and its backports",
             )
         })
     }
@@ -198,11 +198,11 @@ fn major(version: &str) -> Option<u32> {
     version.split(|c: char| !c.is_ascii_digit()).next()?.parse().ok()
 }
 
-/// Of names such as `linux-image-6.12.95+deb12-amd64-unsigned`, the one with the highest third number. Flavours (`rt`,
-/// `cloud`) are left out.
-fn newest_kernel_name<'a>(names: impl Iterator<Item = &'a str>) -> Option<String> {
+/// Of names such as `linux-image-6.12.95+deb12-amd64-unsigned`, the one with the highest number behind the series' prefix.
+/// Other flavours (`rt`, `cloud`) are left out.
+fn newest_kernel_name<'a>(series: Series, names: impl Iterator<Item = &'a str>) -> Option<String> {
     let patch = |name: &str| -> Option<u32> {
-        let version = name.strip_prefix("linux-image-6.12.")?.strip_suffix("-amd64-unsigned")?;
+        let version = name.strip_prefix(series.prefix)?.strip_suffix(series.suffix)?;
         let digits = version.find(|c: char| !c.is_ascii_digit()).unwrap_or(version.len());
         let (number, rest) = version.split_at(digits);
         if rest.contains('-') { None } else { number.parse().ok() }
@@ -213,6 +213,7 @@ fn newest_kernel_name<'a>(names: impl Iterator<Item = &'a str>) -> Option<String
 #[cfg(test)]
 mod tests {
     use super::*;
+    use crate::kernel::{OTHERS, OWN};
 
     #[test]
     fn mirror_is_the_one_of_the_release() {
@@ -232,9 +233,15 @@ mod tests {
             "linux-image-6.12.99+deb12-rt-amd64-unsigned",
             "linux-image-6.12.99+deb12-cloud-amd64-unsigned",
             "linux-image-6.12.95+deb12-amd64",
+            "linux-image-6.1.0-9-amd64-unsigned",
+            "linux-image-6.1.0-56-amd64-unsigned",
         ];
-        let newest = newest_kernel_name(names.into_iter());
-        assert_eq!(newest.as_deref(), Some("linux-image-6.12.95+deb12-amd64-unsigned"));
+        let newest = |series| newest_kernel_name(series, names.into_iter());
+        assert_eq!(newest(OWN).as_deref(), Some("linux-image-6.12.95+deb12-amd64-unsigned"));
+        let [generic, cloud, newer_cloud] = OTHERS.map(newest);
+        assert_eq!(generic.as_deref(), Some("linux-image-6.1.0-56-amd64-unsigned"));
+        assert_eq!(cloud, None);
+        assert_eq!(newer_cloud.as_deref(), Some("linux-image-6.12.99+deb12-cloud-amd64-unsigned"));
     }
 
     #[test]

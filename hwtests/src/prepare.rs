@@ -10,8 +10,8 @@ use std::{
 use crate::{
     LabError, Layout,
     command::output_of,
-    images::{self, GUEST, HOST, Recipe},
-    kernel::Kernel,
+    images::{self, GUEST, HOST, OTHER_GUEST, Recipe},
+    kernel::{Kernel, OTHERS},
     packages::Apt,
 };
 
@@ -32,9 +32,26 @@ pub fn prepare(layout: &Layout, say: &mut dyn FnMut(&str)) -> Result<(), LabErro
     let _only_one = lock(&root.join("lock"))?;
     let mut apt = Apt::new(layout.logs().join("apt.log"));
     apt.install_missing(say)?;
-    let kernel = Kernel::ensure(layout, &mut apt, say)?;
-    image(&HOST, &kernel, &layout.host_initramfs(), say)?;
+    let kernel = Kernel::own(layout, &mut apt, say)?;
+    let booted = layout.lab_kernel();
+    if booted.name.is_none() {
+        image(&HOST, &kernel, &booted.initramfs, say)?;
+    }
     image(&GUEST, &kernel, &layout.guest_initramfs(), say)?;
+    let mut is_known = booted.name.is_none();
+    for series in OTHERS {
+        let other = Kernel::other(layout, series, &mut apt, say)?;
+        image(&OTHER_GUEST, &other, &layout.other_guest(series.name).1, say)?;
+        if booted.name.as_deref() == Some(series.name) {
+            image(&HOST, &other, &booted.initramfs, say)?;
+            is_known = true;
+        }
+    }
+    if let Some(name) = booted.name.filter(|_| !is_known) {
+        let names = OTHERS.map(|series| series.name).join(", ");
+        let remedy = format!("name one of {names}, or none");
+        return Err(LabError::new(format_args!("CASEMATE_LAB_KERNEL names {name:?}"), remedy));
+    }
     shared_disk(&layout.shared_disk())
 }
 
@@ -61,7 +78,7 @@ fn image(recipe: &Recipe, kernel: &Kernel, target: &Path, say: &mut dyn FnMut(&s
 
 fn key_of(recipe: &Recipe, kernel: &Kernel) -> String {
     let mut hasher = DefaultHasher::new();
-    (RECIPE_VERSION, recipe.init, recipe.directories, recipe.modules).hash(&mut hasher);
+    (RECIPE_VERSION, recipe.init, recipe.directories, recipe.modules, recipe.if_there).hash(&mut hasher);
     format!("{} {:016x}", kernel.release, hasher.finish())
 }
 

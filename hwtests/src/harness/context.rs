@@ -108,6 +108,14 @@ impl Ctx {
         Ok(GuestFile::new(self.name, &self.layout.guest_kernel(), &initrd))
     }
 
+    /// The same with another of Debian's kernels: `6.1`, `6.1-cloud`, `6.12-cloud`.
+    pub fn guest_of(&self, kernel: &str, script: &str) -> Result<GuestFile, Failure> {
+        let initrd = self.directory.join(format!("guest-{kernel}.cpio"));
+        let (image, base) = self.layout.other_guest(kernel);
+        GuestImage::new(script).write_on(&base, &initrd)?;
+        Ok(GuestFile::new(self.name, &image, &initrd))
+    }
+
     /// Writes the guest's file, starts `casemate run --json` on it, and returns at once.
     pub fn start_guest(&self, guest: &GuestFile) -> Result<Running, Failure> {
         let path = guest.write_into(&self.directory)?;

@@ -35,7 +35,12 @@ impl GuestImage {
 
     /// Writes the image: the base and, after it, this archive.
     pub fn write(self, layout: &Layout, path: &Path) -> Result<(), Failure> {
-        let mut image = fs::read(layout.guest_initramfs())?;
+        self.write_on(&layout.guest_initramfs(), path)
+    }
+
+    /// The same on another base, of another kernel.
+    pub(super) fn write_on(self, base: &Path, path: &Path) -> Result<(), Failure> {
+        let mut image = fs::read(base)?;
         image.extend_from_slice(&self.archive.finish());
         Ok(fs::write(path, image)?)
     }
@@ -57,6 +62,8 @@ pub struct GuestFile {
     net: Vec<Net>,
     #[serde(skip_serializing_if = "Vec::is_empty")]
     device: Vec<Device>,
+    #[serde(flatten)]
+    tables: toml::Table,
 }
 
 #[derive(Clone, Debug, Serialize)]
@@ -106,7 +113,14 @@ impl GuestFile {
             disk: Vec::new(),
             net: Vec::new(),
             device: Vec::new(),
+            tables: toml::Table::new(),
         }
+    }
+
+    /// Adds the table `name` with these keys, written as in the file: `table("cpu", "nested = true")`.
+    pub fn table(mut self, name: &str, keys: &str) -> Result<Self, Failure> {
+        self.tables.insert(name.to_owned(), toml::Value::Table(keys.parse()?));
+        Ok(self)
     }
 
     /// Another number of vCPUs.
@@ -197,6 +211,8 @@ mod tests {
         let text = guest.to_toml().unwrap();
         assert!(text.contains("[[disk]]\npath = 'a \"b\"'\nread_only = true"), "{text}");
         assert!(!text.contains("net") && !text.contains("device"), "{text}");
+        let guest = guest.table("cpu", "sockets = 2").unwrap();
+        assert!(guest.to_toml().unwrap().ends_with("[cpu]\nsockets = 2\n"));
         let read: toml::Table = text.parse().unwrap();
         assert_eq!(read["disk"][0]["path"].as_str(), Some("a \"b\""));
     }

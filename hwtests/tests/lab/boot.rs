@@ -1,10 +1,10 @@
 //! A guest starts, and ends when it wants to.
 
-use std::{fs, time::Duration};
+use std::{fs, thread, time::Duration};
 
 use casemate_hwtests::{
     expect,
-    harness::{Ctx, Failure, Finished},
+    harness::{Ctx, Failure, Finished, tiny_kernel},
 };
 use rustix::process::Signal;
 use serde_json::Value;
@@ -80,6 +80,37 @@ pub(crate) fn bzimage_boots(ctx: &mut Ctx) -> Result<(), Failure> {
     Ok(())
 }
 
+/// Debian 12's own kernel, and the cloud flavours of both: with two processors each finds its devices and uses them.
+pub(crate) fn debians_kernels_boot(ctx: &mut Ctx) -> Result<(), Failure> {
+    let disk = ctx.directory().join("disk.img");
+    fs::write(&disk, b"casemate".repeat(128 << 10))?;
+    let script = "echo release: $(uname -r); echo vcpus: $(nproc)
+        echo first: $(head -c 8 /dev/vda); echo seen: $(sha256sum /dev/vda | cut -c1-16)
+        ip addr add 192.0.2.2/24 dev eth0; ip link set eth0 up; ping -c 2 -W 5 192.0.2.1 && echo host-answered
+        head -c 64 /dev/hwrng >/dev/null && echo entropy-came
+        modprobe wdat_wdt; echo dog: $(cat /sys/class/watchdog/watchdog0/identity)";
+    for (kernel, release, flavour) in [
+        ("6.1", "6.1.0-", "-amd64"),
+        ("6.1-cloud", "6.1.0-", "-cloud-amd64"),
+        ("6.12-cloud", "6.12.", "-cloud-amd64"),
+    ] {
+        let guest = ctx.guest_of(kernel, script)?.disk(&disk, true).net("cmtest0", "192.0.2.1/24");
+        let run = ctx.run_guest(&guest)?;
+        run.success()?.printed("host-answered")?.printed("entropy-came")?;
+        let seen = run.value("release:")?;
+        let flavoured = seen.contains("cloud") == flavour.contains("cloud");
+        expect!(seen.starts_with(release) && seen.ends_with(flavour) && flavoured, "{kernel} is {seen}");
+        for (what, wanted) in [("vcpus:", "2"), ("first:", "casemate"), ("dog:", "wdat_wdt")] {
+            let value = run.value(what)?;
+            expect!(value == wanted, "{kernel}: {what} {value}, not {wanted}");
+        }
+        let seen = run.value("seen:")?.to_owned();
+        let digest = ctx.shell(&format!("sha256sum {} | cut -c1-16", disk.display()))?;
+        expect!(seen == digest, "{kernel} read {seen} from its disk, which holds {digest}");
+    }
+    Ok(())
+}
+
 pub(crate) fn eight_vcpus_come_up(ctx: &mut Ctx) -> Result<(), Failure> {
     vcpus_come_up(ctx, 8, Duration::from_secs(90))
 }
@@ -106,6 +137,10 @@ fn vcpus_come_up(ctx: &mut Ctx, count: u32, within: Duration) -> Result<(), Fail
 
 /// What the VMM may take beside the guest's memory, in bytes of Pss.
 const VMM_MOST: u64 = 4 << 20;
+/// The same without a disk, a network card and a Linux that uses them.
+const VMM_ALONE_MOST: u64 = (23 << 20) / 10;
+/// The program's file, all of which is loaded or can be.
+const VMM_FILE_MOST: u64 = 3_000_000;
 
 /// With a disk, a network card, entropy and a console in use, the VMM takes little beside the guest's memory.
 pub(crate) fn vmm_is_small(ctx: &mut Ctx) -> Result<(), Failure> {
@@ -119,12 +154,43 @@ pub(crate) fn vmm_is_small(ctx: &mut Ctx) -> Result<(), Failure> {
         ctx.guest(script)?.vcpus(1).memory("128 MiB").disk(&disk, false).net("cmtest0", "192.0.2.1/24");
     let run = ctx.run_guest(&guest)?;
     run.success()?.printed("used-all")?;
-    let report = run.report()?;
-    let bytes = report.pointer("/cell/memory_bytes").and_then(Value::as_u64);
-    let bytes = bytes.ok_or_else(|| Failure::new(format_args!("the report tells no memory: {report}")))?;
+    let bytes = memory_of(&run)?;
     println!("# the VMM takes {} KiB", bytes >> 10);
     expect!((1..=VMM_MOST).contains(&bytes), "the VMM takes {bytes} bytes beside the guest's memory");
+
+    let kernel = ctx.directory().join("tiny");
+    fs::write(&kernel, tiny_kernel())?;
+    let file = ctx.guest("")?.named("tiny").kernel(&kernel).vcpus(1).memory("128 MiB");
+    let path = file.write_into(ctx.directory())?;
+    let running = ctx.start([
+        "casemate".as_ref(),
+        "run".as_ref(),
+        "--json".as_ref(),
+        "--grace=0".as_ref(),
+        path.as_os_str(),
+    ])?;
+    running.wait_for_text("tiny-guest-runs", SOON)?;
+    // For its memory to be looked at once more.
+    thread::sleep(Duration::from_secs(2));
+    let of_kernel = fs::read_to_string("/sys/fs/cgroup/casemate/tiny/memory.stat")?;
+    running.signal(Signal::TERM)?;
+    let run = running.wait(Duration::from_secs(30))?;
+    let bytes = memory_of(&run)?;
+    let of_kernel = of_kernel.lines().find_map(|line| line.strip_prefix("kernel ")?.parse::<u64>().ok());
+    println!("# alone {} KiB; the kernel {:?} KiB for both", bytes >> 10, of_kernel.map(|bytes| bytes >> 10));
+    expect!((1..=VMM_ALONE_MOST).contains(&bytes), "the VMM takes {bytes} bytes beside a guest of nothing");
+
+    let bytes = fs::metadata(ctx.program("casemate-vmm")?)?.len();
+    println!("# its file has {bytes} bytes");
+    expect!(bytes <= VMM_FILE_MOST, "the program has {bytes} bytes");
     Ok(())
+}
+
+/// What the VMM took beside the guest's memory, when last seen.
+fn memory_of(run: &Finished) -> Result<u64, Failure> {
+    let report = run.report()?;
+    let bytes = report.pointer("/cell/memory_bytes").and_then(Value::as_u64);
+    bytes.ok_or_else(|| Failure::new(format_args!("the report tells no memory: {report}")))
 }
 
 /// For a guest to come to its script.

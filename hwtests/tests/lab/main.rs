@@ -5,6 +5,7 @@
 
 mod admission;
 mod audit;
+mod board;
 mod boot;
 mod cell;
 mod console;
@@ -16,6 +17,7 @@ mod hotplug;
 mod lab;
 mod passthrough;
 mod pools;
+mod processors;
 mod refusals;
 mod virtio;
 
@@ -33,15 +35,19 @@ const TESTS: &[LabTest] = &[
     LabTest::new("guest-boots-and-powers-off", boot::boots_and_powers_off),
     LabTest::new("guest-sees-what-its-file-says", boot::sees_what_its_file_says),
     LabTest::new("bzimage-boots", boot::bzimage_boots),
+    LabTest::new("debians-kernels-boot", boot::debians_kernels_boot).deadline_seconds(300),
     LabTest::new("eight-vcpus-come-up", boot::eight_vcpus_come_up),
     LabTest::new("sixty-four-vcpus-come-up", boot::sixty_four_vcpus_come_up)
         .long("takes minutes where KVM is emulated")
         .deadline_seconds(900),
+    LabTest::new("processors-are-as-asked", processors::are_as_asked),
+    LabTest::new("memory-is-as-asked", processors::memory_is_as_asked).deadline_seconds(240),
     LabTest::new("vmm-is-small", boot::vmm_is_small),
     LabTest::new("reboot-ends-the-run", boot::reboot_ends_the_run),
     LabTest::new("panic-ends-the-run", boot::panic_ends_the_run),
     LabTest::new("panic-untold-is-a-reset", boot::panic_untold_is_a_reset),
     LabTest::new("triple-fault-ends-the-run", boot::triple_fault_ends_the_run),
+    LabTest::new("watchdog-bites", board::watchdog_bites),
     LabTest::new("power-button-is-obeyed", boot::power_button_is_obeyed),
     LabTest::new("power-button-ignored-stops", boot::power_button_ignored_stops),
     // Console

@@ -164,6 +164,8 @@ const OTHERS: &[(&str, u64)] = table!(
     MADV_MERGEABLE,
     MADV_POPULATE_READ,
     MADV_POPULATE_WRITE,
+    // mbind(2)
+    MPOL_BIND,
     // clone(2)
     CLONE_VM,
     CLONE_FS,

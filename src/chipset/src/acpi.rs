@@ -1,4 +1,4 @@
-//! The ACPI tables of a hardware-reduced machine (ACPI 6.5): RSDP, XSDT, FADT, MADT, MCFG, DSDT.
+//! The ACPI tables of a hardware-reduced machine (ACPI 6.5): RSDP, XSDT, FADT, MADT, MCFG, WDAT, DSDT.
 
 use std::ops::{Range, RangeInclusive};
 
@@ -15,6 +15,7 @@ use acpi_tables::{
 use crate::{
     IOAPIC_ADDRESS, IOAPIC_SIZE_BYTES, POWER_PORT,
     power::{RESET, RESET_VALUE, SLEEP_CONTROL, SLEEP_STATUS},
+    watchdog,
 };
 
 mod dsdt;
@@ -24,11 +25,16 @@ pub(crate) const OEM_TABLE_ID: [u8; 8] = *b"CASEMATE";
 pub(crate) const OEM_REVISION: u32 = 1;
 
 /// Local APIC ids of the MADT's processor entries are bytes, and 255 is the broadcast.
-const VCPUS_MAX: u32 = 255;
+const VCPUS_MAX: usize = 255;
 /// Configuration space of one bus (PCIe 6.0, 7.2.2).
 const ECAM_BUS_SIZE_BYTES: u64 = 1 << 20;
 const LOCAL_APIC: Range<u64> = 0xfee0_0000..0xfef0_0000;
 const TABLE_ALIGNMENT: usize = 16;
+/// Alignment of the generation's identifier, by Microsoft's "Virtual Machine Generation ID".
+const GENERATION_ALIGNMENT: u64 = 8;
+
+/// The interrupt that tells the guest of another generation: edge-triggered, active high.
+pub const GENERATION_GSI: u8 = 6;
 
 // FADT, IA-PC boot architecture flags.
 const VGA_NOT_PRESENT: u16 = 1 << 2;
@@ -41,8 +47,11 @@ const CMOS_RTC_NOT_PRESENT: u16 = 1 << 5;
 pub struct AcpiSpec {
     /// Guest physical address, a multiple of 16, at which the tables will lie.
     pub address: u64,
-    /// Number of processors, 1 to 255; the APIC id of each is its index.
-    pub vcpus: u32,
+    /// The APIC id of each processor, 1 to 255 of them.
+    pub apic_ids: Vec<u8>,
+    /// Guest physical address, a multiple of 8, of the 16 bytes that tell one life of the machine from another. They lie
+    /// outside of what the guest takes for its memory.
+    pub generation: u64,
     /// The PCI host bridge.
     pub pci: PciHost,
 }
@@ -72,9 +81,9 @@ pub struct Tables {
 /// Why no tables can be made.
 #[derive(Clone, Debug, PartialEq, Eq, thiserror::Error)]
 pub enum AcpiError {
-    /// See [`AcpiSpec::vcpus`].
+    /// See [`AcpiSpec::apic_ids`].
     #[error("{0} processors; the tables hold 1 to 255")]
-    Vcpus(u32),
+    Vcpus(usize),
     /// Tables or ECAM lie at an odd address, or past the end of addresses.
     #[error("the {what} cannot lie at {address:#x}")]
     Address {
@@ -138,14 +147,17 @@ fn overlap(one: &Range<u64>, other: &Range<u64>) -> bool {
 /// When `spec` is not a machine: no processor or too many, misplaced tables or ECAM, windows that are empty or
 /// overlap ECAM, the IOAPIC, the local APICs or each other.
 pub fn tables(spec: &AcpiSpec) -> Result<Tables, AcpiError> {
-    if !(1..=VCPUS_MAX).contains(&spec.vcpus) {
-        return Err(AcpiError::Vcpus(spec.vcpus));
+    if !(1..=VCPUS_MAX).contains(&spec.apic_ids.len()) {
+        return Err(AcpiError::Vcpus(spec.apic_ids.len()));
     }
     let ecam = spec.pci.check()?;
+    if !spec.generation.is_multiple_of(GENERATION_ALIGNMENT) {
+        return Err(AcpiError::Address { what: "generation's identifier", address: spec.generation });
+    }
     let mut place = Placement::new(spec.address)?;
     let dsdt = place.add(&dsdt::dsdt(spec, &ecam))?;
     let mut xsdt = XSDT::new(OEM_ID, OEM_TABLE_ID, OEM_REVISION);
-    for table in [&fadt(dsdt) as &dyn Aml, &madt(spec.vcpus), &mcfg(&spec.pci)] {
+    for table in [&fadt(dsdt) as &dyn Aml, &madt(&spec.apic_ids), &mcfg(&spec.pci), &watchdog::table()] {
         xsdt.add_entry(place.add(table)?);
     }
     let xsdt = place.add(&xsdt)?;
@@ -205,11 +217,11 @@ fn fadt(dsdt: u64) -> impl Aml {
     fadt.finalize()
 }
 
-fn madt(vcpus: u32) -> impl Aml {
+fn madt(apic_ids: &[u8]) -> impl Aml {
     let local_apic = LocalInterruptController::Address(0xfee0_0000);
     let mut madt = MADT::new(OEM_ID, OEM_TABLE_ID, OEM_REVISION, local_apic);
-    for id in (0..=u8::MAX).take(vcpus as usize) {
-        madt.add_structure(ProcessorLocalApic::new(id, id, EnabledStatus::Enabled));
+    for (id, uid) in apic_ids.iter().zip(0..=u8::MAX) {
+        madt.add_structure(ProcessorLocalApic::new(uid, *id, EnabledStatus::Enabled));
     }
     // The truncation is none: the address is a constant below 4 GiB.
     madt.add_structure(IoApic::new(0, IOAPIC_ADDRESS as u32, 0));
@@ -231,7 +243,8 @@ mod tests {
     fn spec() -> AcpiSpec {
         AcpiSpec {
             address: 0xe0000,
-            vcpus: 4,
+            apic_ids: (0..4).collect(),
+            generation: 0xf_e000,
             pci: PciHost {
                 ecam_base: 0xe000_0000,
                 buses: 0..=0,
@@ -277,7 +290,7 @@ mod tests {
     fn the_pointers_lead_to_every_table() {
         let tables = tables(&spec()).unwrap();
         let names: Vec<_> = walk(&tables).into_iter().map(|(name, _)| name).collect();
-        assert_eq!(names, ["FACP", "APIC", "MCFG", "DSDT"]);
+        assert_eq!(names, ["FACP", "APIC", "MCFG", "WDAT", "DSDT"]);
     }
 
     #[test]
@@ -295,9 +308,13 @@ mod tests {
     #[test]
     fn the_madt_has_each_processor_and_the_ioapic() {
         for vcpus in [1, 64, 255] {
-            let tables = walk(&tables(&AcpiSpec { vcpus, ..spec() }).unwrap());
+            // As of cores with two threads, of which every second is left out.
+            let apic_ids = (0..vcpus).map(|id: u8| id.wrapping_mul(2)).collect();
+            let tables = walk(&tables(&AcpiSpec { apic_ids, ..spec() }).unwrap());
             let madt = &tables[1].1;
-            assert_eq!(madt.len(), 44 + 8 * vcpus as usize + 12);
+            assert_eq!(madt.len(), 44 + 8 * usize::from(vcpus) + 12);
+            let last = &madt[44 + 8 * usize::from(vcpus - 1)..];
+            assert_eq!(last[..4], [0, 8, vcpus - 1, (vcpus - 1).wrapping_mul(2)]);
             assert_eq!(u32_at(madt, madt.len() - 8), 0xfec0_0000);
         }
     }
@@ -309,8 +326,9 @@ mod tests {
             change(&mut spec);
             tables(&spec).unwrap_err().to_string()
         };
-        assert!(with(|s| s.vcpus = 0).contains("0 processors"));
-        assert!(with(|s| s.vcpus = 256).contains("256 processors"));
+        assert!(with(|s| s.apic_ids.clear()).contains("0 processors"));
+        assert!(with(|s| s.apic_ids = vec![0; 256]).contains("256 processors"));
+        assert!(with(|s| s.generation = 4).contains("generation"));
         assert!(with(|s| s.address = 8).contains("tables"));
         assert!(with(|s| s.address = u64::MAX - 15).contains("tables"));
         assert!(with(|s| s.pci.ecam_base = 0x1000).contains("configuration space"));
@@ -333,7 +351,9 @@ mod tests {
         fs::create_dir_all(&dir).unwrap();
         for mmio64 in [0..0, spec().pci.mmio64] {
             let pci = PciHost { mmio64, ..spec().pci };
-            for (name, bytes) in walk(&tables(&AcpiSpec { pci, vcpus: 64, ..spec() }).unwrap()) {
+            for (name, bytes) in
+                walk(&tables(&AcpiSpec { pci, apic_ids: (0..64).collect(), ..spec() }).unwrap())
+            {
                 let file = dir.join(format!("{name}.aml"));
                 fs::write(&file, bytes).unwrap();
                 let text = iasl(&["-d".as_ref(), file.as_os_str()]);
@@ -358,13 +378,14 @@ mod tests {
     proptest! {
         #[test]
         fn any_spec_makes_sound_tables_or_an_error(
-            address: u64, vcpus in 0u32..300, ecam_base: u64, first: u8, last: u8,
+            address: u64, vcpus in 0usize..300, ecam_base: u64, first: u8, last: u8,
             low in any::<(u32, u32)>(), high in any::<(u64, u64)>(), tidy: bool,
         ) {
             let align = |value: u64, to: u64| if tidy { value & !(to - 1) } else { value };
             let spec = AcpiSpec {
                 address: align(address, 16),
-                vcpus,
+                apic_ids: vec![7; vcpus],
+                generation: address & !7,
                 pci: PciHost {
                     ecam_base: align(ecam_base, 1 << 20),
                     buses: first..=last,
@@ -373,7 +394,7 @@ mod tests {
                 },
             };
             if let Ok(tables) = tables(&spec) {
-                prop_assert_eq!(walk(&tables).len(), 4);
+                prop_assert_eq!(walk(&tables).len(), 5);
             }
         }
     }

@@ -1,4 +1,4 @@
-//! The board around the processors: serial port, IOAPIC, ACPI tables, power control and button, panic notifier.
+//! The board around the processors: serial port, IOAPIC, ACPI tables, power control and button, panic notifier, watchdog.
 //!
 //! Principles:
 //! - Each device is a state machine over plain reads and writes. It does no I/O of its own: where a device must
@@ -17,9 +17,11 @@ mod ioapic;
 mod panic;
 mod power;
 mod serial;
+mod watchdog;
 
-pub use acpi::{AcpiError, AcpiSpec, PciHost, Tables, tables};
+pub use acpi::{AcpiError, AcpiSpec, GENERATION_GSI, PciHost, Tables, tables};
 pub use ioapic::{IOAPIC_ADDRESS, IOAPIC_PINS, IOAPIC_SIZE_BYTES, IoApic, Msi, MsiSink, intx_gsi};
 pub use panic::{PANIC_PORT, PANIC_PORTS, panic_read, panic_write};
 pub use power::{POWER_BUTTON_GSI, POWER_PORT, POWER_PORTS, Power, PowerEvent, RESET_CODE, RESET_VECTOR};
 pub use serial::{SERIAL_GSI, SERIAL_PORT, SERIAL_PORTS, Serial};
+pub use watchdog::{WATCHDOG_PORT, WATCHDOG_PORTS, Watchdog};

@@ -23,7 +23,7 @@ Exit codes:
   0  done; a guest powered itself off, or was stopped, and its devices are clean
   1  refused: what, why and what to do is on stderr, one line each; the host is as it was
   2  the command line is wrong
-  3  the guest ended as it should not: reset, panic, triple fault, a fault, or its VMM died
+  3  the guest ended as it should not: reset, panic, watchdog, triple fault, a fault, or its VMM died
   4  the guest ended, or a killed run was cleaned up after, and a device did not prove itself clean or is not back
   5  casemate audit found a line that is not as it must be
 

@@ -1,5 +1,6 @@
 //! What this host can do for guests, and what is missing.
 
+mod pages;
 mod strangers;
 
 use std::fs::{self, File};
@@ -68,6 +69,7 @@ pub fn doctor(host: &Host) -> Vec<Check> {
         memlock(),
         user_namespaces(host),
         memfd_exec(host),
+        pages::large_pages(host),
     ];
     needs.into_iter().chain(strangers::checks(host)).collect()
 }

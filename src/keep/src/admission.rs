@@ -143,7 +143,7 @@ fn make(guest: &mut Guest, changes: &[Change]) -> Result<(), Refusal> {
             Refusal::new("policy-change", change, "the change cannot be made", "report it with this message")
         })?;
     }
-    Ok(())
+    guest.fits()
 }
 
 /// Digests that some policy wants.

@@ -11,8 +11,11 @@ use std::{
 
 use casemate_host::{Claim, Host, Image, Tap};
 use casemate_jail::{Cell, CellPlan, CgroupPlan, IoPlan, Program, Rlimits};
-use casemate_spec::{CellPart, CellRules, Guest, Refusal};
-use casemate_wire::{Assigned, Channel, Disk, FromCell, Hotplug, Machine, Net, Slot, ToCell, VERSION};
+use casemate_spec::{CellPart, CellRules, CpuList, CpuModel, Guest, Pages, Ram, Refusal};
+use casemate_wire::{
+    self as wire, Assigned, Channel, Cpu, CpuRange, Disk, FromCell, Hotplug, Machine, Model, Net, Slot,
+    ToCell, VERSION,
+};
 use rustix::{
     fs::{FlockOperation, flock},
     io::Errno,
@@ -182,7 +185,7 @@ pub(crate) fn weakened(
 fn cgroup(paths: &Paths, guest: &Guest, images: &Images, rules: &CellRules) -> CgroupPlan {
     CgroupPlan {
         parent: paths.cgroup.clone(),
-        memory_bytes_max: guest.memory.bytes() + guest.memory.bytes() / PAGE_TABLE_SHARE + OVERHEAD_BYTES,
+        memory_bytes_max: memory_bytes_max(guest),
         pids_max: threads(guest),
         // One for each virtual processor, and one for all that the VMM does beside.
         cpus_max: u32::from(guest.vcpus) + 1,
@@ -273,6 +276,12 @@ fn threads(guest: &Guest) -> u64 {
     u64::from(guest.vcpus) * 2 + devices as u64 + 8
 }
 
+/// What the cell's cgroup may hold. Pages that the host has set aside are not counted there.
+fn memory_bytes_max(guest: &Guest) -> u64 {
+    let counted = if guest.ram.pages.set_aside_bytes().is_some() { 0 } else { guest.memory.bytes() };
+    counted + guest.memory.bytes() / PAGE_TABLE_SHARE + OVERHEAD_BYTES
+}
+
 fn rlimits(guest: &Guest, resources: &Resources<'_>) -> Rlimits {
     // VFIO pins the guest's memory, and counts it here.
     let pinned = if resources.claim.is_some() { guest.memory.bytes() } else { 0 };
@@ -318,7 +327,9 @@ fn send_machine(
     let claim = resources.claim;
     let machine = Machine {
         vcpus: guest.vcpus,
+        cpu: cpu(guest),
         memory_bytes: guest.memory.bytes(),
+        ram: ram(guest),
         command_line: guest.boot.command_line.clone(),
         kvm: fds.add(kvm.as_fd()),
         kernel: fds.add(resources.images.kernel.fd.as_fd()),
@@ -362,6 +373,36 @@ fn send_machine(
             "try again",
         )
     })
+}
+
+/// The processors, as the cell is told of them.
+fn cpu(guest: &Guest) -> Cpu {
+    let Guest { vcpus, cpu, .. } = guest;
+    let ranges = |list: &CpuList| {
+        list.ranges().iter().map(|range| CpuRange { first: *range.start(), last: *range.end() }).collect()
+    };
+    Cpu {
+        model: match cpu.model {
+            CpuModel::Host => Model::Host,
+            CpuModel::BaselineV2 => Model::BaselineV2,
+        },
+        sockets: cpu.sockets,
+        threads_per_core: cpu.threads_per_core,
+        nested: cpu.nested,
+        pins: cpu.pins.iter().take(usize::from(*vcpus)).map(ranges).collect(),
+    }
+}
+
+/// The memory, as the cell is told of it.
+fn ram(guest: &Guest) -> wire::Ram {
+    let Ram { pages, prefault, numa_node } = guest.ram;
+    let pages = match pages {
+        Pages::Transparent => wire::Pages::Transparent,
+        Pages::Small => wire::Pages::Small,
+        Pages::Huge2Mib => wire::Pages::Huge2Mib,
+        Pages::Huge1Gib => wire::Pages::Huge1Gib,
+    };
+    wire::Ram { pages, prefault, numa_node }
 }
 
 /// A MAC address that stays the same for a guest's card: locally administered, made from name and slot (FNV-1a).

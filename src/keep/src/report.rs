@@ -97,6 +97,8 @@ pub enum Ending {
     Panic,
     /// A processor fell into a triple fault.
     TripleFault,
+    /// It started its watchdog and was not heard of in time.
+    Watchdog,
     /// It was stopped from outside.
     Stopped,
     /// The VMM could not go on: its word.
@@ -125,6 +127,7 @@ impl std::fmt::Display for Ending {
             Self::Reset => f.write_str("asked for a reset, and was stopped"),
             Self::Panic => f.write_str("its kernel panicked; its console tells why"),
             Self::TripleFault => f.write_str("triple fault: a processor could not go on"),
+            Self::Watchdog => f.write_str("its watchdog was not kept quiet, and it was stopped"),
             Self::Stopped => f.write_str("stopped"),
             Self::Fault { why } => write!(f, "the machine could not go on: {why}"),
             Self::CellDied { how } => write!(f, "the VMM's process died: {how}"),
@@ -204,6 +207,8 @@ pub struct MachineReport {
     pub mmio_exits: u64,
     /// For everything else.
     pub other_exits: u64,
+    /// How often a processor was held back for locking the host's memory bus.
+    pub bus_locks: u64,
 }
 
 /// A run from the first question to the last device.

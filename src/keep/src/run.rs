@@ -11,7 +11,7 @@ use std::{
 use casemate_filters::{Role, calls_of};
 use casemate_host::{
     Choice, Claim, ClaimRequest, Host, Ledger, Owner, PciFunction, Pools, Tap, TapRequest, assignable, claim,
-    open_image, open_initrd, open_kernel,
+    open_image, open_initrd, open_kernel, placeable,
 };
 use casemate_spec::{CellPart, CellRules, LIMITS, Located, PciAddress, Refusal, parse_guest};
 
@@ -98,6 +98,7 @@ pub fn run(
     let functions = host.functions()?;
 
     // Judge.
+    judge_placement(paths, &located, &host)?;
     judge_devices(&located, &host, &functions, &ledger)?;
     let pools = Pools::new(&host, &functions, &host_file.pools)?;
     choose_devices(&mut located, &pools, &ledger)?;
@@ -156,6 +157,7 @@ pub fn try_guest(paths: &Paths, file: &Path, policy: &Path) -> Result<PolicyRepo
     let mut located = parse_guest(file, &read_guest_file(file)?)?;
     let mut images = open_images(&located)?;
     let host = Host::live();
+    judge_placement(paths, &located, &host)?;
     let functions = host.functions()?;
     let weakened = cell::weakened(paths, &located.guest, &images, &paths.read_host_file()?.cell)?;
     if !(located.guest.devices.is_empty() && located.guest.pooled.is_empty()) {
@@ -267,6 +269,7 @@ impl Prepared<'_> {
                 pio_exits: seen.counters.pio_exits,
                 mmio_exits: seen.counters.mmio_exits,
                 other_exits: seen.counters.other_exits,
+                bus_locks: seen.counters.bus_locks,
             },
             devices: Vec::new(),
         })
@@ -315,6 +318,18 @@ fn open_images(located: &Located) -> Result<Images, Refusal> {
             .map_err(|refusal| refusal.at(at(&format!("disk[{index}].path"))))
     });
     Ok(Images { kernel, initrd: initrd.transpose()?, disks: disks.collect::<Result<_, _>>()? })
+}
+
+fn judge_placement(paths: &Paths, located: &Located, host: &Host) -> Result<(), Refusal> {
+    placeable(host, &paths.cgroup, &located.guest).map_err(|refusal| {
+        let key = match refusal.code {
+            "node-missing" => "ram.numa_node",
+            "huge-pages-missing" => "ram.huge_pages",
+            "placement-outside" if refusal.subject.starts_with("node") => "ram.numa_node",
+            _ => "cpu.pin",
+        };
+        refusal.at(located.location(key))
+    })
 }
 
 fn judge_devices(

@@ -380,6 +380,7 @@ impl Watch {
                     End::Reset => Ending::Reset,
                     End::Panic => Ending::Panic,
                     End::TripleFault => Ending::TripleFault,
+                    End::Watchdog => Ending::Watchdog,
                     End::Stopped => Ending::Stopped,
                     End::Fault(why) => Ending::Fault { why: printable(&why) },
                 },

@@ -11,10 +11,12 @@ use serde::Deserialize;
 use toml::Spanned;
 
 use crate::{
-    ByteSize, DevicePin, Hotplug, Location, PciAddress, Refusal,
+    ByteSize, Cpu, DevicePin, Hotplug, Location, PciAddress, Ram, Refusal,
+    cpu::RawCpu,
     device::{RawDevice, Wanted},
     hotplug::RawHotplug,
     locate::locate,
+    ram::RawRam,
 };
 
 /// What a guest file may ask for at most. The host may have less: that is for admission to say.
@@ -93,8 +95,12 @@ pub struct Guest {
     pub tenant: Name,
     /// Processors, 1 to [`Limits::vcpus`].
     pub vcpus: u8,
+    /// What its processors are.
+    pub cpu: Cpu,
     /// Memory.
     pub memory: ByteSize,
+    /// What it is made of.
+    pub ram: Ram,
     /// What it boots.
     pub boot: Boot,
     /// Emulated disks, in the order of their slots.
@@ -107,6 +113,17 @@ pub struct Guest {
     pub pooled: Vec<Pooled>,
     /// Slots for what comes while it runs.
     pub hotplug: Hotplug,
+}
+
+impl Guest {
+    /// Whether its processors and its memory can be what they are asked to be; to be asked again after a change.
+    ///
+    /// # Errors
+    /// Those of [`Cpu::fits`] and [`Ram::fits`].
+    pub fn fits(&self) -> Result<(), Refusal> {
+        self.cpu.fits(self.vcpus)?;
+        self.ram.fits(self.memory)
+    }
 }
 
 /// What a guest boots. Paths are as written; relative ones count from the guest file's folder.
@@ -209,6 +226,10 @@ struct RawGuest {
     memory: Spanned<String>,
     boot: RawBoot,
     #[serde(default)]
+    cpu: RawCpu,
+    #[serde(default)]
+    ram: RawRam,
+    #[serde(default)]
     disk: Vec<RawDisk>,
     #[serde(default)]
     net: Vec<RawNet>,
@@ -293,7 +314,9 @@ impl Reader<'_> {
         let name = self.name(raw.name)?;
         let tenant = self.name(raw.tenant)?;
         let vcpus = self.vcpus(&raw.vcpus)?;
+        let cpu = self.cpu(raw.cpu, vcpus)?;
         let memory = self.memory(&raw.memory)?;
+        let ram = self.ram(raw.ram, memory)?;
         let boot = self.boot(raw.boot)?;
         self.count("disk", raw.disk.len(), LIMITS.disks)?;
         self.count("net", raw.net.len(), LIMITS.nets)?;
@@ -322,7 +345,7 @@ impl Reader<'_> {
             devices.push(device);
         }
         let hotplug = self.hotplug(raw.hotplug)?;
-        Ok(Guest { name, tenant, vcpus, memory, boot, disks, nets, devices, pooled, hotplug })
+        Ok(Guest { name, tenant, vcpus, cpu, memory, ram, boot, disks, nets, devices, pooled, hotplug })
     }
 
     pub(crate) fn name(&mut self, raw: Spanned<String>) -> Result<Name, Refusal> {

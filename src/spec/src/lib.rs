@@ -8,19 +8,23 @@
 
 mod address;
 mod cell_rules;
+mod cpu;
 mod device;
 mod guest;
 mod host_file;
 mod hotplug;
 mod locate;
+mod ram;
 mod refusal;
 mod size;
 
 pub use address::{PciAddress, PciAddressError};
 pub use cell_rules::{CellPart, CellRules, IoRules};
+pub use cpu::{Cpu, CpuList, CpuListError, CpuModel};
 pub use device::{DevicePin, PciId, PciIdError};
 pub use guest::{Assigned, Boot, Disk, Guest, LIMITS, Limits, Located, Name, Net, Pooled, parse_guest};
 pub use host_file::{ClassPrefix, Firmware, HostFile, NumaPolicy, Pool, parse_host};
 pub use hotplug::Hotplug;
+pub use ram::{Pages, Ram};
 pub use refusal::{Location, Refusal};
 pub use size::{ByteSize, ByteSizeError};

@@ -53,9 +53,11 @@ impl Asks {
             Ask::Pause => {
                 self.pausing.push(id);
                 running.platform.gate().close();
+                running.platform.hold_watchdog(true);
                 None
             }
             Ask::Resume => {
+                running.platform.hold_watchdog(false);
                 running.platform.gate().open();
                 Some((id, Ok(Answer::Done)))
             }
@@ -121,7 +123,7 @@ fn refuse(code: &str, message: String) -> Result<Answer, Refused> {
 fn inflate(running: &Running, target_bytes: u64) -> Result<Answer, Refused> {
     let device = running.devices.iter().find_map(|device| Some((device, device.balloon()?)));
     let Some((device, balloon)) = device.filter(|(_, balloon)| !balloon.is_held()) else {
-        let why = "devices of the host's reach its memory, so none of it can be given back";
+        let why = "devices of the host's reach its memory, or its pages were set aside for it: none can be given back";
         return refuse("ask-no-balloon", why.into());
     };
     if target_bytes > running.memory_bytes.saturating_sub(LEFT_BYTES) {

@@ -264,7 +264,7 @@ mod tests {
 
     #[test]
     fn what_is_no_kernel_is_refused() {
-        let memory = crate::memory::allocate(64 << 20).unwrap();
+        let memory = crate::memory::tests::small(64 << 20);
         let old = bz_image(0x0209, 0x1000);
         let mut low = bz_image(0x020f, 0x1000);
         low[0x214..0x218].copy_from_slice(&0x1000u32.to_le_bytes());
@@ -278,7 +278,7 @@ mod tests {
 
     #[test]
     fn a_bzimage_starts_by_linux_own_protocol() {
-        let memory = crate::memory::allocate(64 << 20).unwrap();
+        let memory = crate::memory::tests::small(64 << 20);
         let entry = load(&memory, images(&bz_image(0x020f, 8 << 20), Some(&[7; 5000])), 0xE_0000).unwrap();
         assert_eq!(entry, Entry { address: 0x10_0000, ebx: 0, esi: layout::BOOT_PARAMETERS });
         let parameters: boot_params = memory.read_obj(GuestAddress(entry.esi)).unwrap();
@@ -297,7 +297,7 @@ mod tests {
 
     #[test]
     fn a_bzimage_that_cannot_unpack_itself_is_refused() {
-        let memory = crate::memory::allocate(64 << 20).unwrap();
+        let memory = crate::memory::tests::small(64 << 20);
         let refused = load(&memory, images(&bz_image(0x020f, 49 << 20), None), 0).unwrap_err();
         assert!(refused.to_string().contains("it needs 65 MiB"), "{refused}");
         let crowded = load(&memory, images(&bz_image(0x020f, 48 << 20), Some(b"initrd")), 0);
@@ -306,7 +306,7 @@ mod tests {
 
     #[test]
     fn an_initrd_goes_to_the_end_of_its_room_or_is_refused() {
-        let memory = crate::memory::allocate(64 << 20).unwrap();
+        let memory = crate::memory::tests::small(64 << 20);
         let (start, size) = load_initrd(&memory, File::from(file(&[7; 5000])), ROOM).unwrap();
         assert_eq!((start, size), ((64 << 20) - 8192, 5000));
         let large = File::from(file(&[]));
@@ -323,7 +323,7 @@ mod tests {
         /// Whatever a bzImage's header says, it is refused or lies in memory; nothing panics.
         #[test]
         fn any_header_is_loaded_or_refused(header in proptest::collection::vec(any::<u8>(), 0x7b), magic: bool) {
-            let memory = crate::memory::allocate(64 << 20).unwrap();
+            let memory = crate::memory::tests::small(64 << 20);
             let mut image = bz_image(0x020f, 8 << 20);
             image[0x1f1..0x1f1 + 0x7b].copy_from_slice(&header);
             if magic {

@@ -7,7 +7,7 @@
 use std::{
     collections::BTreeMap,
     sync::{
-        Arc,
+        Arc, Mutex,
         atomic::{AtomicBool, Ordering},
         mpsc::{self, Receiver, Sender, SyncSender},
     },
@@ -27,6 +27,7 @@ use vmm_sys_util::eventfd::EventFd;
 use crate::{
     error::{During, Error},
     maps::{Answers, Attachments, Maps},
+    platform::lock,
     root::Place,
 };
 
@@ -85,6 +86,8 @@ pub(crate) struct Requests {
     sender: Sender<Request>,
     wake: EventFd,
     panicked: AtomicBool,
+    /// When the guest's watchdog bites. No other lock is taken while this one is held.
+    watchdog: Arc<Mutex<Option<Instant>>>,
 }
 
 impl Requests {
@@ -108,7 +111,7 @@ impl Requests {
             }
         });
         let wake = EventFd::new(libc::EFD_NONBLOCK).expect("an eventfd");
-        Arc::new(Self { sender, wake, panicked: AtomicBool::new(false) })
+        Arc::new(Self { sender, wake, panicked: AtomicBool::new(false), watchdog: Arc::default() })
     }
 
     /// Says that the guest has ended. The process ends soon after.
@@ -127,6 +130,15 @@ impl Requests {
     /// Says that the last processor stands at the gate.
     pub(crate) fn paused(&self) {
         self.send(Request::Paused);
+    }
+
+    /// Says when the guest's watchdog bites now. Control looks at it again by itself when the time has come, so it is
+    /// woken for an earlier one only: a guest that kicks its dog costs no switch of threads.
+    pub(crate) fn watch(&self, deadline: Option<Instant>) {
+        let before = std::mem::replace(&mut *lock(&self.watchdog), deadline);
+        if deadline.is_some_and(|deadline| before.is_none_or(|before| deadline < before)) {
+            let _ = self.wake.write(1);
+        }
     }
 
     fn send(&self, request: Request) {
@@ -148,6 +160,7 @@ pub(crate) struct Control {
     panic_deadline: Option<Instant>,
     /// What the keep has not been told yet.
     news: Vec<Event>,
+    watchdog: Arc<Mutex<Option<Instant>>>,
 }
 
 impl Control {
@@ -156,7 +169,13 @@ impl Control {
         let (sender, receiver) = mpsc::channel();
         let wake = EventFd::new(libc::EFD_NONBLOCK | libc::EFD_CLOEXEC).during("making an eventfd")?;
         let copy = wake.try_clone().during("duplicating an eventfd")?;
-        let requests = Arc::new(Requests { sender, wake: copy, panicked: AtomicBool::new(false) });
+        let watchdog = Arc::new(Mutex::new(None));
+        let requests = Arc::new(Requests {
+            sender,
+            wake: copy,
+            panicked: AtomicBool::new(false),
+            watchdog: Arc::clone(&watchdog),
+        });
         let control = Self {
             vm,
             receiver,
@@ -167,6 +186,7 @@ impl Control {
             devices: Vec::new(),
             panic_deadline: None,
             news: Vec::new(),
+            watchdog,
         };
         Ok((control, requests))
     }
@@ -201,7 +221,8 @@ impl Control {
 
     /// How long control may sleep.
     pub(crate) fn patience(&self) -> Option<Duration> {
-        self.panic_deadline.map(|deadline| deadline.saturating_duration_since(Instant::now()))
+        let deadline = self.panic_deadline.into_iter().chain(*lock(&self.watchdog)).min();
+        deadline.map(|deadline| deadline.saturating_duration_since(Instant::now()))
     }
 
     /// What has happened since the last call, for the keep.
@@ -217,7 +238,9 @@ impl Control {
         match end {
             // By which way a panicked kernel left is its `panic=` setting's business.
             Some(End::PowerOff | End::Reset | End::TripleFault) if panicked => Some(End::Panic),
-            None if self.patience() == Some(Duration::ZERO) => Some(End::Panic),
+            // A panicked kernel kicks no dog.
+            None if self.patience() == Some(Duration::ZERO) && panicked => Some(End::Panic),
+            None if self.patience() == Some(Duration::ZERO) => Some(End::Watchdog),
             end => end,
         }
     }

@@ -1,7 +1,10 @@
 //! A virtual processor: what it is told of itself, how it starts, and its run loop.
 
+use std::{thread, time::Duration};
+
 use kvm_bindings::{
-    CpuId, KVM_MAX_CPUID_ENTRIES, Msrs, kvm_cpuid_entry2, kvm_msr_entry, kvm_regs, kvm_segment,
+    CpuId, KVM_EXIT_NOTIFY, KVM_EXIT_X86_BUS_LOCK, KVM_MAX_CPUID_ENTRIES, KVM_RUN_X86_BUS_LOCK, Msrs,
+    kvm_msr_entry, kvm_regs, kvm_segment,
 };
 use kvm_ioctls::{Kvm, VcpuExit, VcpuFd};
 
@@ -11,99 +14,24 @@ use crate::{
     layout,
 };
 
-/// Bits that CPUID answers are edited by.
-mod bit {
-    /// Leaf 1 ECX: VMX (Intel's nested virtualisation).
-    pub(super) const VMX: u32 = 1 << 5;
-    /// Leaf 1 ECX: x2APIC.
-    pub(super) const X2APIC: u32 = 1 << 21;
-    /// Leaf 1 ECX: the local APIC's timer counts TSC ticks; KVM always has it, CPUID must tell.
-    pub(super) const TSC_DEADLINE: u32 = 1 << 24;
-    /// Leaf 1 ECX: running under a hypervisor.
-    pub(super) const HYPERVISOR: u32 = 1 << 31;
-    /// Leaf 1 EDX: more than one logical processor in a package.
-    pub(super) const HTT: u32 = 1 << 28;
-    /// Leaf 0x8000_0001 ECX: SVM (AMD's nested virtualisation).
-    pub(super) const SVM: u32 = 1 << 2;
-    /// Leaf 0x8000_0001 ECX: the performance counters of AMD's cores, north bridge and caches.
-    pub(super) const AMD_COUNTERS: u32 = 1 << 23 | 1 << 24 | 1 << 28;
-    /// Leaf 0x8000_0001 ECX: AMD's topology leaves, which would tell the host's topology.
-    pub(super) const TOPOLOGY_EXTENSIONS: u32 = 1 << 22;
-}
+mod baseline;
+mod cpuid;
+mod topology;
+
+pub(crate) use cpuid::Processors;
 
 /// The CPUID answers that KVM can give on this host, before they are made a processor's own.
 pub(crate) fn supported_cpuid(kvm: &Kvm) -> Result<CpuId, Error> {
     kvm.get_supported_cpuid(KVM_MAX_CPUID_ENTRIES).during("asking KVM for its CPUID")
 }
 
-/// Width of guest physical addresses: CPUID 0x8000_0008 EAX, bits 23:16 when set (KVM's own limit), else 7:0.
-pub(crate) fn physical_bits(cpuid: &CpuId) -> u32 {
-    let eax =
-        cpuid.as_slice().iter().find(|entry| entry.function == 0x8000_0008).map_or(36, |entry| entry.eax);
-    match eax >> 16 & 0xFF {
-        0 => eax & 0xFF,
-        guest => guest.min(eax & 0xFF),
-    }
-}
-
-/// CPUID for processor `id` of `count`: one package, one thread a core; nested virtualisation and performance counters
-/// off.
-fn cpuid_for(supported: &CpuId, id: u8, count: u8) -> Result<CpuId, Error> {
-    // Bits of the APIC id that number a core of the package.
-    let core_bits = u32::from(count).next_power_of_two().trailing_zeros();
-    let mut entries: Vec<kvm_cpuid_entry2> = Vec::new();
-    for mut entry in supported.as_slice().iter().copied() {
-        match entry.function {
-            1 => {
-                entry.ecx |= bit::TSC_DEADLINE | bit::HYPERVISOR | bit::X2APIC;
-                entry.ecx &= !bit::VMX;
-                entry.ebx = entry.ebx & 0x0000_FFFF | u32::from(id) << 24 | u32::from(count) << 16;
-                if count > 1 {
-                    entry.edx |= bit::HTT;
-                }
-            }
-            // Deterministic cache parameters: who shares a cache is the host's business.
-            4 => entry.eax &= 0x3FFF,
-            // Performance monitoring: none.
-            0xA => (entry.eax, entry.ebx, entry.ecx, entry.edx) = (0, 0, 0, 0),
-            // The topology below replaces the host's.
-            0xB | 0x1F | 0x8000_001D | 0x8000_001E | 0x8000_0022 => continue,
-            0x8000_0001 => entry.ecx &= !(bit::SVM | bit::AMD_COUNTERS | bit::TOPOLOGY_EXTENSIONS),
-            0x8000_0008 => entry.ecx = (core_bits << 12) | (u32::from(count) - 1),
-            0x8000_000A => (entry.eax, entry.ebx, entry.ecx, entry.edx) = (0, 0, 0, 0),
-            _ => {}
-        }
-        entries.push(entry);
-    }
-    for (level, shift, processors, kind) in [(0, 0, 1, 1), (1, core_bits, u32::from(count), 2), (2, 0, 0, 0)]
-    {
-        entries.push(kvm_cpuid_entry2 {
-            function: 0xB,
-            index: level,
-            flags: kvm_bindings::KVM_CPUID_FLAG_SIGNIFCANT_INDEX,
-            eax: shift,
-            ebx: processors,
-            ecx: kind << 8 | level,
-            edx: u32::from(id),
-            ..Default::default()
-        });
-    }
-    CpuId::from_entries(&entries).map_err(|_| Error::Layout("more CPUID entries than KVM takes".into()))
-}
-
 /// Makes a new processor ready: CPUID and memory types; the first one starts at `entry`, the others wait for it.
-pub(crate) fn prepare(
-    vcpu: &VcpuFd,
-    supported: &CpuId,
-    id: u8,
-    count: u8,
-    entry: Entry,
-) -> Result<(), Error> {
-    vcpu.set_cpuid2(&cpuid_for(supported, id, count)?).during("setting CPUID")?;
+pub(crate) fn prepare(vcpu: &VcpuFd, processors: &Processors, id: u8, entry: Entry) -> Result<(), Error> {
+    vcpu.set_cpuid2(&processors.cpuid(id)?).during("setting CPUID")?;
     // IA32_MTRR_DEF_TYPE: on, write-back. Linux takes memory for uncached without it.
     let memory_types = kvm_msr_entry { index: 0x2FF, data: 1 << 11 | 6, ..Default::default() };
     let mut entries = vec![memory_types];
-    if is_intel(supported) {
+    if processors.is_intel() {
         // IA32_MISC_ENABLE: fast strings. Linux copies memory slowly where they are off, as they are by KVM's reset.
         entries.push(kvm_msr_entry { index: 0x1A0, data: 1, ..Default::default() });
     }
@@ -122,11 +50,6 @@ pub(crate) fn prepare(
 pub(crate) const SEGMENTS: [u64; 4] = [0, 0, 0x00CF_9B00_0000_FFFF, 0x00CF_9300_0000_FFFF];
 
 /// The state in which PVH and Linux's 32-bit protocol start a kernel: 32-bit protected mode, flat segments, paging off.
-/// Whether this is a processor of Intel's: leaf 0 says GenuineIntel.
-fn is_intel(cpuid: &CpuId) -> bool {
-    cpuid.as_slice().iter().any(|entry| entry.function == 0 && entry.ebx.to_le_bytes() == *b"Genu")
-}
-
 fn start_at(vcpu: &VcpuFd, entry: Entry) -> Result<(), Error> {
     let mut special = vcpu.get_sregs().during("reading a processor's state")?;
     let flat = |kind| kvm_segment {
@@ -169,6 +92,8 @@ pub(crate) trait Bus {
     fn other_exit(&mut self);
     /// This processor was called out of the guest; it may be held here.
     fn called(&mut self, vcpu: &mut VcpuFd);
+    /// Counts a lock of the host's memory bus, for which this processor is held back.
+    fn bus_lock(&mut self);
 }
 
 /// Why a processor no longer runs.
@@ -180,9 +105,18 @@ pub(crate) enum Halt {
     Fault(String),
 }
 
+/// How long a processor rests that has locked the memory bus: what it does slows all others of the host, other guests'
+/// too.
+const BUS_LOCK_PAUSE: Duration = Duration::from_millis(1);
+
 /// Runs a processor until it cannot go on.
 pub(crate) fn run(vcpu: &mut VcpuFd, bus: &mut impl Bus) -> Halt {
     loop {
+        // Told beside the reason of the last exit, where that was another.
+        if u32::from(vcpu.get_kvm_run().flags) & KVM_RUN_X86_BUS_LOCK != 0 {
+            bus.bus_lock();
+            thread::park_timeout(BUS_LOCK_PAUSE);
+        }
         match vcpu.run() {
             Ok(VcpuExit::IoIn(port, data)) => bus.port_read(port, data),
             Ok(VcpuExit::IoOut(port, data)) => bus.port_write(port, data),
@@ -191,6 +125,10 @@ pub(crate) fn run(vcpu: &mut VcpuFd, bus: &mut impl Bus) -> Halt {
             Ok(VcpuExit::IoapicEoi(vector)) => bus.end_of_interrupt(vector),
             Ok(VcpuExit::Shutdown) => return Halt::TripleFault,
             Ok(VcpuExit::Intr | VcpuExit::Hlt | VcpuExit::IrqWindowOpen) => bus.other_exit(),
+            Ok(VcpuExit::Unsupported(KVM_EXIT_X86_BUS_LOCK)) => bus.other_exit(),
+            Ok(VcpuExit::Unsupported(KVM_EXIT_NOTIFY)) => {
+                return Halt::Fault("a processor let no interrupt in for too long".into());
+            }
             Ok(VcpuExit::FailEntry(reason, _)) => {
                 return Halt::Fault(format!("the processor refused to enter the guest (reason {reason:#x})"));
             }
@@ -206,46 +144,5 @@ pub(crate) fn run(vcpu: &mut VcpuFd, bus: &mut impl Bus) -> Halt {
             }
             Err(error) => return Halt::Fault(format!("KVM_RUN failed: {error}")),
         }
-    }
-}
-
-#[cfg(test)]
-mod tests {
-    use super::*;
-
-    fn entry(function: u32) -> kvm_cpuid_entry2 {
-        let all = u32::MAX;
-        kvm_cpuid_entry2 { function, eax: all, ebx: all, ecx: all, edx: all, ..Default::default() }
-    }
-
-    fn answer(cpuid: &CpuId, function: u32, index: u32) -> Option<kvm_cpuid_entry2> {
-        cpuid.as_slice().iter().find(|entry| entry.function == function && entry.index == index).copied()
-    }
-
-    #[test]
-    fn cpuid_tells_the_guest_of_itself_and_not_of_the_host() {
-        let host =
-            CpuId::from_entries(&[1, 4, 0xA, 0xB, 0x1F, 0x8000_0001, 0x8000_0008, 0x8000_001E].map(entry))
-                .unwrap();
-        let guest = cpuid_for(&host, 2, 3).unwrap();
-        let one = answer(&guest, 1, 0).unwrap();
-        assert_eq!((one.ebx >> 24, one.ebx >> 16 & 0xFF), (2, 3));
-        assert_eq!(one.ecx & bit::VMX, 0);
-        assert_eq!(answer(&guest, 0x8000_0001, 0).unwrap().ecx & bit::SVM, 0);
-        assert_eq!(answer(&guest, 0xA, 0).unwrap().eax, 0);
-        assert!(answer(&guest, 0x8000_001E, 0).is_none() && answer(&guest, 0x1F, 0).is_none());
-        let core = answer(&guest, 0xB, 1).unwrap();
-        assert_eq!((core.eax, core.ebx, core.edx), (2, 3, 2));
-    }
-
-    #[test]
-    fn physical_width_is_the_least_told() {
-        let width = |eax| {
-            let entry = kvm_cpuid_entry2 { function: 0x8000_0008, eax, ..Default::default() };
-            physical_bits(&CpuId::from_entries(&[entry]).unwrap())
-        };
-        assert_eq!(width(0x0000_3028), 40);
-        assert_eq!(width(0x0030_3034), 48);
-        assert_eq!(width(0x0034_3030), 48);
     }
 }

@@ -9,7 +9,7 @@ use std::{
 };
 
 use casemate_filters::Role;
-use casemate_wire::{Channel, End, FromCell, Machine, ToCell, VERSION, WireError, peer_is_listener};
+use casemate_wire::{Channel, End, FromCell, Machine, Pages, ToCell, VERSION, WireError, peer_is_listener};
 use rustix::{
     event::epoll,
     net::{SocketFlags, accept_with},
@@ -100,6 +100,12 @@ fn check(machine: &Machine) -> Result<(), Error> {
     if !(64 << 20..=1 << 40).contains(&machine.memory_bytes) || !machine.memory_bytes.is_multiple_of(2 << 20)
     {
         return wrong("memory must be 64 MiB to 1 TiB, in steps of 2 MiB");
+    }
+    if machine.ram.pages == Pages::Huge1Gib && !machine.memory_bytes.is_multiple_of(1 << 30) {
+        return wrong("memory in pages of 1 GiB must be a multiple of that");
+    }
+    if ![0, usize::from(machine.vcpus)].contains(&machine.cpu.pins.len()) {
+        return wrong("all vCPUs must be pinned, or none");
     }
     if machine.command_line.len() > 2047 || machine.command_line.contains('\0') {
         return wrong("the command line must have at most 2047 bytes and no NUL");

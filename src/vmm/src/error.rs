@@ -16,6 +16,9 @@ pub(crate) enum Error {
     /// The host's KVM lacks something.
     #[error("this host's KVM lacks {0}")]
     Lacks(&'static str),
+    /// The processors asked for cannot be had here.
+    #[error("the processors cannot be had: {0}")]
+    Processor(String),
     /// The kernel image was refused.
     #[error("the kernel image cannot be booted: {0}")]
     KernelImage(String),
@@ -47,6 +50,7 @@ impl Error {
         match self {
             Self::Kernel { .. } => "vmm-kernel",
             Self::Lacks(_) => "vmm-kvm-lacks",
+            Self::Processor(_) => "vmm-processor",
             Self::KernelImage(_) => "kernel-not-bootable",
             Self::Initrd(_) => "initrd-not-loadable",
             Self::Layout(_) => "vmm-layout",

@@ -2,7 +2,7 @@
 //!
 //! ```text
 //! 0                 640 KiB RAM, with the boot structures below
-//! 0x000E_0000       ACPI tables (reserved)
+//! 0x000E_0000       ACPI tables; in the last two pages the generation's identifier and the reset vector (reserved)
 //! 0x0010_0000       RAM, up to 3 GiB
 //! 0xC000_0000       window for 32-bit BARs, 512 MiB
 //! 0xE000_0000       ECAM, 1 MiB a bus: the root bus and up to 8 slots for hot-plug
@@ -29,7 +29,9 @@ pub(crate) const COMMAND_LINE: u64 = 0x2_0000;
 pub(crate) const LOW_END: u64 = 0x9_FC00;
 /// ACPI tables.
 pub(crate) const ACPI: u64 = 0xE_0000;
-/// Where the ACPI tables end at the latest and RAM goes on.
+/// The page of the generation's identifier; ACPI tables end here at the latest.
+pub(crate) const GENERATION: u64 = 0xF_E000;
+/// Where RAM goes on.
 pub(crate) const HIGH_RAM: u64 = 0x10_0000;
 /// RAM below 4 GiB ends here at the latest.
 pub(crate) const LOW_RAM_MOST: u64 = 0xC000_0000;

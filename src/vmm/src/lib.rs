@@ -8,11 +8,12 @@
 //! - A guest's fault ends this guest. Nothing a guest writes can make this program panic; if it did, the process would
 //!   end, and the guest with it.
 //!
-//! Unsafe is allowed here for four things, each in one place: the start (descriptors taken over, `entry`), memory
-//! slots, whose mappings must outlive them (`memory`, `maps`), mapped device registers (`assigned`), and the signal that
-//! calls processors out of the guest (`gate`).
+//! Unsafe is allowed here for four things, each in its place: the start (descriptors taken over, `entry`, `kvm`), the
+//! guest's memory and memory slots, whose mappings must outlive them (`memory`, `maps`), mapped device registers
+//! (`assigned`), and the signal that calls processors out of the guest (`gate`).
 #![allow(unsafe_code)]
 
+mod affinity;
 mod asks;
 mod assigned;
 mod boot;
@@ -22,6 +23,7 @@ mod entry;
 mod error;
 mod gate;
 mod intx;
+mod kvm;
 mod layout;
 mod machine;
 mod maps;

@@ -2,7 +2,7 @@
 
 use std::{
     fs::File,
-    os::fd::{FromRawFd, IntoRawFd, OwnedFd},
+    os::fd::OwnedFd,
     sync::{Arc, Barrier},
     thread,
 };
@@ -15,21 +15,22 @@ use casemate_virtio::{
     Balloon, BalloonControl, Blk, BlkBackend, Counters, Device, Interrupt, Kind, Net, PciParts, PciTransport,
     Rng, Worker, vector_count,
 };
-use casemate_wire::{Descriptors, End, Machine};
-use kvm_bindings::{CpuId, KVM_CAP_SPLIT_IRQCHIP, kvm_enable_cap};
-use kvm_ioctls::{Cap, DeviceFd, Kvm, VcpuFd, VmFd};
+use casemate_wire::{CpuRange, Descriptors, End, Machine, Pages};
+use kvm_ioctls::{DeviceFd, VcpuFd, VmFd};
+use rustix::rand::GetRandomFlags;
 use vm_memory::{GuestMemoryBackend, GuestMemoryMmap};
 use vmm_sys_util::eventfd::EventFd;
 
 use crate::{
+    affinity::Placement,
     assigned::{self, Registers, RemoteVfio},
     boot::{self, Entry, Images},
-    control::{Control, FIRST_MSI_GSI, Requests, Vectors},
-    cpu::{self, Halt},
+    control::{Control, Requests, Vectors},
+    cpu::{self, Halt, Processors},
     entry::file,
     error::{During, Error},
     intx::{self, Intx, IntxSource},
-    layout,
+    kvm, layout,
     maps::{Attachments, DirectRegion, Doorbell},
     memory,
     platform::{Platform, Processor},
@@ -39,6 +40,7 @@ use crate::{
 /// A machine whose parts are all there, before the first instruction.
 pub(crate) struct Built {
     vcpus: Vec<VcpuFd>,
+    pins: Vec<Vec<CpuRange>>,
     workers: Vec<Worker>,
     intx: Vec<IntxSource>,
     devices: Vec<Emulated>,
@@ -108,11 +110,11 @@ impl Emulated {
 impl Built {
     /// Builds the machine out of the descriptors that came with it.
     pub(crate) fn new(machine: Machine, mut descriptors: Descriptors) -> Result<Self, Error> {
-        let (kvm, vm) = open_kvm(descriptors.take(machine.kvm)?)?;
-        let cpuid = cpu::supported_cpuid(&kvm)?;
-        let window64 = layout::window64(machine.memory_bytes, cpu::physical_bits(&cpuid))
+        let (kvm, vm) = kvm::open(descriptors.take(machine.kvm)?)?;
+        let processors = Processors::new(&cpu::supported_cpuid(&kvm)?, &machine.cpu, machine.vcpus)?;
+        let window64 = layout::window64(machine.memory_bytes, processors.physical_bits())
             .ok_or_else(|| Error::Layout("the memory leaves no room for devices' registers".into()))?;
-        let memory = memory::allocate(machine.memory_bytes)?;
+        let memory = memory::allocate(machine.memory_bytes, machine.ram)?;
         let first_slot = memory::give_to_kvm(&vm, &memory)?;
         let (control, requests) = Control::new(Arc::clone(&vm), first_slot)?;
         let mut parts = Parts {
@@ -141,8 +143,10 @@ impl Built {
         for net in machine.nets {
             parts.add_virtio(Box::new(Net::new(descriptors.take(net.tap)?, net.mac)), Own::Nothing)?;
         }
-        // What an assigned device reaches by DMA is pinned, and must not be given back.
-        if machine.container.is_none() {
+        // What an assigned device reaches by DMA is pinned, and must not be given back. Pages that were set aside for this
+        // guest would go to another.
+        let set_aside = matches!(machine.ram.pages, Pages::Huge2Mib | Pages::Huge1Gib);
+        if machine.container.is_none() && !set_aside {
             let balloon = Balloon::new().during("making an eventfd")?;
             let control = balloon.control();
             parts.add_virtio(Box::new(balloon), Own::Balloon(control))?;
@@ -171,11 +175,11 @@ impl Built {
         let console_input = machine.console_input.map(|slot| descriptors.take(slot)).transpose()?.map(file);
         descriptors.finish()?;
         parts.add_ports(machine.hotplug.slots)?;
-        let rsdp = write_acpi(&memory, machine.vcpus, machine.hotplug.slots, window64)?;
+        let rsdp = write_acpi(&memory, &processors, machine.hotplug.slots, window64)?;
         let entry = boot::load(&memory, images, rsdp)?;
         let segments: Vec<u8> = cpu::SEGMENTS.iter().flat_map(|entry| entry.to_le_bytes()).collect();
         boot::put(&memory, layout::SEGMENTS, &segments)?;
-        let vcpus = make_vcpus(&vm, &cpuid, machine.vcpus, entry)?;
+        let vcpus = make_vcpus(&vm, &processors, entry)?;
         let root = RootBus::new(BusParts {
             functions: parts.functions,
             port_windows: PortWindows {
@@ -189,6 +193,7 @@ impl Built {
         let platform = Arc::new(Platform::new(vm, root, console, lines, requests, machine.vcpus));
         Ok(Self {
             vcpus,
+            pins: machine.cpu.pins,
             workers: parts.workers,
             intx: sources,
             devices: parts.devices,
@@ -201,11 +206,15 @@ impl Built {
 
     /// Makes the threads, narrows every filter, and lets the processors go.
     pub(crate) fn start(self) -> Result<Running, Error> {
-        let Self { vcpus, workers, intx, devices, control, platform, console_input, held } = self;
+        let Self { vcpus, pins, workers, intx, devices, control, platform, console_input, held } = self;
         // Every thread passes here with its narrow filter on before the first guest instruction.
         let threads = vcpus.len() + workers.len() + intx.len() + console_input.iter().count();
         let ready = Arc::new(Barrier::new(threads + 1));
+        let placement = Placement::of_this_thread()?;
         for (id, mut vcpu) in vcpus.into_iter().enumerate() {
+            if let Some(pin) = pins.get(id) {
+                placement.pin(pin)?;
+            }
             let (platform, ready) = (Arc::clone(&platform), Arc::clone(&ready));
             spawn(format!("vcpu{id}"), move || {
                 platform.gate().enter(&mut vcpu);
@@ -214,6 +223,7 @@ impl Built {
                 run_vcpu(vcpu, platform, id);
             })?;
         }
+        placement.restore()?;
         for (number, worker) in workers.into_iter().enumerate() {
             let ready = Arc::clone(&ready);
             spawn(format!("{}{number}", worker.name()), move || {
@@ -382,34 +392,12 @@ fn run_vcpu(mut vcpu: VcpuFd, platform: Arc<Platform>, number: usize) {
     }
 }
 
-fn open_kvm(kvm: OwnedFd) -> Result<(Kvm, Arc<VmFd>), Error> {
-    // SAFETY: the descriptor is owned and given away whole; Kvm closes it.
-    let kvm = unsafe { Kvm::from_raw_fd(kvm.into_raw_fd()) };
-    if kvm.get_api_version() != 12 {
-        return Err(Error::Lacks("the stable API (or the descriptor is not /dev/kvm)"));
-    }
-    for (capability, name) in [
-        (Cap::SplitIrqchip, "a split interrupt controller"),
-        (Cap::ImmediateExit, "immediate exit"),
-        (Cap::Ioeventfd, "ioeventfd"),
-        (Cap::Irqfd, "irqfd"),
-        (Cap::SignalMsi, "message-signalled interrupts"),
-        (Cap::UserMemory, "memory slots"),
-    ] {
-        if !kvm.check_extension(capability) {
-            return Err(Error::Lacks(name));
-        }
-    }
-    let vm = kvm.create_vm().during("making a virtual machine")?;
-    vm.set_identity_map_address(layout::KVM_IDENTITY_MAP).during("placing KVM's pages")?;
-    vm.set_tss_address(layout::KVM_TSS).during("placing KVM's pages")?;
-    let mut split = kvm_enable_cap { cap: KVM_CAP_SPLIT_IRQCHIP, ..Default::default() };
-    split.args[0] = u64::from(FIRST_MSI_GSI);
-    vm.enable_cap(&split).during("splitting the interrupt controller")?;
-    Ok((kvm, Arc::new(vm)))
-}
-
-fn write_acpi(memory: &GuestMemoryMmap, vcpus: u8, slots: u8, window64: layout::Range) -> Result<u64, Error> {
+fn write_acpi(
+    memory: &GuestMemoryMmap,
+    processors: &Processors,
+    slots: u8,
+    window64: layout::Range,
+) -> Result<u64, Error> {
     let pci = PciHost {
         ecam_base: layout::ECAM.start,
         // Each slot is on a bus of its own.
@@ -417,22 +405,30 @@ fn write_acpi(memory: &GuestMemoryMmap, vcpus: u8, slots: u8, window64: layout::
         mmio32: layout::WINDOW32.start..layout::WINDOW32.end(),
         mmio64: window64.start..window64.end(),
     };
-    let spec = AcpiSpec { address: layout::ACPI, vcpus: u32::from(vcpus), pci };
+    let apic_ids = processors.topology().apic_ids().collect();
+    let spec = AcpiSpec { address: layout::ACPI, apic_ids, generation: layout::GENERATION, pci };
     let tables = tables(&spec).map_err(|error| Error::Layout(error.to_string()))?;
-    if tables.bytes.len() as u64 > layout::HIGH_RAM - layout::ACPI {
+    if tables.bytes.len() as u64 > layout::GENERATION - layout::ACPI {
         return Err(Error::Layout(format!("{} bytes of ACPI tables", tables.bytes.len())));
     }
     boot::put(memory, layout::ACPI, &tables.bytes)?;
+    // Which life of this machine it is: each is its first and last, as long as none is woken from a snapshot.
+    let mut generation = [0; 16];
+    rustix::rand::getrandom(&mut generation, GetRandomFlags::empty())
+        .during("making the generation's identifier")?;
+    boot::put(memory, layout::GENERATION, &generation)?;
     // Where Linux jumps to when it resets "by BIOS": a few instructions that write the reset register.
     boot::put(memory, RESET_VECTOR, &RESET_CODE)?;
     Ok(tables.rsdp)
 }
 
-fn make_vcpus(vm: &VmFd, cpuid: &CpuId, count: u8, entry: Entry) -> Result<Vec<VcpuFd>, Error> {
-    (0..count)
-        .map(|id| {
-            let vcpu = vm.create_vcpu(u64::from(id)).during("making a processor")?;
-            cpu::prepare(&vcpu, cpuid, id, count, entry)?;
+fn make_vcpus(vm: &VmFd, processors: &Processors, entry: Entry) -> Result<Vec<VcpuFd>, Error> {
+    (0..)
+        .zip(processors.topology().apic_ids())
+        .map(|(id, apic_id)| {
+            // KVM takes a processor's id for its APIC id.
+            let vcpu = vm.create_vcpu(u64::from(apic_id)).during("making a processor")?;
+            cpu::prepare(&vcpu, processors, id, entry)?;
             Ok(vcpu)
         })
         .collect()

@@ -1,10 +1,13 @@
 //! The guest's memory: private anonymous pages, given to KVM and, with assigned devices, to the IOMMU.
 
-use std::sync::Arc;
+use std::{io, ptr, sync::Arc};
 
+use casemate_wire::{Pages, Ram};
 use kvm_bindings::kvm_userspace_memory_region;
 use kvm_ioctls::VmFd;
-use vm_memory::{GuestAddress, GuestMemoryBackend, GuestMemoryMmap, GuestMemoryRegion};
+use vm_memory::{
+    GuestAddress, GuestMemoryBackend, GuestMemoryMmap, GuestMemoryRegion, GuestRegionMmap, MmapRegion,
+};
 
 use crate::{
     error::{During, Error},
@@ -24,21 +27,95 @@ pub(crate) struct MemorySlot {
     pub(crate) host_address: u64,
 }
 
-/// Makes the guest's RAM and names it, so that who looks at the process can tell it from the VMM's own memory.
-pub(crate) fn allocate(memory_bytes: u64) -> Result<Arc<GuestMemoryMmap>, Error> {
+/// Where the guest's memory begins in this process, so that large pages of the host's are large pages of the guest's too:
+/// its pieces begin at whole GiB.
+const ALIGNMENT: usize = 2 << 20;
+
+/// Makes the guest's RAM and names it, so that who looks at the process can tell it from the VMM's own memory. It is
+/// there until the process ends.
+pub(crate) fn allocate(memory_bytes: u64, ram: Ram) -> Result<Arc<GuestMemoryMmap>, Error> {
     let refuse =
         |cause: &dyn std::fmt::Display| Error::Layout(format!("{memory_bytes} bytes of memory: {cause}"));
-    let mut ranges = Vec::new();
+    let mut regions = Vec::new();
     for piece in layout::ram(memory_bytes) {
         let size = usize::try_from(piece.size).map_err(|error| refuse(&error))?;
-        ranges.push((GuestAddress(piece.start), size));
+        let start = map(size, ram.pages).map_err(|error| refuse(&error))?;
+        name(start, size);
+        advise(start, size, ram).map_err(|error| refuse(&error))?;
+        let (protection, flags) =
+            (libc::PROT_READ | libc::PROT_WRITE, libc::MAP_PRIVATE | libc::MAP_ANONYMOUS);
+        // SAFETY: `map` has just made these bytes, readable and writable, and nobody unmaps them.
+        let region = unsafe { MmapRegion::build_raw(start, size, protection, flags) };
+        let region = region.map_err(|error| refuse(&error))?;
+        let placed = GuestRegionMmap::new(region, GuestAddress(piece.start));
+        regions.push(placed.ok_or_else(|| refuse(&"it reaches past the last address"))?);
     }
-    let memory = GuestMemoryMmap::from_ranges(&ranges).map_err(|error| refuse(&error))?;
-    for region in memory.iter() {
-        name(region.as_ptr(), region.size());
-    }
+    let memory = GuestMemoryMmap::from_regions(regions).map_err(|error| refuse(&error))?;
     Ok(Arc::new(memory))
 }
+
+/// Maps fresh memory at a multiple of [`ALIGNMENT`], or of its own pages' size.
+fn map(size: usize, pages: Pages) -> io::Result<*mut u8> {
+    let (more, kind) = match pages {
+        // The kernel aligns them, and keeps as many for this mapping.
+        Pages::Huge2Mib => (0, libc::MAP_HUGETLB | libc::MAP_HUGE_2MB),
+        Pages::Huge1Gib => (0, libc::MAP_HUGETLB | libc::MAP_HUGE_1GB),
+        Pages::Transparent | Pages::Small => (ALIGNMENT, libc::MAP_NORESERVE),
+    };
+    let length = size.checked_add(more).ok_or(io::ErrorKind::OutOfMemory)?;
+    let flags = libc::MAP_PRIVATE | libc::MAP_ANONYMOUS | kind;
+    // SAFETY: a fresh mapping at a place of the kernel's choosing touches nothing that is there.
+    let start =
+        unsafe { libc::mmap(ptr::null_mut(), length, libc::PROT_READ | libc::PROT_WRITE, flags, -1, 0) };
+    if start == libc::MAP_FAILED {
+        return Err(io::Error::last_os_error());
+    }
+    let start = start.cast::<u8>();
+    let before = if more == 0 { 0 } else { start.align_offset(ALIGNMENT) };
+    let after = more - before;
+    // SAFETY: both pieces lie in the mapping made above, before and behind what is used of it; nobody knows of them.
+    unsafe {
+        if before > 0 {
+            libc::munmap(start.cast(), before);
+        }
+        let start = start.add(before);
+        if after > 0 {
+            libc::munmap(start.add(size).cast(), after);
+        }
+        Ok(start)
+    }
+}
+
+/// Says where the pages come from and what they are to be, and takes them if wanted.
+fn advise(start: *mut u8, size: usize, ram: Ram) -> io::Result<()> {
+    let told = |result: libc::c_long| if result < 0 { Err(io::Error::last_os_error()) } else { Ok(()) };
+    if let Some(node) = ram.numa_node {
+        let mut nodes = [0u64; NODES / 64];
+        let word = nodes.get_mut(usize::from(node) / 64).ok_or(io::ErrorKind::InvalidInput)?;
+        *word = 1 << (node % 64);
+        // SAFETY: the range is the fresh mapping; the kernel reads as many bits of `nodes` as it has.
+        told(unsafe {
+            libc::syscall(libc::SYS_mbind, start, size, libc::MPOL_BIND, nodes.as_ptr(), NODES, 0)
+        })?;
+    }
+    let madvise = |advice| {
+        // SAFETY: advice on a fresh mapping that holds nothing yet.
+        told(unsafe { libc::madvise(start.cast(), size, advice) }.into())
+    };
+    match ram.pages {
+        // A kernel without large pages refuses, and does as well as it can.
+        Pages::Transparent => drop(madvise(libc::MADV_HUGEPAGE)),
+        Pages::Small => drop(madvise(libc::MADV_NOHUGEPAGE)),
+        Pages::Huge2Mib | Pages::Huge1Gib => {}
+    }
+    // The kernel keeps pages that are set aside for a mapping, but not by node: a guest of one node would be killed
+    // for a page that is not there. So they are taken while there is somebody to tell.
+    let by_node = ram.numa_node.is_some() && !matches!(ram.pages, Pages::Transparent | Pages::Small);
+    if ram.prefault || by_node { madvise(libc::MADV_POPULATE_WRITE) } else { Ok(()) }
+}
+
+/// Nodes that a set of them is for: Linux's most on x86-64.
+const NODES: usize = 1024;
 
 /// Names a mapping "guest-ram"; kernels without CONFIG_ANON_VMA_NAME refuse, and then it is told by its size.
 fn name(start: *mut u8, size_bytes: usize) {
@@ -85,4 +162,47 @@ pub(crate) unsafe fn set_slot(vm: &VmFd, slot: MemorySlot, read_only: bool) -> R
     };
     // SAFETY: the caller vouches for the mapping; KVM checks alignment and overlap.
     unsafe { vm.set_user_memory_region(region) }
+}
+
+#[cfg(test)]
+pub(crate) mod tests {
+    use super::*;
+    use vm_memory::Bytes;
+
+    /// Memory for tests, of which a page is taken where one is written.
+    pub(crate) fn small(memory_bytes: u64) -> Arc<GuestMemoryMmap> {
+        allocate(memory_bytes, Ram { pages: Pages::Small, prefault: false, numa_node: None }).unwrap()
+    }
+
+    #[test]
+    fn pieces_are_aligned_and_hold_what_is_written() {
+        for pages in [Pages::Small, Pages::Transparent] {
+            let ram = Ram { pages, prefault: false, numa_node: None };
+            let memory = allocate((3 << 30) + (64 << 20), ram).unwrap();
+            assert_eq!(pieces(&memory).count(), 2);
+            for piece in pieces(&memory) {
+                assert!(piece.host_address.is_multiple_of(ALIGNMENT as u64), "{piece:x?}");
+                let last = GuestAddress(piece.guest_address + piece.size_bytes - 8);
+                memory.write_obj(7u64, last).unwrap();
+                assert_eq!(memory.read_obj::<u64>(last).unwrap(), 7);
+            }
+        }
+    }
+
+    #[test]
+    fn all_of_it_is_taken_when_asked_for() {
+        let memory = allocate(2 << 20, Ram { pages: Pages::Small, prefault: true, numa_node: None }).unwrap();
+        let start = pieces(&memory).next().unwrap().host_address;
+        let mut present = [0u8; 512];
+        // SAFETY: the range is mapped, and `present` has a byte for each of its pages.
+        let result = unsafe { libc::mincore(start as *mut _, 2 << 20, present.as_mut_ptr()) };
+        assert!(result == 0 && present.iter().all(|page| page & 1 == 1));
+    }
+
+    #[test]
+    fn a_node_that_is_not_there_is_refused() {
+        let ram = Ram { pages: Pages::Small, prefault: false, numa_node: Some(1000) };
+        assert!(matches!(allocate(2 << 20, ram), Err(Error::Layout(_))));
+        assert!(allocate(2 << 20, Ram { numa_node: Some(5000), ..ram }).is_err());
+    }
 }

@@ -7,12 +7,13 @@ use std::{
         Arc, Condvar, Mutex, MutexGuard, PoisonError, TryLockError,
         atomic::{AtomicU64, Ordering},
     },
-    time::Duration,
+    time::{Duration, Instant},
 };
 
 use casemate_chipset::{
     IOAPIC_PINS, IoApic, Msi, MsiSink, PANIC_PORT, PANIC_PORTS, POWER_BUTTON_GSI, POWER_PORT, POWER_PORTS,
-    Power, PowerEvent, SERIAL_GSI, SERIAL_PORT, SERIAL_PORTS, Serial, panic_read, panic_write,
+    Power, PowerEvent, SERIAL_GSI, SERIAL_PORT, SERIAL_PORTS, Serial, WATCHDOG_PORT, WATCHDOG_PORTS,
+    Watchdog, panic_read, panic_write,
 };
 use casemate_pci::MsiMessage;
 use casemate_wire::{Counters, End};
@@ -73,6 +74,7 @@ pub(crate) struct Platform {
     ioapic: SharedIoApic,
     intx: Vec<Intx>,
     power: Mutex<Power>,
+    watchdog: Mutex<Watchdog>,
     requests: Arc<Requests>,
     gate: Gate,
     /// One a processor.
@@ -98,6 +100,7 @@ struct ExitCounters {
     pio: AtomicU64,
     mmio: AtomicU64,
     other: AtomicU64,
+    bus_locks: AtomicU64,
 }
 
 impl ExitCounters {
@@ -108,7 +111,12 @@ impl ExitCounters {
 
     fn read(&self) -> Counters {
         let of = |counter: &AtomicU64| counter.load(Ordering::Relaxed);
-        Counters { pio_exits: of(&self.pio), mmio_exits: of(&self.mmio), other_exits: of(&self.other) }
+        Counters {
+            pio_exits: of(&self.pio),
+            mmio_exits: of(&self.mmio),
+            other_exits: of(&self.other),
+            bus_locks: of(&self.bus_locks),
+        }
     }
 }
 
@@ -144,6 +152,7 @@ impl Platform {
             intx,
             power: Mutex::default(),
             gate: Gate::new(Arc::clone(&requests)),
+            watchdog: Mutex::default(),
             requests,
             counters: (0..vcpus).map(|_| ExitCounters::default()).collect(),
         }
@@ -208,6 +217,13 @@ impl Platform {
         }
     }
 
+    /// The guest's watchdog stands still from now on, or goes on: a guest that is paused can't keep it quiet.
+    pub(crate) fn hold_watchdog(&self, held: bool) {
+        let mut watchdog = lock(&self.watchdog);
+        watchdog.hold(held, Instant::now());
+        self.requests.watch(watchdog.deadline());
+    }
+
     /// Where processors stand while the machine is paused.
     pub(crate) fn gate(&self) -> &Gate {
         &self.gate
@@ -224,6 +240,7 @@ impl Platform {
             pio_exits: sum.pio_exits.wrapping_add(one.pio_exits),
             mmio_exits: sum.mmio_exits.wrapping_add(one.mmio_exits),
             other_exits: sum.other_exits.wrapping_add(one.other_exits),
+            bus_locks: sum.bus_locks.wrapping_add(one.bus_locks),
         })
     }
 
@@ -260,6 +277,8 @@ impl Bus for Processor {
             self.platform.read_serial(offset, data);
         } else if let Some(offset) = port_offset(port, POWER_PORT, POWER_PORTS, data.len()) {
             lock(&self.platform.power).read(offset, data);
+        } else if let Some(offset) = port_offset(port, WATCHDOG_PORT, WATCHDOG_PORTS, data.len()) {
+            lock(&self.platform.watchdog).read(offset, data, Instant::now());
         } else if port_offset(port, PANIC_PORT, PANIC_PORTS, data.len()).is_some() {
             panic_read(data);
         }
@@ -276,6 +295,10 @@ impl Bus for Processor {
                 Some(PowerEvent::Reset) => self.platform.end(End::Reset),
                 None => {}
             }
+        } else if let Some(offset) = port_offset(port, WATCHDOG_PORT, WATCHDOG_PORTS, data.len()) {
+            let mut watchdog = lock(&self.platform.watchdog);
+            watchdog.write(offset, data, Instant::now());
+            self.platform.requests.watch(watchdog.deadline());
         } else if port_offset(port, PANIC_PORT, PANIC_PORTS, data.len()).is_some() && panic_write(data) {
             self.platform.requests.panicked();
         }
@@ -316,6 +339,10 @@ impl Bus for Processor {
 
     fn called(&mut self, vcpu: &mut VcpuFd) {
         self.platform.gate.pass(vcpu);
+    }
+
+    fn bus_lock(&mut self) {
+        self.count(|counters| &counters.bus_locks);
     }
 }
 

@@ -234,7 +234,7 @@ mod tests {
     #[test]
     fn the_largest_statistics_fit_a_message() {
         let most = u64::MAX;
-        let vcpu = Counters { pio_exits: most, mmio_exits: most, other_exits: most };
+        let vcpu = Counters { pio_exits: most, mmio_exits: most, other_exits: most, bus_locks: most };
         let device = DeviceStatistics {
             kind: DeviceKind::Balloon,
             number: u16::MAX,

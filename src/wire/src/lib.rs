@@ -21,6 +21,6 @@ pub use ask::{
 pub use channel::{Channel, Descriptors, WireError};
 pub use credentials::peer_is_listener;
 pub use message::{
-    Assigned, Counters, DESCRIPTORS, Disk, End, FromCell, Hotplug, MESSAGE_BYTES, Machine, Net, Slot,
-    TEXT_BYTES, ToCell, VERSION,
+    Assigned, Counters, Cpu, CpuRange, DESCRIPTORS, Disk, End, FromCell, Hotplug, MESSAGE_BYTES, Machine,
+    Model, Net, Pages, Ram, Slot, TEXT_BYTES, ToCell, VERSION,
 };

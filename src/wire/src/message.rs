@@ -45,8 +45,12 @@ pub enum ToCell {
 pub struct Machine {
     /// Processors, from 1.
     pub vcpus: u8,
+    /// What they are.
+    pub cpu: Cpu,
     /// Memory, a multiple of 2 MiB.
     pub memory_bytes: u64,
+    /// What it is made of.
+    pub ram: Ram,
     /// The kernel's command line.
     pub command_line: String,
     /// `/dev/kvm`.
@@ -82,6 +86,63 @@ pub struct Hotplug {
     pub memory_bytes: u64,
     /// What each has for prefetchable BARs; a multiple of 1 MiB.
     pub prefetchable_bytes: u64,
+}
+
+/// What the processors are, and where they run.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+pub struct Cpu {
+    /// What the guest sees.
+    pub model: Model,
+    /// Packages, from 1; the processors are shared out evenly.
+    pub sockets: u8,
+    /// Threads of a core, from 1.
+    pub threads_per_core: u8,
+    /// Whether the guest may run guests.
+    pub nested: bool,
+    /// For each processor the host's on which it may run, at least one; empty when it may run on any.
+    pub pins: Vec<Vec<CpuRange>>,
+}
+
+/// A processor's model.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
+pub enum Model {
+    /// All that the host's KVM gives.
+    Host,
+    /// A list that is the same on every host.
+    BaselineV2,
+}
+
+/// Processors of the host, first and last.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
+pub struct CpuRange {
+    /// The first.
+    pub first: u16,
+    /// The last, not below the first.
+    pub last: u16,
+}
+
+/// What the guest's memory is made of.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
+pub struct Ram {
+    /// Its pages.
+    pub pages: Pages,
+    /// Whether all of it is taken before the guest runs.
+    pub prefault: bool,
+    /// The node of the host's that it comes from, below 1024.
+    pub numa_node: Option<u16>,
+}
+
+/// Pages of memory.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
+pub enum Pages {
+    /// Small ones, and large ones where the kernel can make them.
+    Transparent,
+    /// Small ones alone.
+    Small,
+    /// Of 2 MiB, set aside by the host.
+    Huge2Mib,
+    /// Of 1 GiB, set aside by the host; the memory is a multiple.
+    Huge1Gib,
 }
 
 /// An emulated disk.
@@ -156,6 +217,8 @@ pub enum End {
     Panic,
     /// A processor fell into a triple fault.
     TripleFault,
+    /// The guest started its watchdog and did not keep it quiet.
+    Watchdog,
     /// The keep said [`ToCell::Stop`].
     Stopped,
     /// Something the guest cannot go on from: what, for a person.
@@ -171,4 +234,6 @@ pub struct Counters {
     pub mmio_exits: u64,
     /// Everything else.
     pub other_exits: u64,
+    /// Of these, how often a processor was held back since it had locked the host's memory bus.
+    pub bus_locks: u64,
 }

@@ -12,10 +12,10 @@ use acpi_tables::{
     sdt::Sdt,
 };
 
-use super::{AcpiSpec, OEM_ID, OEM_REVISION, OEM_TABLE_ID, PciHost};
+use super::{AcpiSpec, GENERATION_GSI, OEM_ID, OEM_REVISION, OEM_TABLE_ID, PciHost};
 use crate::{
     PANIC_PORT, PANIC_PORTS, POWER_BUTTON_GSI, POWER_PORT, POWER_PORTS, SERIAL_GSI, SERIAL_PORT,
-    SERIAL_PORTS, intx_gsi, power::SLEEP_TYPE_S5,
+    SERIAL_PORTS, WATCHDOG_PORT, WATCHDOG_PORTS, intx_gsi, power::SLEEP_TYPE_S5,
 };
 
 const HEADER_SIZE_BYTES: u32 = 36;
@@ -36,9 +36,11 @@ pub(super) fn dsdt(spec: &AcpiSpec, ecam: &Range<u64>) -> Sdt {
     motherboard(ecam, &mut devices);
     serial_port(&mut devices);
     power_button(&mut devices);
+    generation(spec.generation, &mut devices);
+    events(&mut devices);
     panic_notifier(&mut devices);
-    for id in 0..spec.vcpus {
-        processor(id, &mut devices);
+    for (uid, _) in (0..).zip(&spec.apic_ids) {
+        processor(uid, &mut devices);
     }
     body.extend(Scope::raw("\\_SB_".into(), devices));
 
@@ -124,17 +126,18 @@ impl Aml for OperatingSystemCapabilities {
     }
 }
 
-/// Reserves what belongs to no other device: configuration space (Linux does not use MCFG without it) and the power
-/// registers.
+/// Reserves what belongs to no other device: configuration space (Linux does not use MCFG without it), and the registers of
+/// power control and watchdog.
 fn motherboard(ecam: &Range<u64>, sink: &mut dyn AmlSink) {
     let ecam = Space::new_memory(AddressSpaceCacheable::NotCacheable, true, ecam.start, ecam.end - 1, None);
     let power = IO::new(POWER_PORT, POWER_PORT, 1, POWER_PORTS as u8);
+    let watchdog = IO::new(WATCHDOG_PORT, WATCHDOG_PORT, 1, WATCHDOG_PORTS as u8);
     Device::new(
         "MBRD".into(),
         vec![
             &Name::new("_HID".into(), &EISAName::new("PNP0C02")),
             &Name::new("_UID".into(), &ZERO),
-            &Name::new("_CRS".into(), &ResourceTemplate::new(vec![&ecam, &power])),
+            &Name::new("_CRS".into(), &ResourceTemplate::new(vec![&ecam, &power, &watchdog])),
         ],
     )
     .to_aml_bytes(sink);
@@ -154,25 +157,59 @@ fn serial_port(sink: &mut dyn AmlSink) {
     .to_aml_bytes(sink);
 }
 
-/// The power button, and the generic event device whose one event is that it was pressed.
 fn power_button(sink: &mut dyn AmlSink) {
-    const PRESSED: u8 = 0x80;
-    let interrupt = Interrupt::new(true, true, false, false, u32::from(POWER_BUTTON_GSI));
     let button = Path::new("PWRB");
     Device::new(
         button,
         vec![&Name::new("_HID".into(), &EISAName::new("PNP0C0C")), &Name::new("_UID".into(), &ZERO)],
     )
     .to_aml_bytes(sink);
-    let full_name = Path::new("\\_SB_.PWRB");
-    let pressed = Notify::new(&full_name, &PRESSED);
+}
+
+/// Where the guest reads which life of the machine this is (Microsoft's "Virtual Machine Generation ID"; Linux's side is
+/// `drivers/virt/vmgenid.c`).
+fn generation(address: u64, sink: &mut dyn AmlSink) {
+    let (low, high) = (address as u32, (address >> 32) as u32);
+    let names = "VM_Gen_Counter";
+    Device::new(
+        "VGEN".into(),
+        vec![
+            &Name::new("_HID".into(), &"VMGENCTR"),
+            &Name::new("_CID".into(), &names),
+            &Name::new("_DDN".into(), &names),
+            &Name::new("_UID".into(), &ZERO),
+            &Name::new("ADDR".into(), &Package::new(vec![&low, &high])),
+        ],
+    )
+    .to_aml_bytes(sink);
+}
+
+/// The generic event device: its interrupts say that the power button was pressed, and that this is another life of the
+/// machine.
+fn events(sink: &mut dyn AmlSink) {
+    const HAPPENED: u8 = 0x80;
+    let (button, generation) = (Path::new("\\_SB_.PWRB"), Path::new("\\_SB_.VGEN"));
+    let interrupt = |gsi: u8| Interrupt::new(true, true, false, false, u32::from(gsi));
+    let pressed = Notify::new(&button, &HAPPENED);
+    let another = Notify::new(&generation, &HAPPENED);
     Device::new(
         "GED0".into(),
         vec![
             &Name::new("_HID".into(), &"ACPI0013"),
             &Name::new("_UID".into(), &ZERO),
-            &Name::new("_CRS".into(), &ResourceTemplate::new(vec![&interrupt])),
-            &Method::new("_EVT".into(), 1, true, vec![&pressed]),
+            &Name::new(
+                "_CRS".into(),
+                &ResourceTemplate::new(vec![&interrupt(POWER_BUTTON_GSI), &interrupt(GENERATION_GSI)]),
+            ),
+            &Method::new(
+                "_EVT".into(),
+                1,
+                true,
+                vec![
+                    &If::new(&Equal::new(&Arg(0), &POWER_BUTTON_GSI), vec![&pressed]),
+                    &If::new(&Equal::new(&Arg(0), &GENERATION_GSI), vec![&another]),
+                ],
+            ),
         ],
     )
     .to_aml_bytes(sink);
