@@ -75,6 +75,8 @@ pub(crate) const GUEST: Recipe = Recipe {
         "igbvf",
         "nvme",
         "8139cp",
+        "ahci",
+        "sd_mod",
         "crc32c_generic",
         "ext4",
         "button",

@@ -46,6 +46,20 @@ pub mod devices {
     pub const SHARED_DISK: &str = "0000:05:02.0";
     /// Where the lab mounts [`SHARED_DISK`].
     pub const SHARED_DISK_MOUNT: &str = "/mnt/lab-disk";
-    /// QEMU's teaching device (1234:11e8) on the root bus: MSI, DMA, no reset method.
+    /// QEMU's teaching device (1234:11e8) on the root bus: MSI, DMA, no reset method. It is the first of its kind.
     pub const EDU_ID: &str = "1234:11e8";
+    /// The same behind a root port: it is reset with its bus.
+    pub const EDU: &str = "0000:06:00.0";
+    /// Shared memory of QEMU's, as a BAR of 8 GiB.
+    pub const LARGE_BAR: &str = "0000:07:00.0";
+    /// A display (bochs-display): a framebuffer, registers, an option ROM.
+    pub const DISPLAY: &str = "0000:08:00.0";
+    /// A virtio network card behind the IOMMU.
+    pub const VIRTIO_NET: &str = "0000:09:00.0";
+    /// A SATA controller with a disk of 16 MiB that hold the pattern: MSI and no MSI-X, an I/O BAR.
+    pub const SATA: &str = "0000:0a:00.0";
+    /// Two functions of one card, each a teaching device; they can only be reset together.
+    pub const CARD: [&str; 2] = ["0000:0b:00.0", "0000:0b:00.1"];
+    /// The NVMe drive's second namespace belongs to no controller at first: 16 MiB that hold the pattern.
+    pub const NVME_SECOND_NAMESPACE: u32 = 2;
 }

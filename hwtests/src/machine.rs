@@ -94,7 +94,9 @@ impl Lab {
         let directory = new_run_directory(&self.layout)?;
         let share = directory.join("share");
         write(&share.join("command"), self.command_file().as_encoded_bytes())?;
-        nvme_disk(&directory.join("nvme.img"))?;
+        pattern_disk(&directory.join("nvme.img"), NVME_BYTES)?;
+        pattern_disk(&directory.join("nvme-2.img"), NVME_PATTERN_BYTES as u64)?;
+        pattern_disk(&directory.join("sata.img"), NVME_PATTERN_BYTES as u64)?;
         let shared = directory.join("shared.img");
         fs::copy(self.layout.shared_disk(), &shared)
             .map_err(|error| LabError::io("copy", &self.layout.shared_disk(), error))?;
@@ -170,7 +172,12 @@ impl Lab {
         let shared = path(directory.join("shared.img"))?;
         let share = path(directory.join("share"))?;
         line.extend(["-drive".into(), format!("file={nvme},if=none,id=nvme0,format=raw")]);
-        line.extend(words(&["-device nvme-ns,drive=nvme0,shared=on"]));
+        line.extend(words(&["-device nvme-ns,drive=nvme0,nsid=1,shared=on"]));
+        let (second, sata) = (path(directory.join("nvme-2.img"))?, path(directory.join("sata.img"))?);
+        line.extend(["-drive".into(), format!("file={second},if=none,id=nvme1,format=raw")]);
+        line.extend(words(&["-device nvme-ns,drive=nvme1,nsid=2,shared=on,detached=on"]));
+        line.extend(["-drive".into(), format!("file={sata},if=none,id=sata0,format=raw")]);
+        line.extend(words(&["-device ide-hd,drive=sata0,bus=ahci.0,serial=labsata"]));
         line.extend(["-drive".into(), format!("file={shared},if=none,id=shared,format=raw")]);
         line.extend(words(&["-device virtio-blk-pci,drive=shared,bus=pci1,addr=2"]));
         let root = "local,path=/,mount_tag=host,security_model=none,readonly=on,multidevs=remap";
@@ -194,6 +201,17 @@ const DEVICES: &[&str] = &[
      max_ioqpairs=8,msix_qsize=9",
     "-netdev user,id=n3 -device rtl8139,netdev=n3,bus=pci1,addr=1,romfile=",
     "-device edu",
+    // Each behind a port of its own, and so with a reset: its bus's.
+    "-device pcie-root-port,id=rp5,chassis=5 -device edu,bus=rp5",
+    "-device pcie-root-port,id=rp6,chassis=6 -object memory-backend-ram,id=large,size=8G,share=on,reserve=off",
+    "-device ivshmem-plain,memdev=large,bus=rp6",
+    "-device pcie-root-port,id=rp7,chassis=7 -device bochs-display,bus=rp7",
+    "-device pcie-root-port,id=rp8,chassis=8 -netdev user,id=n4",
+    "-device virtio-net-pci,netdev=n4,bus=rp8,iommu_platform=on,disable-legacy=on,romfile=",
+    "-device pcie-root-port,id=rp9,chassis=9 -device ich9-ahci,id=ahci,bus=rp9",
+    // One card with two functions.
+    "-device pcie-root-port,id=rp10,chassis=10 -device edu,bus=rp10,addr=0.0,multifunction=on",
+    "-device edu,bus=rp10,addr=0.1",
 ];
 
 /// A lab that was started. Dropped, it is killed and its disks are removed.
@@ -276,7 +294,15 @@ impl Drop for RunningLab {
             let _ = self.try_end();
         }
         // Only an empty share goes with its run; what a program left there is kept for whoever ran it.
-        for name in ["nvme.img", "shared.img", "share/command", "share/status", "console.log"] {
+        for name in [
+            "nvme.img",
+            "nvme-2.img",
+            "sata.img",
+            "shared.img",
+            "share/command",
+            "share/status",
+            "console.log",
+        ] {
             let _ = fs::remove_file(self.directory.join(name));
         }
         let _ = fs::remove_dir(self.share());
@@ -303,7 +329,7 @@ fn new_run_directory(layout: &Layout) -> Result<PathBuf, LabError> {
 }
 
 /// A sparse disk whose first 16 MiB are a fixed pattern (xorshift64), so that a digest of it says something.
-fn nvme_disk(path: &Path) -> Result<(), LabError> {
+fn pattern_disk(path: &Path, bytes: u64) -> Result<(), LabError> {
     let mut state: u64 = 0x9e37_79b9_7f4a_7c15;
     let mut pattern = Vec::with_capacity(NVME_PATTERN_BYTES);
     while pattern.len() < NVME_PATTERN_BYTES {
@@ -313,7 +339,7 @@ fn nvme_disk(path: &Path) -> Result<(), LabError> {
         pattern.extend_from_slice(&state.to_le_bytes());
     }
     write(path, &pattern)?;
-    let sized = fs::OpenOptions::new().write(true).open(path).and_then(|file| file.set_len(NVME_BYTES));
+    let sized = fs::OpenOptions::new().write(true).open(path).and_then(|file| file.set_len(bytes));
     sized.map_err(|error| LabError::io("write", path, error))
 }
 

@@ -17,13 +17,13 @@ fn workspace(path: &str) -> PathBuf {
 }
 
 /// A bundle of one plugin: a copy of one that was built, in the test's folder, with its digest.
-struct Bundle {
-    path: PathBuf,
+pub(crate) struct Bundle {
+    pub(crate) path: PathBuf,
     plugin: PathBuf,
 }
 
 impl Bundle {
-    fn write(ctx: &Ctx, name: &str, plugin: &str, settings: &str) -> Result<Self, Failure> {
+    pub(crate) fn write(ctx: &Ctx, name: &str, plugin: &str, settings: &str) -> Result<Self, Failure> {
         Self::write_with(ctx, name, plugin, settings, "")
     }
 

@@ -15,7 +15,7 @@ use crate::{
 };
 
 /// For a guest to come to its first instruction, its first process, or its end.
-const SOON: Duration = Duration::from_secs(60);
+pub(crate) const SOON: Duration = Duration::from_secs(60);
 
 /// How the guest ended, as the report names it.
 pub(crate) fn ending(run: &Finished) -> Result<String, Failure> {

@@ -30,6 +30,13 @@ pub(crate) fn has_the_devices(ctx: &mut Ctx) -> Result<(), Failure> {
         (devices::BRIDGE, "0x1b36:0x000e"),
         (devices::RTL8139, "0x10ec:0x8139"),
         (devices::SHARED_DISK, "0x1af4:0x1001"),
+        (devices::EDU, "0x1234:0x11e8"),
+        (devices::LARGE_BAR, "0x1af4:0x1110"),
+        (devices::DISPLAY, "0x1234:0x1111"),
+        (devices::VIRTIO_NET, "0x1af4:0x1041"),
+        (devices::SATA, "0x8086:0x2922"),
+        (devices::CARD[0], "0x1234:0x11e8"),
+        (devices::CARD[1], "0x1234:0x11e8"),
     ];
     for (address, id) in expected {
         let read = |name: &str| fs::read_to_string(format!("/sys/bus/pci/devices/{address}/{name}"));

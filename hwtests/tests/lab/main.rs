@@ -10,6 +10,7 @@ mod boot;
 mod cell;
 mod console;
 mod control;
+mod devices;
 mod documents;
 mod endings;
 mod host_state;
@@ -20,6 +21,7 @@ mod pools;
 mod processors;
 mod refusals;
 mod virtio;
+mod virtual_functions;
 
 use std::process::ExitCode;
 
@@ -89,6 +91,16 @@ const TESTS: &[LabTest] = &[
     LabTest::new("pool-gives-a-drive-to-one-tenant", pools::pool_gives_a_drive_to_one_tenant),
     LabTest::new("another-card-is-refused", pools::another_card_is_refused),
     LabTest::new("operator-keeps-a-drive-back", pools::operator_keeps_a_drive_back),
+    LabTest::new("vfio-many-kinds-in-one-guest", devices::many_kinds_in_one_guest),
+    LabTest::new("vfio-dma-ends-with-its-guest", devices::dma_ends_with_its_guest),
+    LabTest::new("vfio-failed-reset-is-quarantined", devices::failed_reset_is_quarantined),
+    LabTest::new("vfio-card-is-reset-as-a-whole", devices::card_is_reset_as_a_whole),
+    LabTest::new("vfio-packets-cost-no-exits", devices::packets_cost_no_exits)
+        .long("sends 20,000 packets through emulated cards")
+        .deadline_seconds(1800),
+    LabTest::new("vfio-virtual-functions-of-a-card", virtual_functions::of_a_card_in_two_guests),
+    LabTest::new("vfio-virtual-functions-of-a-killed-keep-go", virtual_functions::of_a_killed_keep_go),
+    LabTest::new("vfio-virtual-functions-of-a-drive", virtual_functions::of_a_drive_has_its_namespace),
     // Ends from outside
     LabTest::new("killed-vmm-is-told-and-undone", endings::killed_vmm_is_told_and_undone),
     LabTest::new("recover-undoes-a-killed-run", endings::recover_undoes_a_killed_run),

@@ -209,15 +209,16 @@ fn beside_a_running_guest(ctx: &Ctx, guest: &GuestFile, running: &Running) -> Re
     expect_refused(ctx, &guest.to_toml()?, &refused)
 }
 
+/// The first function, by address, with this ID.
 fn function_with_id(id: &str) -> Result<String, Failure> {
+    let mut found = Vec::new();
     for entry in fs::read_dir("/sys/bus/pci/devices")?.flatten() {
         let read = |name: &str| fs::read_to_string(entry.path().join(name)).unwrap_or_default();
-        let found = format!("{}:{}", read("vendor").trim(), read("device").trim()).replace("0x", "");
-        if found == id {
-            return Ok(entry.file_name().to_string_lossy().into_owned());
+        if format!("{}:{}", read("vendor").trim(), read("device").trim()).replace("0x", "") == id {
+            found.push(entry.file_name().to_string_lossy().into_owned());
         }
     }
-    Err(Failure::new(format_args!("the lab has no {id}")))
+    found.into_iter().min().ok_or_else(|| Failure::new(format_args!("the lab has no {id}")))
 }
 
 fn interface_of(address: &str) -> Result<String, Failure> {

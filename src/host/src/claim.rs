@@ -1,27 +1,23 @@
 //! Taking functions from the host for one guest: written down, then taken, all or none.
 
-use std::{
-    io,
-    os::fd::OwnedFd,
-    thread,
-    time::{Duration, Instant},
-};
+use std::{io, os::fd::OwnedFd};
 
 use casemate_spec::{PciAddress, Refusal};
+use sha2::{Digest, Sha256};
 
 use crate::{
-    DeviceState, Returned,
+    DeviceState, IommuLimits, Returned,
     config::{COMMAND, COMMAND_BUS_MASTER, CONFIG_BYTES_MAX, ConfigSnapshot},
     driver, give_back,
     host::{Host, read_bytes},
     judge,
     ledger::{DeviceRecord, Entry, Ledger, Owner},
-    process,
+    process, reset,
     sys::vfio,
 };
 
-/// The kernel answers EAGAIN when somebody else has the device's lock for a moment.
-const RESET_AGAIN_MAX: Duration = Duration::from_secs(2);
+/// The largest option ROM that is hashed; real ones have 1 MiB at most.
+const ROM_BYTES_MAX: usize = 16 << 20;
 
 /// What one guest wants.
 #[derive(Clone, Debug, PartialEq, Eq)]
@@ -30,6 +26,8 @@ pub struct ClaimRequest {
     pub owner: Owner,
     /// Which functions. Mates of their groups that the host does not use need not be named.
     pub addresses: Vec<PciAddress>,
+    /// Those of which the option ROM is to be hashed, before the guest and after it.
+    pub digests: Vec<PciAddress>,
 }
 
 /// Functions taken for one guest. The container is of type1 v2, has the groups, and maps nothing yet: the guest's own
@@ -45,6 +43,8 @@ pub struct Claim {
     pub groups: Vec<ClaimedGroup>,
     /// The functions, in the order of the request.
     pub devices: Vec<ClaimedDevice>,
+    /// What the container can map.
+    pub limits: IommuLimits,
     owner: Owner,
 }
 
@@ -80,16 +80,22 @@ pub struct ClaimedDevice {
 ///
 /// # Errors
 /// All of [`assignable`](crate::assignable), and `claim-empty`, `guest-has-claim`, `device-unreadable`,
-/// `device-unbind-timeout`, `device-bind-failed`, `device-reset-failed`, `group-busy`, `group-not-viable`,
+/// `device-unbind-timeout`, `device-bind-failed`, `device-reset-failed`, `device-firmware-unreadable`, `group-busy`, `group-not-viable`,
 /// `vfio-missing`, `vfio-failed`, `ledger-*`.
 pub fn claim(host: &Host, ledger: &Ledger, request: ClaimRequest) -> Result<Claim, Refusal> {
-    let ClaimRequest { owner, addresses } = request;
-    let records = write_down(host, ledger, &owner, &addresses)?;
-    match take(host, &records) {
+    let ClaimRequest { owner, addresses, digests } = request;
+    let mut records = write_down(host, ledger, &owner, &addresses)?;
+    let taken = take(host, &records).and_then(|opened| {
+        digest_firmware(ledger, &owner, &mut records, &opened, &digests)?;
+        Ok(opened)
+    });
+    match taken {
         Ok(Opened { container, groups, fds }) => {
             let devices =
                 records.into_iter().zip(fds).map(|(record, fd)| ClaimedDevice::new(record, fd)).collect();
-            Ok(Claim { container, groups, devices, owner })
+            let limits =
+                vfio::iommu_info(&container).map(|answer| IommuLimits::parse(&answer)).unwrap_or_default();
+            Ok(Claim { container, groups, devices, limits, owner })
         }
         Err(mut refusal) => {
             if let Err(why) = undo(host, ledger, &owner, records) {
@@ -126,12 +132,11 @@ impl Claim {
     pub fn release(self, host: &Host, ledger: &Ledger) -> Vec<Returned> {
         let addresses: Vec<PciAddress> = self.devices.iter().map(|device| device.address).collect();
         let taken_back = give_back::take_back(ledger, &self.owner, &addresses);
-        let proofs = self
-            .devices
-            .into_iter()
-            .map(|device| give_back::prove(host, device.record, &device.fd))
-            .collect();
-        // Devices are closed by now; the container goes last, and its DMA maps with it.
+        let (records, fds): (Vec<_>, Vec<_>) =
+            self.devices.into_iter().map(|device| (device.record, device.fd)).unzip();
+        let proofs = give_back::prove(host, records, &self.groups, &fds);
+        // Devices are closed first; the container goes last, and its DMA maps with it.
+        drop(fds);
         drop(self.groups);
         drop(self.container);
         let mut returned = give_back::settle(host, ledger, &self.owner, proofs);
@@ -198,9 +203,10 @@ impl DeviceRecord {
             group: function.iommu_group.unwrap_or_default(),
             former_driver: function.driver.clone(),
             driver_override: driver::driver_override(host, address),
-            reset_method: function.reset_methods.first().cloned().unwrap_or_default(),
+            reset_method: reset::method_of(function),
             // It was judged to be free.
             state: DeviceState::Claimed,
+            firmware: None,
             config,
         })
     }
@@ -237,12 +243,13 @@ fn take(host: &Host, records: &[DeviceRecord]) -> Result<Opened, Refusal> {
         driver::bind_vfio(host, record.address)?;
     }
     let opened = open(host, records)?;
-    for (record, fd) in records.iter().zip(&opened.fds) {
+    let resets = reset::all(records, &opened.groups, &opened.fds);
+    for ((record, fd), reset) in records.iter().zip(&opened.fds).zip(resets) {
         let refuse = |cause: String| {
             let remedy = "see the kernel's log (dmesg); the device may need a power cycle";
             Refusal::new("device-reset-failed", record.address, cause, remedy)
         };
-        reset(fd).map_err(|error| refuse(format!("its reset ({}) failed: {error}", record.reset_method)))?;
+        reset.map_err(|error| refuse(format!("its reset ({}) failed: {error}", record.reset_method)))?;
         vfio::clear_config_bits(fd, COMMAND, COMMAND_BUS_MASTER)
             .map_err(|error| refuse(format!("bus mastering cannot be turned off: {error}")))?;
         let config = read_config(host, record.address).map_err(|error| unreadable(record.address, error))?;
@@ -348,17 +355,45 @@ fn failed(record: &DeviceRecord, what: &str, error: &io::Error) -> Refusal {
     )
 }
 
-/// Resets and reads the result; asks again while the kernel says that the device is locked.
-pub(crate) fn reset(fd: &OwnedFd) -> io::Result<()> {
-    let until = Instant::now() + RESET_AGAIN_MAX;
-    loop {
-        match vfio::reset(fd) {
-            Err(error) if error.raw_os_error() == Some(libc::EAGAIN) && Instant::now() < until => {
-                thread::sleep(Duration::from_millis(20));
-            }
-            result => return result,
+/// Hashes the option ROMs that are to be compared after the guest, and writes the digests down.
+fn digest_firmware(
+    ledger: &Ledger,
+    owner: &Owner,
+    records: &mut [DeviceRecord],
+    opened: &Opened,
+    wanted: &[PciAddress],
+) -> Result<(), Refusal> {
+    for (record, fd) in records.iter_mut().zip(&opened.fds) {
+        if wanted.contains(&record.address) {
+            record.firmware = Some(firmware_digest(record.address, fd)?);
         }
     }
+    if records.iter().all(|record| record.firmware.is_none()) {
+        return Ok(());
+    }
+    ledger.change(|book| {
+        let devices = book.entry(owner).map(|entry| entry.devices.iter_mut()).into_iter().flatten();
+        for device in devices {
+            let record = records.iter().find(|record| record.address == device.address);
+            device.firmware = record.and_then(|record| record.firmware.clone());
+        }
+        Ok(())
+    })
+}
+
+/// SHA-256 of a device's option ROM: all of its firmware that can be read without knowing the device.
+pub(crate) fn firmware_digest(address: PciAddress, fd: &OwnedFd) -> Result<String, Refusal> {
+    let refuse = |cause: String| {
+        let remedy = "say firmware = \"locked\" of its pool if no guest can change it, else \"unchecked\"";
+        Refusal::new("device-firmware-unreadable", address, cause, remedy)
+    };
+    let rom = vfio::option_rom(fd, ROM_BYTES_MAX)
+        .map_err(|error| refuse(format!("its option ROM cannot be read: {error}")))?;
+    // What is all ones or zeros is nothing that was read.
+    if rom.iter().all(|byte| *byte == 0xff) || rom.iter().all(|byte| *byte == 0) {
+        return Err(refuse("its pool compares firmware, and it has no option ROM that can be read".into()));
+    }
+    Ok(Sha256::digest(&rom).iter().map(|byte| format!("{byte:02x}")).collect())
 }
 
 /// Gives everything back unproven: no guest has seen it. What a driver still holds stays in the ledger.
@@ -379,6 +414,8 @@ fn undo(host: &Host, ledger: &Ledger, owner: &Owner, records: Vec<DeviceRecord>)
 
 #[cfg(test)]
 mod tests {
+    use std::time::Duration;
+
     use super::*;
     use crate::{
         Deadlines,
@@ -388,7 +425,11 @@ mod tests {
     const NVME: &str = "0000:03:00.0";
 
     fn request(address: &str) -> ClaimRequest {
-        ClaimRequest { owner: Owner::this_process("web").unwrap(), addresses: vec![at(address)] }
+        ClaimRequest {
+            owner: Owner::this_process("web").unwrap(),
+            addresses: vec![at(address)],
+            digests: vec![],
+        }
     }
 
     fn hasty(machine: &Fixture) -> Host {

@@ -1,5 +1,6 @@
 //! What this host can do for guests, and what is missing.
 
+mod devices;
 mod pages;
 mod strangers;
 
@@ -71,7 +72,7 @@ pub fn doctor(host: &Host) -> Vec<Check> {
         memfd_exec(host),
         pages::large_pages(host),
     ];
-    needs.into_iter().chain(strangers::checks(host)).collect()
+    needs.into_iter().chain(devices::checks(host)).chain(strangers::checks(host)).collect()
 }
 
 fn check(name: &'static str, state: CheckState, found: impl Into<String>, remedy: &str) -> Check {
@@ -125,9 +126,11 @@ fn kvm_backend(host: &Host) -> Check {
 
 fn iommu_groups(host: &Host) -> Check {
     let count = names(host.path("sys/kernel/iommu_groups")).len();
-    let remedy =
-        "turn VT-d or AMD-Vi on in the firmware, and put intel_iommu=on on the kernel's command line";
-    check("iommu", ok_or(count > 0, CheckState::Missing), format!("{count} groups"), remedy)
+    if count > 0 {
+        return check("iommu", CheckState::Ok, format!("{count} groups"), "");
+    }
+    let (why, remedy) = devices::why_no_groups(host);
+    check("iommu", CheckState::Missing, format!("0 groups: {why}"), remedy)
 }
 
 fn remapping(host: &Host) -> Check {

@@ -8,12 +8,13 @@ use casemate_spec::{PciAddress, Refusal};
 use serde::Serialize;
 
 use crate::{
-    claim::{read_config, reset},
+    claim::{ClaimedGroup, firmware_digest, read_config},
     config::{COMMAND, COMMAND_BUS_MASTER},
     driver,
     host::Host,
     ledger::{DeviceRecord, Ledger, Owner, Quarantined},
     life::Move,
+    reset,
     sys::vfio,
 };
 
@@ -32,6 +33,8 @@ pub struct Returned {
     pub config_as_first_seen: bool,
     /// Offsets at which it was not.
     pub config_differences: Vec<u16>,
+    /// Whether its option ROM is what it was before the guest; `None` when its pool doesn't ask for that.
+    pub firmware_as_first_seen: Option<bool>,
     /// Why it needed no proof, and was not reset or looked at; then what stands above of both says nothing.
     pub untouched: Option<String>,
     /// The driver that has it now; `None` too when it had none before.
@@ -69,6 +72,7 @@ impl Proof {
             bus_master_off: false,
             config_as_first_seen: false,
             config_differences: Vec::new(),
+            firmware_as_first_seen: None,
             untouched: Some(why.to_owned()),
             returned_to: None,
             quarantined: None,
@@ -98,10 +102,20 @@ pub(crate) fn add_error(returned: &mut Returned, error: &Refusal) {
     returned.error = Some(text);
 }
 
-/// Silences, resets and looks at a function through VFIO. Its descriptor is still open, so nothing else can have it.
-pub(crate) fn prove(host: &Host, record: DeviceRecord, fd: &OwnedFd) -> Proof {
-    vfio::disable_interrupts(fd);
-    let reset = reset(fd).map_err(|error| error.to_string());
+/// Silences, resets and looks at functions through VFIO. Their descriptors are still open, so nothing else can have them.
+pub(crate) fn prove(
+    host: &Host,
+    records: Vec<DeviceRecord>,
+    groups: &[ClaimedGroup],
+    fds: &[OwnedFd],
+) -> Vec<Proof> {
+    fds.iter().for_each(vfio::disable_interrupts);
+    let resets = reset::all(&records, groups, fds);
+    let each = records.into_iter().zip(fds).zip(resets);
+    each.map(|((record, fd), reset)| look_at(host, record, fd, reset)).collect()
+}
+
+fn look_at(host: &Host, record: DeviceRecord, fd: &OwnedFd, reset: Result<(), String>) -> Proof {
     // The kernel restores the command register after the reset, with the guest's bus mastering in it.
     let cleared = vfio::clear_config_bits(fd, COMMAND, COMMAND_BUS_MASTER);
     let mut returned = Returned { reset, untouched: None, ..Proof::not_needed(record.clone(), "").returned };
@@ -114,6 +128,12 @@ pub(crate) fn prove(host: &Host, record: DeviceRecord, fd: &OwnedFd) -> Proof {
         }
         Err(error) => Some(error),
     };
+    let firmware = record.firmware.as_ref().map(|first| match firmware_digest(record.address, fd) {
+        Ok(now) if now == *first => Ok(()),
+        Ok(now) => Err(format!("its option ROM has changed: it was {first}, and is {now}")),
+        Err(refusal) => Err(refusal.cause),
+    });
+    returned.firmware_as_first_seen = firmware.as_ref().map(Result::is_ok);
     let failed = match &returned {
         Returned { reset: Err(error), reset_method, .. } => {
             Some(format!("its reset ({reset_method}) failed: {error}"))
@@ -128,7 +148,7 @@ pub(crate) fn prove(host: &Host, record: DeviceRecord, fd: &OwnedFd) -> Proof {
         Returned { config_as_first_seen: false, config_differences, .. } => {
             Some(format!("config space is not as first seen, at {config_differences:#x?}").replace('\n', ""))
         }
-        _ => None,
+        _ => firmware.and_then(Result::err),
     };
     Proof { record, returned, next: failed.map_or(Next::GiveBack, Next::Quarantine) }
 }

@@ -10,6 +10,7 @@ use crate::{
     ledger::{Book, Entry},
     network::Network,
     process::Process,
+    reset, sriov,
 };
 
 /// Drivers under which a function's group can serve a guest.
@@ -20,7 +21,7 @@ const HARMLESS_DRIVERS: [&str; 2] = ["vfio-pci", "pci-stub"];
 ///
 /// # Errors
 /// The first reason found, each with its remedy: `device-named-twice`, `device-missing`, `device-is-bridge`,
-/// `device-no-group`, `host-no-interrupt-remapping`, `host-unsafe-interrupts`, `device-quarantined`, `device-claimed`,
+/// `device-no-group`, `device-reserved-memory`, `host-no-interrupt-remapping`, `host-unsafe-interrupts`, `device-quarantined`, `device-claimed`,
 /// `device-boot-disk`, `device-only-network`, `device-in-use`, `device-group-shared`, `device-no-reset`; `ledger-*` and
 /// `host-unreadable` when it cannot be told.
 pub fn assignable(
@@ -58,18 +59,38 @@ pub(crate) fn judge(
             can_share_group(function, find(mate), *mate)?;
         }
         if function.reset_methods.is_empty() {
-            return Err(Refusal::new(
-                "device-no-reset",
-                address,
-                "the kernel knows no way to reset it, so it could never prove itself clean",
-                "name a device that has a reset method (casemate devices shows them)",
-            ));
+            can_be_reset_with_its_card(host, functions, function, requested)?;
         }
     }
     keeps_network(host, functions, requested)
 }
 
-fn missing(address: PciAddress) -> Refusal {
+/// That a function which can't be reset alone can be with its bus, since all that is on it goes to this guest.
+fn can_be_reset_with_its_card(
+    host: &Host,
+    functions: &[PciFunction],
+    function: &PciFunction,
+    requested: &[PciAddress],
+) -> Result<(), Refusal> {
+    let refuse =
+        |cause: &str, remedy: String| Err(Refusal::new("device-no-reset", function.address, cause, remedy));
+    let Some(mates) = reset::card_mates(host, functions, function) else {
+        let remedy = "name a device that has a reset method (casemate devices shows them)";
+        return refuse(
+            "the kernel knows no way to reset it, so it could never prove itself clean",
+            remedy.into(),
+        );
+    };
+    let missing: Vec<_> =
+        mates.iter().filter(|mate| !requested.contains(mate)).map(ToString::to_string).collect();
+    if missing.is_empty() {
+        return Ok(());
+    }
+    let remedy = format!("name {} too, so that the whole card is the guest's", missing.join(", "));
+    refuse("it can only be reset together with all that is on its bus", remedy)
+}
+
+pub(crate) fn missing(address: PciAddress) -> Refusal {
     let remedy = "casemate devices shows what there is";
     Refusal::new("device-missing", address, "there is no such PCI device on this host", remedy)
 }
@@ -96,6 +117,17 @@ fn can_be_assigned(host: &Host, function: &PciFunction) -> Result<(), Refusal> {
             "turn the IOMMU on: VT-d or AMD-Vi in the firmware, intel_iommu=on on the kernel's command line",
         ));
     }
+    if let Some(region) = host.reserved_regions(address).iter().find(|region| region.is_firmwares()) {
+        let (start, end) = (region.addresses.start(), region.addresses.end());
+        return Err(Refusal::new(
+            "device-reserved-memory",
+            address,
+            format!(
+                "the firmware uses it behind the host's back, in the host's memory at {start:#x} to {end:#x} (an RMRR)"
+            ),
+            "turn off in the firmware what uses it (remote management, health reports), or put it into another slot",
+        ));
+    }
     if let Remapping::Off(why) = interrupt_remapping(host) {
         return Err(Refusal::new(
             "host-no-interrupt-remapping",
@@ -118,7 +150,7 @@ fn can_be_assigned(host: &Host, function: &PciFunction) -> Result<(), Refusal> {
 }
 
 /// That no guest has it or a mate of it, and that it is not in quarantine.
-fn is_free(host: &Host, book: &Book, function: &PciFunction) -> Result<(), Refusal> {
+pub(crate) fn is_free(host: &Host, book: &Book, function: &PciFunction) -> Result<(), Refusal> {
     let address = function.address;
     let is_mate = |other: PciAddress| other == address || function.group_mates.contains(&other);
     if let Some(device) = book.quarantined.iter().find(|device| is_mate(device.address)) {
@@ -136,6 +168,14 @@ fn is_free(host: &Host, book: &Book, function: &PciFunction) -> Result<(), Refus
             },
             format!("power-cycle the device, then casemate devices free {}", device.address),
         ));
+    }
+    if let Some(physical) = std::iter::once(address)
+        .chain(function.group_mates.iter().copied())
+        .find(|other| sriov::makes_virtual_functions(book, *other))
+    {
+        let cause = format!("{physical} makes virtual functions for guests, and who had it would rule them");
+        let remedy = "name the pool of its virtual functions";
+        return Err(Refusal::new("device-makes-vfs", address, cause, remedy));
     }
     let holds = |entry: &&Entry| entry.devices.iter().any(|device| is_mate(device.address));
     if let Some(entry) = book.entries.iter().find(holds) {
@@ -324,6 +364,10 @@ mod tests {
         assert_eq!(code(&machine, &[NVME, NVME]), "device-named-twice");
         machine.pci("0000:06:00.0", &[("class", "0x020000"), ("reset_method", "flr")], None, None);
         assert_eq!(code(&machine, &["0000:06:00.0"]), "device-no-group");
+        machine.write("sys/kernel/iommu_groups/10/reserved_regions", "0x7b000000 0x7fffffff direct\n");
+        let refusal = refused(&machine, &[NVME]);
+        assert_eq!(refusal.code, "device-reserved-memory");
+        assert!(refusal.cause.contains("0x7b000000 to 0x7fffffff"), "{refusal}");
         machine.write("sys/kernel/iommu_groups/10/name", "vfio-noiommu\n");
         assert_eq!(code(&machine, &[NVME]), "device-no-group");
     }

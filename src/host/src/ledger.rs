@@ -17,7 +17,10 @@ use casemate_spec::{PciAddress, Refusal};
 use rustix::fs::{FlockOperation, flock};
 use serde::{Deserialize, Serialize};
 
-use crate::{DeviceState, Host, config::ConfigSnapshot, host::read_bytes, life::Move, process::Process};
+use crate::{
+    DeviceState, Host, config::ConfigSnapshot, host::read_bytes, life::Move, process::Process,
+    sriov::Physical,
+};
 
 const VERSION: u32 = 1;
 /// An entry is some 10 KB a device; a host has hundreds of functions at most.
@@ -73,6 +76,9 @@ pub(crate) struct LastTenant {
     pub(crate) vendor: u16,
     pub(crate) device: u16,
     pub(crate) tenant: String,
+    /// SHA-256 of its option ROM when it was first hashed, where its pool wants that.
+    #[serde(default)]
+    pub(crate) firmware: Option<String>,
 }
 
 impl LastTenant {
@@ -93,6 +99,15 @@ impl LastTenant {
     }
 }
 
+/// That a device's firmware is not what it was.
+pub(crate) fn firmware_changed(address: PciAddress, since: &str) -> Refusal {
+    let remedy = format!(
+        "look at its firmware, write the right one, then say so with casemate devices free {address}"
+    );
+    let cause = format!("its option ROM has changed {since}");
+    Refusal::new("device-firmware-changed", address, cause, remedy)
+}
+
 /// One taken device: what it was before anything was touched.
 #[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
 pub(crate) struct DeviceRecord {
@@ -107,6 +122,9 @@ pub(crate) struct DeviceRecord {
     pub(crate) reset_method: String,
     #[serde(default)]
     pub(crate) state: DeviceState,
+    /// SHA-256 of its option ROM, where its pool wants that compared.
+    #[serde(default)]
+    pub(crate) firmware: Option<String>,
     /// Config space as first seen; a host driver may have had bus mastering and messages on.
     pub(crate) config: ConfigSnapshot,
 }
@@ -130,6 +148,9 @@ pub(crate) struct Book {
     pub(crate) quarantined: Vec<Quarantined>,
     #[serde(default)]
     pub(crate) tenants: Vec<LastTenant>,
+    /// Those that make virtual functions for guests.
+    #[serde(default)]
+    pub(crate) physical: Vec<Physical>,
 }
 
 impl Book {
@@ -202,7 +223,7 @@ impl Ledger {
     /// who had them last, also when that was after they were chosen.
     ///
     /// # Errors
-    /// `device-of-another-tenant`, `ledger-no-entry` when `owner` has no claim, `device-state` when it has it no longer or
+    /// `device-of-another-tenant`, `device-firmware-changed`, `ledger-no-entry` when `owner` has no claim, `device-state` when it has it no longer or
     /// already, `ledger-*`.
     pub fn attach(&self, owner: &Owner, tenant: &str, unchecked: &[PciAddress]) -> Result<(), Refusal> {
         self.change(|book| {
@@ -214,6 +235,7 @@ impl Ledger {
                 vendor: device.vendor,
                 device: device.device,
                 tenant: tenant.to_owned(),
+                firmware: device.firmware.clone(),
             };
             let new: Vec<LastTenant> = entry.devices.iter().map(had).collect();
             let another = |last: &&LastTenant| {
@@ -223,6 +245,14 @@ impl Ledger {
             };
             if let Some(last) = book.tenants.iter().find(another) {
                 return Err(last.refusal());
+            }
+            let changed = |new: &&LastTenant| {
+                let known =
+                    book.tenants.iter().find(|last| new.is_of(last)).and_then(|last| last.firmware.as_ref());
+                known.is_some() && new.firmware.is_some() && known != new.firmware.as_ref()
+            };
+            if let Some(device) = new.iter().find(changed) {
+                return Err(firmware_changed(device.address, "since another guest got it first"));
             }
             for device in &new {
                 book.advance(owner, device.address, Move::Attach)?;
@@ -359,6 +389,7 @@ pub(crate) mod tests {
             driver_override: None,
             reset_method: "pm".into(),
             state: DeviceState::Attached,
+            firmware: None,
             config,
         }
     }

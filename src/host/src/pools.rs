@@ -2,7 +2,7 @@
 
 use std::collections::BTreeSet;
 
-use casemate_spec::{Firmware, NumaPolicy, PciAddress, Pool, Pooled, Refusal};
+use casemate_spec::{Firmware, NumaPolicy, PciAddress, Pool, Pooled, Refusal, VirtualFunctions};
 
 use crate::{
     Ledger, PciFunction,
@@ -42,7 +42,9 @@ impl<'a> Pools<'a> {
     pub fn new(host: &'a Host, functions: &'a [PciFunction], pools: &'a [Pool]) -> Result<Self, Refusal> {
         let this = Self { host, functions, pools };
         for function in functions {
-            let mut of = pools.iter().filter(|pool| is_in(pool, function));
+            // A physical function is its pool's, whether guests get it or its virtual ones.
+            let mut of =
+                pools.iter().filter(|pool| this.is_in(pool, function) || is_described(pool, function));
             let Some(first) = of.next() else { continue };
             if let Some(second) = of.next() {
                 let cause = format!("it is in pool {} and in pool {}", first.name, second.name);
@@ -68,7 +70,7 @@ impl<'a> Pools<'a> {
 
     /// The pool that a function is in.
     pub fn pool_of(&self, function: &PciFunction) -> Option<&'a Pool> {
-        self.pools.iter().find(|pool| is_in(pool, function))
+        self.pools.iter().find(|pool| self.is_in(pool, function))
     }
 
     /// Chooses a device for each of `choice.pooled`, in their order, and looks at all of the guest's devices: those named
@@ -119,18 +121,56 @@ impl<'a> Pools<'a> {
         last.filter(|last| last.tenant != tenant).map_or(Ok(()), |last| Err(last.refusal()))
     }
 
+    /// Whether guests who ask for the pool can get this function.
+    fn is_in(&self, pool: &Pool, function: &PciFunction) -> bool {
+        if pool.virtual_functions.is_none() {
+            return is_described(pool, function);
+        }
+        let physical = function.physical_function.and_then(|address| self.find(address));
+        physical.is_some_and(|physical| is_described(pool, physical))
+    }
+
+    /// The physical functions that make the virtual ones of these pools, with what their pools want.
+    pub fn to_be_made(&self, wanted: &[Pooled]) -> Vec<(PciAddress, &'a VirtualFunctions)> {
+        let is_wanted = |pool: &&'a Pool| wanted.iter().any(|wanted| wanted.pool == pool.name);
+        let of = |pool: &'a Pool| {
+            let physical = |function: &&PciFunction| {
+                is_described(pool, function)
+                    && function.physical_function.is_none()
+                    && function.details.virtual_functions_most.is_some()
+            };
+            let all = self.functions.iter().filter(physical).map(|function| function.address);
+            pool.virtual_functions.as_ref().map(|wanted| all.map(move |address| (address, wanted)))
+        };
+        self.pools.iter().filter(is_wanted).filter_map(of).flatten().collect()
+    }
+
+    /// What the pool of a virtual function wants of it; `None` for other devices.
+    pub fn virtual_function(&self, address: PciAddress) -> Option<&'a VirtualFunctions> {
+        self.pool_of(self.find(address)?)?.virtual_functions.as_ref()
+    }
+
     /// Those of which nobody checks the firmware, for [`Ledger::attach`].
     pub fn unchecked(&self, addresses: &[PciAddress]) -> Vec<PciAddress> {
-        let unchecked = |address: &PciAddress| {
+        self.with_firmware(addresses, Firmware::Unchecked)
+    }
+
+    /// Those of which the option ROM is compared before and after each guest.
+    pub fn digested(&self, addresses: &[PciAddress]) -> Vec<PciAddress> {
+        self.with_firmware(addresses, Firmware::Digest)
+    }
+
+    fn with_firmware(&self, addresses: &[PciAddress], firmware: Firmware) -> Vec<PciAddress> {
+        let is_so = |address: &PciAddress| {
             let pool = self.find(*address).and_then(|function| self.pool_of(function));
-            pool.is_some_and(|pool| pool.firmware == Firmware::Unchecked)
+            pool.is_some_and(|pool| pool.firmware == firmware)
         };
-        addresses.iter().copied().filter(unchecked).collect()
+        addresses.iter().copied().filter(is_so).collect()
     }
 }
 
 /// Whether a function is all that a pool says. Bridges are in no pool.
-fn is_in(pool: &Pool, function: &PciFunction) -> bool {
+fn is_described(pool: &Pool, function: &PciFunction) -> bool {
     !function.is_bridge
         && pool.vendor.is_none_or(|vendor| vendor == function.vendor)
         && pool.id.is_none_or(|id| id == function.id())
@@ -220,7 +260,7 @@ impl Search<'_> {
             Refusal::new("pool-unknown", &wanted.pool, "this host has no pool of this name", remedy)
         })?;
         let mut members: Vec<&PciFunction> =
-            pools.functions.iter().filter(|function| is_in(pool, function)).collect();
+            pools.functions.iter().filter(|function| pools.is_in(pool, function)).collect();
         let by_node = |function: &PciFunction| pool.numa != NumaPolicy::Ignored && is_far(function, near);
         members.sort_by_key(|function| (by_node(function), function.address));
         let mut whys = Vec::new();

@@ -12,6 +12,7 @@ use crate::{
     give_back::{self, Proof},
     judge,
     ledger::{DeviceRecord, Entry, Ledger, Owner, this_process},
+    sriov::recover_virtual_functions,
 };
 
 /// For a guest whose keeper is gone to end after SIGKILL.
@@ -50,7 +51,10 @@ pub fn recover(host: &Host, ledger: &Ledger) -> Result<Vec<Recovered>, Refusal> 
         recovered.error = recovered.error.or(disowned.err().map(|refusal| refusal.to_string()));
         recovered
     };
-    Ok(adopted.into_iter().map(one).collect())
+    let recovered = adopted.into_iter().map(one).collect();
+    // What could not be removed is tried again by the next command.
+    let _ = recover_virtual_functions(host, ledger);
+    Ok(recovered)
 }
 
 /// Makes this process the owner of what dead ones had, so that no other command does the same work. Tells the former
@@ -136,7 +140,7 @@ fn prove_all(
         driver::bind_vfio(host, record.address)?;
     }
     let Opened { container, groups, fds } = open(host, &used)?;
-    proofs.extend(used.into_iter().zip(&fds).map(|(record, fd)| give_back::prove(host, record, fd)));
+    proofs.extend(give_back::prove(host, used, &groups, &fds));
     drop((fds, groups, container));
     Ok(proofs)
 }

@@ -55,6 +55,13 @@ pub struct Step {
     pub acs_missing: Vec<&'static str>,
 }
 
+impl Details {
+    /// Vectors of the kind that a guest gets: MSI-X where there is one, else MSI.
+    pub fn vectors(&self) -> u16 {
+        if self.msix_vectors > 0 { self.msix_vectors } else { self.msi_vectors }
+    }
+}
+
 impl Host {
     /// What is told of one function; empty where it can't be read. Config space past the header is root's to read.
     pub(crate) fn details(&self, address: PciAddress) -> Details {

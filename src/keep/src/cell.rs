@@ -9,7 +9,7 @@ use std::{
     path::{Path, PathBuf},
 };
 
-use casemate_host::{Claim, Host, Image, Tap};
+use casemate_host::{Claim, DmaNeeds, Host, Image, Tap};
 use casemate_jail::{Cell, CellPlan, CgroupPlan, IoPlan, Program, Rlimits};
 use casemate_spec::{CellPart, CellRules, CpuList, CpuModel, Guest, Pages, Ram, Refusal};
 use casemate_wire::{
@@ -31,6 +31,12 @@ const FIRST_UID: u32 = 0x4361_0000;
 const UIDS: u32 = 4096;
 /// What the VMM and the kernel need beside the guest's memory.
 const OVERHEAD_BYTES: u64 = 64 << 20;
+/// What is locked beside a guest's memory.
+const LOCKED_OVERHEAD_BYTES: u64 = 1 << 20;
+/// Emulated functions that each guest has.
+const OWN_FUNCTIONS: usize = 4;
+/// Interrupt vectors of one emulated function at most: a queue each, and one for changes of configuration.
+const VECTORS_MOST: u32 = 65;
 /// The kernel's page tables for a guest's memory take at most this share of it (two levels of paging, 4 KiB pages).
 const PAGE_TABLE_SHARE: u64 = 128;
 
@@ -276,6 +282,16 @@ fn threads(guest: &Guest) -> u64 {
     u64::from(guest.vcpus) * 2 + devices as u64 + 8
 }
 
+/// What a guest's devices ask of the host.
+pub(crate) fn dma_needs(guest: &Guest) -> DmaNeeds {
+    let emulated = guest.disks.len() + guest.nets.len() + OWN_FUNCTIONS;
+    DmaNeeds {
+        ram: casemate_wire::ram(guest.memory.bytes()),
+        emulated_vectors: u32::try_from(emulated).unwrap_or(u32::MAX).saturating_mul(VECTORS_MOST),
+        overhead_bytes: LOCKED_OVERHEAD_BYTES,
+    }
+}
+
 /// What the cell's cgroup may hold. Pages that the host has set aside are not counted there.
 fn memory_bytes_max(guest: &Guest) -> u64 {
     let counted = if guest.ram.pages.set_aside_bytes().is_some() { 0 } else { guest.memory.bytes() };
@@ -286,7 +302,7 @@ fn rlimits(guest: &Guest, resources: &Resources<'_>) -> Rlimits {
     // VFIO pins the guest's memory, and counts it here.
     let pinned = if resources.claim.is_some() { guest.memory.bytes() } else { 0 };
     Rlimits {
-        memlock_bytes: pinned + (1 << 20),
+        memlock_bytes: pinned + LOCKED_OVERHEAD_BYTES,
         // An event for each vector (up to 2048 a function, twice: here and at the device), and what each device has.
         descriptors_max: 512 + 4096 * guest.devices.len() as u64,
         threads_max: threads(guest),
@@ -406,7 +422,7 @@ fn ram(guest: &Guest) -> wire::Ram {
 }
 
 /// A MAC address that stays the same for a guest's card: locally administered, made from name and slot (FNV-1a).
-fn mac(guest: &str, card: usize) -> [u8; 6] {
+pub(crate) fn mac(guest: &str, card: usize) -> [u8; 6] {
     let mut hash: u64 = 0xcbf2_9ce4_8422_2325;
     for byte in guest.bytes().chain([b'/', card as u8]) {
         hash = (hash ^ u64::from(byte)).wrapping_mul(0x0100_0000_01b3);

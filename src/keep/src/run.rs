@@ -10,10 +10,11 @@ use std::{
 
 use casemate_filters::{Role, calls_of};
 use casemate_host::{
-    Choice, Claim, ClaimRequest, Host, Ledger, Owner, PciFunction, Pools, Tap, TapRequest, assignable, claim,
-    open_image, open_initrd, open_kernel, placeable,
+    Choice, Claim, ClaimRequest, Host, Ledger, Owner, PciFunction, Pools, Tap, TapRequest, VfNetwork,
+    assignable, claim, judge_dma, leave_virtual_functions, make_virtual_functions, open_image, open_initrd,
+    open_kernel, placeable, set_vf_network,
 };
-use casemate_spec::{CellPart, CellRules, LIMITS, Located, PciAddress, Refusal, parse_guest};
+use casemate_spec::{CellPart, CellRules, LIMITS, Located, PciAddress, Pool, Refusal, parse_guest};
 
 use crate::{
     CellReport, DeviceReport, Input, MachineReport, Paths, PolicyReport, Report, Step,
@@ -96,6 +97,9 @@ pub fn run(
     cell::sweep(paths);
     let mut images = open_images(&located)?;
     let functions = host.functions()?;
+    // Virtual functions are made before they can be judged, and removed when nobody has them.
+    let virtual_functions = Virtual::make(&host, &ledger, &located, &functions, &host_file.pools)?;
+    let functions = if virtual_functions.is_some() { host.functions()? } else { functions };
 
     // Judge.
     judge_placement(paths, &located, &host)?;
@@ -103,7 +107,8 @@ pub fn run(
     let pools = Pools::new(&host, &functions, &host_file.pools)?;
     choose_devices(&mut located, &pools, &ledger)?;
     let addresses = judge_devices(&located, &host, &functions, &ledger)?;
-    let unchecked = pools.unchecked(&addresses);
+    judge_needs(&located, &host, &functions, &addresses)?;
+    let (unchecked, digests) = (pools.unchecked(&addresses), pools.digested(&addresses));
 
     let weakened = cell::weakened(paths, &located.guest, &images, &host_file.cell)?;
 
@@ -125,7 +130,12 @@ pub fn run(
     // Act.
     // From here on no signal ends this process before all that it took is given back.
     let signals = StopSignals::take(&located.guest)?;
-    let claim = take_devices(&located, &host, &ledger, Wanted { addresses, unchecked }, tell)?;
+    let claim = take_devices(&located, &host, &ledger, Wanted { addresses, unchecked, digests }, tell)?;
+    if let Some(Err(refusal)) = claim.as_ref().map(|claim| set_networks(&located, &host, &pools, claim)) {
+        let devices = claim.map(|claim| claim.release(&host, &ledger)).unwrap_or_default();
+        tell(Step::Returned { devices: devices.into_iter().map(DeviceReport::from).collect() });
+        return Err(refusal.into());
+    }
     let prepared = Prepared {
         paths,
         options,
@@ -149,6 +159,63 @@ pub fn run(
     outcome.map(|report| Report { devices, ..report }).map_err(Refusals::from)
 }
 
+/// Virtual functions that a guest uses. Dropped, after its devices were given back, they go when nobody else uses them.
+struct Virtual<'a> {
+    host: &'a Host,
+    ledger: &'a Ledger,
+    owner: Owner,
+}
+
+impl<'a> Virtual<'a> {
+    /// Has those made that the guest's pools are of; `None` when there are none.
+    fn make(
+        host: &'a Host,
+        ledger: &'a Ledger,
+        located: &Located,
+        functions: &[PciFunction],
+        pools: &[Pool],
+    ) -> Result<Option<Self>, Refusal> {
+        let wanted = Pools::new(host, functions, pools)?.to_be_made(&located.guest.pooled);
+        if wanted.is_empty() {
+            return Ok(None);
+        }
+        let this = Self { host, ledger, owner: Owner::this_process(located.guest.name.as_str())? };
+        let first = located.guest.pooled.first().map_or(0, |pooled| pooled.table);
+        for (address, virtual_functions) in wanted {
+            make_virtual_functions(host, ledger, &this.owner, address, virtual_functions)
+                .map_err(|refusal| refusal.at(located.device_location(first)))?;
+        }
+        Ok(Some(this))
+    }
+}
+
+impl Drop for Virtual<'_> {
+    fn drop(&mut self) {
+        for refusal in
+            leave_virtual_functions(self.host, self.ledger, &self.owner).err().into_iter().flatten()
+        {
+            tracing::warn!("{refusal}");
+        }
+    }
+}
+
+/// Says what the guest's virtual functions may do on the network, before it sees them.
+fn set_networks(located: &Located, host: &Host, pools: &Pools<'_>, claim: &Claim) -> Result<(), Refusal> {
+    for (number, device) in claim.devices.iter().enumerate() {
+        let Some(wanted) = pools.virtual_function(device.address) else { continue };
+        let network = VfNetwork {
+            // Numbered behind its emulated cards.
+            mac: cell::mac(located.guest.name.as_str(), located.guest.nets.len() + number),
+            vlan: wanted.vlan,
+            rate_mbps: wanted.rate_mbps,
+            spoof_check: true,
+            trusted: false,
+        };
+        set_vf_network(host, device.address, &network).map_err(|refusal| at_device(located, refusal))?;
+    }
+    Ok(())
+}
+
 /// What would happen to this guest now, up to the policies' verdict. Nothing is changed or recorded.
 ///
 /// # Errors
@@ -165,7 +232,8 @@ pub fn try_guest(paths: &Paths, file: &Path, policy: &Path) -> Result<PolicyRepo
         let host_file = paths.read_host_file()?;
         judge_devices(&located, &host, &functions, &ledger)?;
         choose_devices(&mut located, &Pools::new(&host, &functions, &host_file.pools)?, &ledger)?;
-        judge_devices(&located, &host, &functions, &ledger)?;
+        let addresses = judge_devices(&located, &host, &functions, &ledger)?;
+        judge_needs(&located, &host, &functions, &addresses)?;
     }
     admission::rehearse(Question {
         paths,
@@ -354,6 +422,24 @@ fn judge_devices(
     Ok(addresses)
 }
 
+/// What the guest's devices ask of this host's memory, IOMMU and interrupts, as far as it can be told before they are taken.
+fn judge_needs(
+    located: &Located,
+    host: &Host,
+    functions: &[PciFunction],
+    addresses: &[PciAddress],
+) -> Result<(), Refusal> {
+    if addresses.is_empty() {
+        return Ok(());
+    }
+    judge_dma(host, functions, addresses, &cell::dma_needs(&located.guest)).map_err(|refusal| {
+        match refusal.code {
+            "dma-memlock" | "dma-memory" => refusal.at(located.location("memory")),
+            _ => at_device(located, refusal),
+        }
+    })
+}
+
 /// Takes the place of each pool that the guest names by a device of it.
 fn choose_devices(located: &mut Located, pools: &Pools<'_>, ledger: &Ledger) -> Result<(), Refusal> {
     let guest = &located.guest;
@@ -384,6 +470,8 @@ struct Wanted {
     addresses: Vec<PciAddress>,
     /// Those of which nobody checks the firmware.
     unchecked: Vec<PciAddress>,
+    /// Those whose option ROM is compared before and after.
+    digests: Vec<PciAddress>,
 }
 
 fn take_devices(
@@ -393,15 +481,21 @@ fn take_devices(
     wanted: Wanted,
     tell: &mut dyn FnMut(Step),
 ) -> Result<Option<Claim>, Refusal> {
-    let Wanted { addresses, unchecked } = wanted;
+    let Wanted { addresses, unchecked, digests } = wanted;
     if addresses.is_empty() {
         return Ok(None);
     }
     tell(Step::Claiming { devices: addresses.clone() });
+    let first = addresses.first().copied();
     let owner = Owner::this_process(located.guest.name.as_str())?;
-    let claim = claim(host, ledger, ClaimRequest { owner: owner.clone(), addresses })
+    let claim = claim(host, ledger, ClaimRequest { owner: owner.clone(), addresses, digests })
         .map_err(|refusal| at_device(located, refusal))?;
-    if let Err(refusal) = ledger.attach(&owner, located.guest.tenant.as_str(), &unchecked) {
+    let needs = cell::dma_needs(&located.guest);
+    let fits = first
+        .map_or(Ok(()), |first| claim.limits.judge(first, &needs))
+        .map_err(|refusal| at_device(located, refusal));
+    if let Err(refusal) = fits.and_then(|()| ledger.attach(&owner, located.guest.tenant.as_str(), &unchecked))
+    {
         let devices = claim.release(host, ledger).into_iter().map(DeviceReport::from).collect();
         tell(Step::Returned { devices });
         return Err(refusal);

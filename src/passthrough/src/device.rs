@@ -18,14 +18,15 @@ use std::{
 use vfio_bindings::bindings::vfio::{
     VFIO_DEVICE_FLAGS_PCI, VFIO_DEVICE_FLAGS_RESET, VFIO_IRQ_SET_ACTION_TRIGGER, VFIO_IRQ_SET_ACTION_UNMASK,
     VFIO_IRQ_SET_DATA_EVENTFD, VFIO_IRQ_SET_DATA_NONE, VFIO_PCI_CONFIG_REGION_INDEX, VFIO_PCI_INTX_IRQ_INDEX,
-    VFIO_PCI_MSIX_IRQ_INDEX, VFIO_REGION_INFO_CAP_SPARSE_MMAP, VFIO_REGION_INFO_FLAG_MMAP,
-    VFIO_REGION_INFO_FLAG_READ, VFIO_REGION_INFO_FLAG_WRITE, vfio_device_info, vfio_irq_info, vfio_irq_set,
-    vfio_region_info, vfio_region_info_cap_sparse_mmap, vfio_region_sparse_mmap_area,
+    VFIO_PCI_MSI_IRQ_INDEX, VFIO_PCI_MSIX_IRQ_INDEX, VFIO_REGION_INFO_CAP_SPARSE_MMAP,
+    VFIO_REGION_INFO_FLAG_MMAP, VFIO_REGION_INFO_FLAG_READ, VFIO_REGION_INFO_FLAG_WRITE, vfio_device_info,
+    vfio_irq_info, vfio_irq_set, vfio_region_info, vfio_region_info_cap_sparse_mmap,
+    vfio_region_sparse_mmap_area,
 };
 use vmm_sys_util::eventfd::EventFd;
 
 use crate::{
-    seam::{IrqInfo, Region, Vfio, VfioError},
+    seam::{IrqInfo, Region, VectorKind, Vfio, VfioError},
     sys::{self, Argument, Request},
 };
 
@@ -38,8 +39,8 @@ pub struct VfioDevice {
     regions: Vec<Region>,
     /// The kernel knows a way to reset it.
     resettable: bool,
-    /// MSI-X was turned on, by this value. The kernel refuses to turn off what is off.
-    msix_on: AtomicBool,
+    /// MSI and MSI-X were turned on, by this value. The kernel refuses to turn off what is off.
+    vectors_on: [AtomicBool; 2],
 }
 
 impl VfioDevice {
@@ -63,7 +64,7 @@ impl VfioDevice {
             regions.push(parse_region(&answer).ok_or_else(told)?);
         }
         let resettable = flags & VFIO_DEVICE_FLAGS_RESET != 0;
-        Ok(Self { file: File::from(fd), regions, resettable, msix_on: AtomicBool::new(false) })
+        Ok(Self { file: File::from(fd), regions, resettable, vectors_on: Default::default() })
     }
 
     /// Region `index`.
@@ -121,23 +122,47 @@ impl VfioDevice {
         Ok(IrqInfo { count, flags })
     }
 
-    /// Turns MSI-X on, vector `n` triggering the `n`th eventfd, or off; by an ioctl, which is left out when it is off
-    /// already. Calls for one device are to be made one after the other.
+    /// Turns vectors on, vector `n` triggering the `n`th eventfd, or with none off; by an ioctl, which is left out when they
+    /// are off already. Calls for one device are to be made one after the other.
     ///
     /// # Errors
-    /// When the kernel refuses or has fewer vectors; MSI-X is off then, unless it was turning it off that failed.
-    pub fn set_msix(&self, triggers: Option<&[EventFd]>) -> Result<(), VfioError> {
-        let triggers = triggers.unwrap_or_default();
-        if triggers.is_empty() && !self.msix_on.load(Ordering::Acquire) {
+    /// When the kernel refuses or has fewer vectors; they are off then, unless it was turning them off that failed.
+    pub fn set_vectors(&self, kind: VectorKind, triggers: &[EventFd]) -> Result<(), VfioError> {
+        let on = self.on(kind);
+        if triggers.is_empty() && !on.load(Ordering::Acquire) {
             return Ok(());
         }
-        let returned = sys::argument(self.as_fd(), Request::DEVICE_SET_IRQS, &mut msix_argument(triggers))?;
+        if on.load(Ordering::Acquire) && kind == VectorKind::Msi {
+            // Another number of vectors: the kernel wants MSI off before.
+            sys::argument(self.as_fd(), Request::DEVICE_SET_IRQS, &mut vectors_argument(kind, &[]))?;
+            on.store(false, Ordering::Release);
+        }
+        let returned =
+            sys::argument(self.as_fd(), Request::DEVICE_SET_IRQS, &mut vectors_argument(kind, triggers))?;
         if let Ok(available @ 1..) = usize::try_from(returned) {
             // The kernel made none, and says how many it could have made.
             return Err(VfioError::Vectors { wanted: triggers.len(), available });
         }
-        self.msix_on.store(!triggers.is_empty(), Ordering::Release);
+        on.store(!triggers.is_empty(), Ordering::Release);
         Ok(())
+    }
+
+    /// Turns one more vector of MSI-X on. MSI-X must be on, and [`IrqInfo::is_dynamic`].
+    ///
+    /// # Errors
+    /// When the kernel refuses.
+    pub fn add_vector(&self, vector: u16, trigger: &EventFd) -> Result<(), VfioError> {
+        let mut argument = vectors_argument(VectorKind::Msix, std::slice::from_ref(trigger));
+        argument.set_u32(offset_of!(vfio_irq_set, start), vector.into());
+        sys::argument(self.as_fd(), Request::DEVICE_SET_IRQS, &mut argument).map(drop)
+    }
+
+    fn on(&self, kind: VectorKind) -> &AtomicBool {
+        let [msi, msix] = &self.vectors_on;
+        match kind {
+            VectorKind::Msi => msi,
+            VectorKind::Msix => msix,
+        }
     }
 
     /// Turns INTx on. When the device asserts it, VFIO masks it and signals `trigger`; a signal of `unmask` unmasks it,
@@ -167,6 +192,10 @@ impl VfioDevice {
     }
 }
 
+fn too_few() -> VfioError {
+    VfioError::Unexpected("there are fewer eventfds than vectors".into())
+}
+
 fn whole(index: u32, offset: u64, bytes: usize, done: io::Result<usize>) -> Result<(), VfioError> {
     let source = match done {
         Ok(count) if count == bytes => return Ok(()),
@@ -176,9 +205,13 @@ fn whole(index: u32, offset: u64, bytes: usize, done: io::Result<usize>) -> Resu
     Err(VfioError::Access { index, offset, bytes, source })
 }
 
-/// A request that makes all of `triggers` the vectors, or, when there are none, turns MSI-X off.
-fn msix_argument(triggers: &[EventFd]) -> Argument {
-    events_argument(VFIO_PCI_MSIX_IRQ_INDEX, VFIO_IRQ_SET_ACTION_TRIGGER, triggers)
+/// A request that makes all of `triggers` the vectors, or, when there are none, turns them off.
+fn vectors_argument(kind: VectorKind, triggers: &[EventFd]) -> Argument {
+    let index = match kind {
+        VectorKind::Msi => VFIO_PCI_MSI_IRQ_INDEX,
+        VectorKind::Msix => VFIO_PCI_MSIX_IRQ_INDEX,
+    };
+    events_argument(index, VFIO_IRQ_SET_ACTION_TRIGGER, triggers)
 }
 
 /// A request that connects `events` to the interrupts of kind `index`, the first to number 0, or, when there are none,
@@ -248,8 +281,18 @@ impl Vfio for VfioDevice {
     fn irq_info(&mut self, index: u32) -> Result<IrqInfo, VfioError> {
         VfioDevice::irq_info(self, index)
     }
-    fn set_msix(&mut self, triggers: Option<&Arc<[EventFd]>>) -> Result<(), VfioError> {
-        VfioDevice::set_msix(self, triggers.map(|all| &all[..]))
+    fn set_vectors(
+        &mut self,
+        kind: VectorKind,
+        triggers: &Arc<[EventFd]>,
+        count: u16,
+    ) -> Result<(), VfioError> {
+        let first = triggers.get(..usize::from(count));
+        VfioDevice::set_vectors(self, kind, first.ok_or_else(too_few)?)
+    }
+    fn add_vector(&mut self, vector: u16, triggers: &Arc<[EventFd]>) -> Result<(), VfioError> {
+        let trigger = triggers.get(usize::from(vector)).ok_or_else(too_few)?;
+        VfioDevice::add_vector(self, vector, trigger)
     }
     fn reset(&mut self) -> Result<(), VfioError> {
         VfioDevice::reset(self)
@@ -308,11 +351,14 @@ mod tests {
 
     #[test]
     fn vectors_are_set_as_the_header_says() {
-        assert_eq!(format!("{:?}", msix_argument(&[])), format!("{:?}", words(&[20, 1 | 32, 2, 0, 0])));
+        let off = vectors_argument(VectorKind::Msix, &[]);
+        assert_eq!(format!("{off:?}"), format!("{:?}", words(&[20, 1 | 32, 2, 0, 0])));
+        let off = vectors_argument(VectorKind::Msi, &[]);
+        assert_eq!(format!("{off:?}"), format!("{:?}", words(&[20, 1 | 32, 1, 0, 0])));
         let events = [EventFd::new(0).unwrap(), EventFd::new(0).unwrap()];
         let [a, b] = [events[0].as_raw_fd() as u32, events[1].as_raw_fd() as u32];
         assert_eq!(
-            format!("{:?}", msix_argument(&events)),
+            format!("{:?}", vectors_argument(VectorKind::Msix, &events)),
             format!("{:?}", words(&[28, 4 | 32, 2, 0, 2, a, b]))
         );
         let unmask = events_argument(VFIO_PCI_INTX_IRQ_INDEX, VFIO_IRQ_SET_ACTION_UNMASK, &events[..1]);

@@ -3,7 +3,8 @@
 use std::sync::Arc;
 
 use casemate_pci::{
-    BarRequest, Config, ConfigError, DecodedBars, Function, Msix, MsixTransition, VectorSink, regs,
+    BarRequest, Config, ConfigError, DecodedBars, Function, Msi, MsiMessage, MsiTransition, Msix,
+    MsixTransition, VectorSink, regs,
 };
 use vfio_bindings::bindings::vfio::VFIO_PCI_CONFIG_REGION_INDEX;
 use vmm_sys_util::eventfd::EventFd;
@@ -12,7 +13,7 @@ use crate::{
     filter,
     mapping::Mapping,
     probe::Probe,
-    seam::{Region, Vfio, VfioError},
+    seam::{Region, VectorKind, Vfio, VfioError},
 };
 
 /// What an assigned function is made of.
@@ -34,6 +35,9 @@ pub struct AssignedFunction<V, S> {
     triggers: Arc<[EventFd]>,
     config: Config,
     msix: Option<Msix>,
+    msi: Option<Msi>,
+    /// Which vectors of MSI-X were made at the device; empty where all are made at once.
+    made: Vec<bool>,
     regions: [Region; casemate_pci::BAR_COUNT],
     mappings: Vec<Mapping>,
     intx: bool,
@@ -50,8 +54,7 @@ impl<V: Vfio, S: VectorSink + Send> AssignedFunction<V, S> {
     pub fn new(parts: Parts<V, S>) -> Result<Self, VfioError> {
         let Parts { mut vfio, probe, sink, triggers } = parts;
         if triggers.len() != usize::from(probe.vectors()) {
-            let problem =
-                format!("{} eventfds were made for {} MSI-X vectors", triggers.len(), probe.vectors());
+            let problem = format!("{} eventfds were made for {} vectors", triggers.len(), probe.vectors());
             return Err(VfioError::Unexpected(problem));
         }
         let mut forwarded = Vec::new();
@@ -59,8 +62,9 @@ impl<V: Vfio, S: VectorSink + Send> AssignedFunction<V, S> {
             write_config(&mut vfio, offset, always)?;
             forwarded.push(always);
         }
-        let Probe { config, msix, intx, regions, mappings } = probe;
-        Ok(Self { vfio, sink, triggers, config, msix, regions, mappings, intx, forwarded })
+        let Probe { config, msix, msi, dynamic, intx, regions, mappings, .. } = probe;
+        let made = if dynamic { vec![false; triggers.len()] } else { Vec::new() };
+        Ok(Self { vfio, sink, triggers, config, msix, msi, made, regions, mappings, intx, forwarded })
     }
 
     /// The parts of its BARs to be mapped from the device's file into the guest. Accesses to the rest are to be
@@ -80,6 +84,47 @@ impl<V: Vfio, S: VectorSink + Send> AssignedFunction<V, S> {
         }
     }
 
+    /// Turns MSI-X as a whole on or off at the device, and makes the vectors that the guest has unmasked for the first time.
+    /// The sink was told of them before, so their irqfds stand when the device begins to trigger. A failure is with whoever
+    /// implements [`Vfio`].
+    fn make_vectors(&mut self, transition: Option<MsixTransition>, unmasked: &[u16]) {
+        let all = u16::try_from(self.triggers.len()).unwrap_or(u16::MAX);
+        match transition {
+            Some(MsixTransition::Enabled) => {
+                // The kernel turns MSI-X on with one vector at least.
+                let count = if self.made.is_empty() { all } else { 1 };
+                let _ = self.vfio.set_vectors(VectorKind::Msix, &self.triggers, count);
+                self.made.iter_mut().take(1).for_each(|made| *made = true);
+            }
+            Some(MsixTransition::Disabled) => {
+                let _ = self.vfio.set_vectors(VectorKind::Msix, &self.triggers, 0);
+                self.made.fill(false);
+            }
+            None => {}
+        }
+        if !self.msix.as_ref().is_some_and(Msix::enabled) {
+            return;
+        }
+        for vector in unmasked {
+            if let Some(made) = self.made.get_mut(usize::from(*vector)).filter(|made| !**made) {
+                *made = self.vfio.add_vector(*vector, &self.triggers).is_ok();
+            }
+        }
+    }
+
+    /// Turns MSI on or off at the device, after the guest's write to configuration space or a reset. As with MSI-X, a failure
+    /// is with whoever implements [`Vfio`].
+    fn turn_msi(&mut self) {
+        let msi = self.msi.as_mut().and_then(|msi| msi.config_written(&self.config, &mut self.sink));
+        let _ = match msi {
+            Some(MsiTransition::Enabled(count)) => {
+                self.vfio.set_vectors(VectorKind::Msi, &self.triggers, count)
+            }
+            Some(MsiTransition::Disabled) => self.vfio.set_vectors(VectorKind::Msi, &self.triggers, 0),
+            None => Ok(()),
+        };
+    }
+
     /// The region of `bar`, when an access of `len` bytes at `offset` is aligned and inside it.
     fn region(&self, bar: u8, offset: u64, len: usize) -> Option<&Region> {
         let len = u64::try_from(len).ok().filter(|len| matches!(len, 1 | 2 | 4 | 8))?;
@@ -95,20 +140,19 @@ fn write_config<V: Vfio>(vfio: &mut V, offset: u16, value: u16) -> Result<(), Vf
 
 impl<V: Vfio, S: VectorSink + Send> Function for AssignedFunction<V, S> {
     fn config_read(&mut self, offset: u16, data: &mut [u8]) {
+        if let Some(msi) = &self.msi {
+            msi.show_pending(&mut self.config, &self.sink);
+        }
         self.config.read(offset, data);
     }
 
     fn config_write(&mut self, offset: u16, data: &[u8]) {
         self.config.write(offset, data);
-        let transition =
-            self.msix.as_mut().and_then(|msix| msix.config_written(&self.config, &mut self.sink));
-        // The sink was told before, so the irqfds stand when the device begins to trigger. A failure is with whoever
-        // implements Vfio.
-        let _ = match transition {
-            Some(MsixTransition::Enabled) => self.vfio.set_msix(Some(&self.triggers)),
-            Some(MsixTransition::Disabled) => self.vfio.set_msix(None),
-            None => Ok(()),
-        };
+        let mut noting = Noting { sink: &mut self.sink, unmasked: Vec::new() };
+        let msix = self.msix.as_mut().and_then(|msix| msix.config_written(&self.config, &mut noting));
+        let unmasked = noting.unmasked;
+        self.make_vectors(msix, &unmasked);
+        self.turn_msi();
         self.forward();
     }
 
@@ -123,7 +167,10 @@ impl<V: Vfio, S: VectorSink + Send> Function for AssignedFunction<V, S> {
     }
 
     fn bar_write(&mut self, bar: u8, offset: u64, data: &[u8]) {
-        if self.msix.as_mut().is_some_and(|msix| msix.bar_write(bar, offset, data, &mut self.sink)) {
+        let mut noting = Noting { sink: &mut self.sink, unmasked: Vec::new() };
+        if self.msix.as_mut().is_some_and(|msix| msix.bar_write(bar, offset, data, &mut noting)) {
+            let unmasked = noting.unmasked;
+            self.make_vectors(None, &unmasked);
             return;
         }
         if self.region(bar, offset, data.len()).is_some_and(|region| region.writable) {
@@ -148,9 +195,8 @@ impl<V: Vfio, S: VectorSink + Send> Function for AssignedFunction<V, S> {
     fn reset(&mut self) {
         self.config.reset();
         let msix = self.msix.as_mut().and_then(|msix| msix.reset(&self.config, &mut self.sink));
-        if msix == Some(MsixTransition::Disabled) {
-            let _ = self.vfio.set_msix(None);
-        }
+        self.make_vectors(msix, &[]);
+        self.turn_msi();
         // Bus master is off before the reset, and after it, whatever the reset made of it.
         self.forward();
         let _ = self.vfio.reset();
@@ -161,7 +207,25 @@ impl<V: Vfio, S: VectorSink + Send> Function for AssignedFunction<V, S> {
     }
 }
 
-/// Brings a device to rest, before a guest gets it and after one had it: MSI-X off, bus master off, reset, and bus
+/// A sink that notes which vectors are to deliver from now on.
+struct Noting<'a, S> {
+    sink: &'a mut S,
+    unmasked: Vec<u16>,
+}
+
+impl<S: VectorSink> VectorSink for Noting<'_, S> {
+    fn set(&mut self, vector: u16, message: Option<MsiMessage>) {
+        self.sink.set(vector, message);
+        if message.is_some() {
+            self.unmasked.push(vector);
+        }
+    }
+    fn is_pending(&self, vector: u16) -> bool {
+        self.sink.is_pending(vector)
+    }
+}
+
+/// Brings a device to rest, before a guest gets it and after one had it: MSI and MSI-X off, bus master off, reset, and bus
 /// master found off afterwards. Stored data is not scrubbed.
 ///
 /// # Errors
@@ -169,7 +233,10 @@ impl<V: Vfio, S: VectorSink + Send> Function for AssignedFunction<V, S> {
 pub fn quiesce(vfio: &mut dyn Vfio) -> Result<(), VfioError> {
     let command = u64::from(regs::COMMAND);
     let rest = regs::COMMAND_MEMORY | regs::COMMAND_INTX_DISABLE;
-    vfio.set_msix(None)?;
+    let none: Arc<[EventFd]> = Arc::new([]);
+    for kind in [VectorKind::Msi, VectorKind::Msix] {
+        vfio.set_vectors(kind, &none, 0)?;
+    }
     vfio.region_write(VFIO_PCI_CONFIG_REGION_INDEX, command, &rest.to_le_bytes())?;
     vfio.reset()?;
     let mut after = [0xff; 2];

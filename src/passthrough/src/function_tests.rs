@@ -4,6 +4,7 @@ use casemate_pci::MsiMessage;
 use proptest::prelude::*;
 use std::collections::BTreeMap;
 use std::sync::Mutex;
+use vfio_bindings::bindings::vfio::VFIO_IRQ_INFO_NORESIZE;
 
 #[derive(Clone, Default)]
 struct Sink(Arc<Mutex<BTreeMap<u16, MsiMessage>>>);
@@ -65,7 +66,7 @@ fn msix_goes_on_and_off_with_all_vectors() {
     let (mut function, mock, sink) = assign(Mock::nvme());
     mock.take_events();
     function.config_write(0x42, &0xc000u16.to_le_bytes());
-    assert_eq!(mock.take_events(), [Event::Msix(Some(65))]);
+    assert_eq!(mock.take_events(), [Event::Vectors(VectorKind::Msix, 65)]);
     function.bar_write(0, 0x2010, &0xfee0_0000u64.to_le_bytes());
     function.bar_write(0, 0x2018, &0x41u64.to_le_bytes());
     function.config_write(0x42, &0x8000u16.to_le_bytes());
@@ -75,7 +76,67 @@ fn msix_goes_on_and_off_with_all_vectors() {
     assert_eq!(pending, [8, 0, 0, 0, 0, 0, 0, 0]);
     assert_eq!(mock.take_events(), [], "table and mask are no business of the device");
     function.config_write(0x42, &[0, 0]);
-    assert_eq!((mock.take_events(), sink.0.lock().unwrap().len()), (vec![Event::Msix(None)], 0));
+    assert_eq!(
+        (mock.take_events(), sink.0.lock().unwrap().len()),
+        (vec![Event::Vectors(VectorKind::Msix, 0)], 0)
+    );
+}
+
+#[test]
+fn vectors_are_made_when_unmasked_where_the_kernel_can() {
+    let (mut function, mock, sink) = assign(Mock { irq_flags: 0, ..Mock::nvme() });
+    mock.take_events();
+    let unmask = |function: &mut AssignedFunction<Mock, Sink>, vector: u64, control: u64| {
+        function.bar_write(0, 0x2000 + 16 * vector, &0xfee0_0000u64.to_le_bytes());
+        function.bar_write(0, 0x2008 + 16 * vector, &(control << 32 | (0x40 + vector)).to_le_bytes());
+    };
+    unmask(&mut function, 3, 0);
+    assert_eq!(mock.take_events(), [], "off as a whole");
+    function.config_write(0x42, &0x8000u16.to_le_bytes());
+    assert_eq!(mock.take_events(), [Event::Vectors(VectorKind::Msix, 1), Event::Vector(3)]);
+    unmask(&mut function, 64, 0);
+    unmask(&mut function, 0, 0);
+    assert_eq!(mock.take_events(), [Event::Vector(64)]);
+    unmask(&mut function, 3, 1);
+    unmask(&mut function, 3, 0);
+    assert_eq!((mock.take_events(), sink.0.lock().unwrap().len()), (vec![], 3));
+    function.config_write(0x42, &[0, 0]);
+    function.config_write(0x42, &0x8000u16.to_le_bytes());
+    let all = [
+        Event::Vectors(VectorKind::Msix, 0),
+        Event::Vectors(VectorKind::Msix, 1),
+        Event::Vector(3),
+        Event::Vector(64),
+    ];
+    assert_eq!(mock.take_events(), all);
+}
+
+#[test]
+fn msi_serves_functions_without_msix() {
+    let mut mock = Mock::nvme();
+    // The list begins at MSI: four vectors, each with a mask.
+    mock.space[0x34] = 0xd0;
+    mock.space[0xd2..0xd4].copy_from_slice(&0x0184u16.to_le_bytes());
+    mock.msi_vectors = 4;
+    mock.space[0x3d] = 1;
+    let (mut function, mock, sink) = assign(mock);
+    mock.take_events();
+    function.config_write(0xd4, &0xfee0_0000u32.to_le_bytes());
+    function.config_write(0xdc, &0x40u16.to_le_bytes());
+    function.config_write(0xd2, &0x0021u16.to_le_bytes());
+    assert_eq!(mock.take_events(), [Event::Vectors(VectorKind::Msi, 4)]);
+    let told: Vec<_> = sink.0.lock().unwrap().values().map(|message| message.data).collect();
+    assert_eq!(told, [0x40, 0x41, 0x42, 0x43]);
+    function.config_write(0xe0, &[0xf]);
+    let mut pending = [0; 4];
+    function.config_read(0xe4, &mut pending);
+    assert_eq!((pending, sink.0.lock().unwrap().len()), ([8, 0, 0, 0], 0));
+    assert_eq!(mock.take_events(), [], "masks are no business of the device");
+    let mut pin = [0];
+    function.config_read(0x3d, &mut pin);
+    assert_eq!(pin, [0], "INTx is hidden beside MSI");
+    function.config_write(0xd2, &[0]);
+    assert_eq!(mock.take_events(), [Event::Vectors(VectorKind::Msi, 0)]);
 }
 
 #[test]
@@ -140,7 +201,15 @@ fn eventfds_must_match_the_vectors() {
 fn quiesce_reads_the_result_and_looks_again() {
     let mut mock = Mock::nvme();
     quiesce(&mut mock).unwrap();
-    assert_eq!(mock.take_events(), [Event::Msix(None), command(0x0402), Event::Reset]);
+    assert_eq!(
+        mock.take_events(),
+        [
+            Event::Vectors(VectorKind::Msi, 0),
+            Event::Vectors(VectorKind::Msix, 0),
+            command(0x0402),
+            Event::Reset
+        ]
+    );
     mock.failing = true;
     assert!(quiesce(&mut mock).is_err());
 
@@ -159,8 +228,16 @@ fn quiesce_reads_the_result_and_looks_again() {
         fn irq_info(&mut self, index: u32) -> Result<crate::IrqInfo, VfioError> {
             self.0.irq_info(index)
         }
-        fn set_msix(&mut self, triggers: Option<&Arc<[EventFd]>>) -> Result<(), VfioError> {
-            self.0.set_msix(triggers)
+        fn set_vectors(
+            &mut self,
+            kind: VectorKind,
+            triggers: &Arc<[EventFd]>,
+            count: u16,
+        ) -> Result<(), VfioError> {
+            self.0.set_vectors(kind, triggers, count)
+        }
+        fn add_vector(&mut self, vector: u16, triggers: &Arc<[EventFd]>) -> Result<(), VfioError> {
+            self.0.add_vector(vector, triggers)
         }
         fn reset(&mut self) -> Result<(), VfioError> {
             self.0.space[4] |= 4;
@@ -186,7 +263,10 @@ fn no_write_reaches_the_device_but_bus_master() {
                         Event::Write { .. } => {
                             assert!(inside_command && (event == command(0x0402) || event == command(0x0406)));
                         }
-                        Event::Msix(_) => assert!(inside_msix, "{offset:#x} {width}"),
+                        Event::Vectors(kind, _) => {
+                            assert!(inside_msix && kind == VectorKind::Msix, "{offset:#x} {width}");
+                        }
+                        Event::Vector(_) => panic!("all vectors were made at once"),
                         Event::Reset => panic!("a guest has reset the device"),
                     }
                 }
@@ -204,8 +284,10 @@ proptest! {
             prop_oneof![0u64..0x110, 0x1ff0u64..0x3020, any::<u64>()],
             proptest::collection::vec(any::<u8>(), 0..=9),
         ), 0..64),
+        dynamic: bool,
     ) {
-        let (mut function, mock, _) = assign(Mock::nvme());
+        let irq_flags = if dynamic { 0 } else { VFIO_IRQ_INFO_NORESIZE };
+        let (mut function, mock, _) = assign(Mock { irq_flags, ..Mock::nvme() });
         mock.take_events();
         for (is_config, bar, offset, mut data) in accesses {
             if is_config {
@@ -225,7 +307,12 @@ proptest! {
                         prop_assert!(index == 0 || index == 3);
                         prop_assert!(index != 0 || !(0x2000..0x2410).contains(&at) && !(0x3000..0x3010).contains(&at));
                     }
-                    Event::Msix(on) => prop_assert!(is_config && on.is_none_or(|count| count == 65)),
+                    Event::Vectors(VectorKind::Msix, count) => {
+                        let is_whole = if dynamic { count < 2 } else { count % 65 == 0 };
+                        prop_assert!(is_config && is_whole);
+                    }
+                    Event::Vectors(VectorKind::Msi, _) => prop_assert!(false, "it has MSI-X"),
+                    Event::Vector(vector) => prop_assert!(dynamic && vector < 65),
                     Event::Reset => prop_assert!(false, "a guest has reset the device"),
                 }
             }

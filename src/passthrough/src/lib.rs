@@ -17,8 +17,9 @@
 //!   tests, and so that the VMM can do reads and writes on the vCPU's thread and send the rest to its control thread.
 //!   [`VfioDevice`] and [`Container`] issue the ioctls, and read the result of each: a reset that failed is an error.
 //!
-//! Interrupts are MSI-X where a function has it, and INTx where it doesn't: VFIO takes one kind at a time. MSI is
-//! hidden, so a function that has MSI and INTx is driven by INTx.
+//! Interrupts are MSI-X where a function has it, else MSI, else INTx: VFIO takes one kind at a time, so the others are
+//! hidden. Vectors of MSI-X are made when the guest first unmasks them, where the kernel can; else all at once, so that
+//! none is lost when more are wanted.
 // The kernel's VFIO is reached by ioctls that take pointers: sys.rs holds them, container.rs maps memory for DMA.
 #![allow(unsafe_code)]
 
@@ -39,4 +40,4 @@ pub use filter::{Access, FILTER, Rule, What};
 pub use function::{AssignedFunction, Parts, quiesce};
 pub use mapping::{Mapping, PAGE_BYTES};
 pub use probe::{Probe, ProbeError};
-pub use seam::{IrqInfo, Region, Vfio, VfioError};
+pub use seam::{IrqInfo, Region, VectorKind, Vfio, VfioError};

@@ -6,16 +6,19 @@ use std::{
 };
 
 use casemate_pci::regs;
-use vfio_bindings::bindings::vfio::{VFIO_PCI_CONFIG_REGION_INDEX, VFIO_PCI_MSIX_IRQ_INDEX};
+use vfio_bindings::bindings::vfio::{
+    VFIO_IRQ_INFO_NORESIZE, VFIO_PCI_CONFIG_REGION_INDEX, VFIO_PCI_MSI_IRQ_INDEX, VFIO_PCI_MSIX_IRQ_INDEX,
+};
 use vmm_sys_util::eventfd::EventFd;
 
-use crate::seam::{IrqInfo, Region, Vfio, VfioError};
+use crate::seam::{IrqInfo, Region, VectorKind, Vfio, VfioError};
 
 /// What the device was asked to do.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub(crate) enum Event {
     Write { index: u32, offset: u64, data: Vec<u8> },
-    Msix(Option<usize>),
+    Vectors(VectorKind, u16),
+    Vector(u16),
     Reset,
 }
 
@@ -25,6 +28,8 @@ pub(crate) struct Mock {
     pub(crate) space: Vec<u8>,
     pub(crate) bars: [Region; 6],
     pub(crate) vectors: u32,
+    pub(crate) msi_vectors: u32,
+    pub(crate) irq_flags: u32,
     pub(crate) events: Arc<Mutex<Vec<Event>>>,
     pub(crate) failing: bool,
 }
@@ -72,7 +77,15 @@ impl Mock {
             Region::default(),
             Region::default(),
         ];
-        Self { space, bars, vectors: 65, events: Arc::default(), failing: false }
+        Self {
+            space,
+            bars,
+            vectors: 65,
+            msi_vectors: 1,
+            irq_flags: VFIO_IRQ_INFO_NORESIZE,
+            events: Arc::default(),
+            failing: false,
+        }
     }
 
     pub(crate) fn take_events(&self) -> Vec<Event> {
@@ -116,12 +129,27 @@ impl Vfio for Mock {
     }
 
     fn irq_info(&mut self, index: u32) -> Result<IrqInfo, VfioError> {
-        let count = if index == VFIO_PCI_MSIX_IRQ_INDEX { self.vectors } else { 1 };
-        Ok(IrqInfo { count, flags: 0 })
+        let count = match index {
+            VFIO_PCI_MSIX_IRQ_INDEX => self.vectors,
+            VFIO_PCI_MSI_IRQ_INDEX => self.msi_vectors,
+            _ => 1,
+        };
+        Ok(IrqInfo { count, flags: self.irq_flags })
     }
 
-    fn set_msix(&mut self, triggers: Option<&Arc<[EventFd]>>) -> Result<(), VfioError> {
-        self.answer(Event::Msix(triggers.map(|all| all.len())))
+    fn set_vectors(
+        &mut self,
+        kind: VectorKind,
+        triggers: &Arc<[EventFd]>,
+        count: u16,
+    ) -> Result<(), VfioError> {
+        assert!(usize::from(count) <= triggers.len());
+        self.answer(Event::Vectors(kind, count))
+    }
+
+    fn add_vector(&mut self, vector: u16, triggers: &Arc<[EventFd]>) -> Result<(), VfioError> {
+        assert!(usize::from(vector) < triggers.len());
+        self.answer(Event::Vector(vector))
     }
 
     fn reset(&mut self) -> Result<(), VfioError> {

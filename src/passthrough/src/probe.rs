@@ -2,10 +2,10 @@
 
 use casemate_pci::{
     BAR_COUNT, BarKind, BarOffset, BarRequest, Capability, CapabilityError, Config, ConfigError,
-    FoundCapability, Identity, Msix, MsixLayout, capabilities, regs,
+    FoundCapability, Identity, Msi, MsiLayout, Msix, MsixLayout, capabilities, regs,
 };
 use vfio_bindings::bindings::vfio::{
-    VFIO_PCI_CONFIG_REGION_INDEX, VFIO_PCI_INTX_IRQ_INDEX, VFIO_PCI_MSIX_IRQ_INDEX,
+    VFIO_PCI_CONFIG_REGION_INDEX, VFIO_PCI_INTX_IRQ_INDEX, VFIO_PCI_MSI_IRQ_INDEX, VFIO_PCI_MSIX_IRQ_INDEX,
 };
 
 use crate::{
@@ -22,6 +22,7 @@ const INTA: u8 = 1;
 /// Bytes of the capabilities that are built here, with ID and link.
 const PM_BYTES: u16 = 8;
 const MSIX_BYTES: u16 = 12;
+const MSI_BYTES_LEAST: u16 = 10;
 const EXPRESS_V1_BYTES: u16 = 0x14;
 /// A version 2 capability of a root complex integrated endpoint ends with the second device registers.
 const EXPRESS_V2_BYTES: u16 = 0x2c;
@@ -60,8 +61,11 @@ pub enum ProbeError {
     /// A BAR or capability contradicts another, or can't be.
     #[error(transparent)]
     Config(#[from] ConfigError),
+    /// MSI with a number of vectors that is reserved.
+    #[error("the device's MSI capability is broken (message control {0:#06x})")]
+    MsiControl(u16),
     /// The kernel and the device don't agree on the vectors.
-    #[error("the device has {device} MSI-X vectors, and the kernel says {kernel}")]
+    #[error("the device has {device} vectors, and the kernel says {kernel}")]
     Vectors {
         /// By its capability.
         device: u16,
@@ -69,6 +73,9 @@ pub enum ProbeError {
         kernel: u32,
     },
 }
+
+/// I/O BARs: number and size in bytes.
+type IoBars = Vec<(u8, u64)>;
 
 /// A physical function that was found sound: the guest's view of it, with all that an [`AssignedFunction`] is made
 /// of.
@@ -78,7 +85,11 @@ pub enum ProbeError {
 pub struct Probe {
     pub(crate) config: Config,
     pub(crate) msix: Option<Msix>,
+    pub(crate) msi: Option<Msi>,
+    /// Vectors of MSI-X can be made one by one.
+    pub(crate) dynamic: bool,
     pub(crate) intx: bool,
+    hidden_io: IoBars,
     pub(crate) regions: [Region; BAR_COUNT],
     pub(crate) mappings: Vec<Mapping>,
 }
@@ -105,16 +116,18 @@ impl Probe {
         for (offset, size) in filter::snapshots() {
             config.set(offset, space.slice(offset, size));
         }
-        let regions = add_bars(vfio, &space, &mut config)?;
-        let msix = add_capabilities(vfio, &space, &mut config)?;
+        let (regions, hidden_io) = add_bars(vfio, &space, &mut config)?;
+        let (msix, msi) = add_capabilities(vfio, &space, &mut config)?;
+        let dynamic = msix.is_some() && vfio.irq_info(VFIO_PCI_MSIX_IRQ_INDEX)?.is_dynamic();
         let intx = msix.is_none()
+            && msi.is_none()
             && space.u8(INTERRUPT_PIN) != 0
             && vfio.irq_info(VFIO_PCI_INTX_IRQ_INDEX)?.count != 0;
         if intx {
             config.set_interrupt(INTA, 0);
         }
         let mappings = mappings(&regions, msix.as_ref());
-        Ok(Self { config, msix, intx, regions, mappings })
+        Ok(Self { config, msix, msi, dynamic, intx, hidden_io, regions, mappings })
     }
 
     /// Whether the guest is told that the function has INTx. Who assigns it is to listen to it then
@@ -123,9 +136,15 @@ impl Probe {
         self.intx
     }
 
-    /// How many MSI-X vectors the function has, and so how many eventfds it wants; 0 without MSI-X.
+    /// How many vectors of MSI-X or MSI the function has, and so how many eventfds it wants; 0 without either.
     pub fn vectors(&self) -> u16 {
-        self.msix.as_ref().map_or(0, |msix| msix.layout().vectors)
+        let msix = self.msix.as_ref().map(|msix| msix.layout().vectors);
+        msix.or(self.msi.as_ref().map(|msi| msi.layout().vectors)).unwrap_or(0)
+    }
+
+    /// The I/O BARs that the guest doesn't see: number and size in bytes.
+    pub fn hidden_io_bars(&self) -> &[(u8, u64)] {
+        &self.hidden_io
     }
 }
 
@@ -153,8 +172,9 @@ fn add_bars(
     vfio: &mut dyn Vfio,
     space: &Space,
     config: &mut Config,
-) -> Result<[Region; BAR_COUNT], ProbeError> {
+) -> Result<([Region; BAR_COUNT], IoBars), ProbeError> {
     let mut regions: [Region; BAR_COUNT] = Default::default();
+    let mut hidden_io = Vec::new();
     let mut upper_half = false;
     for (index, slot) in (0u8..).zip(&mut regions) {
         if std::mem::take(&mut upper_half) {
@@ -162,8 +182,11 @@ fn add_bars(
         }
         let region = vfio.region_info(u32::from(index))?;
         let register = space.u32(regs::BASE_ADDRESS_0 + 4 * u16::from(index));
-        let is_io = register & 1 != 0;
-        if region.size == 0 || is_io {
+        if region.size == 0 {
+            continue;
+        }
+        if register & 1 != 0 {
+            hidden_io.push((index, region.size));
             continue;
         }
         let kind = match register >> 1 & 3 {
@@ -175,7 +198,7 @@ fn add_bars(
         upper_half = kind == BarKind::Memory64;
         *slot = region;
     }
-    Ok(regions)
+    Ok((regions, hidden_io))
 }
 
 /// Adds each capability that the filter names, where the device has it.
@@ -183,9 +206,11 @@ fn add_capabilities(
     vfio: &mut dyn Vfio,
     space: &Space,
     config: &mut Config,
-) -> Result<Option<Msix>, ProbeError> {
-    let mut msix = None;
-    for found in capabilities(&space.0)? {
+) -> Result<(Option<Msix>, Option<Msi>), ProbeError> {
+    let (mut msix, mut msi) = (None, None);
+    let all = capabilities(&space.0)?;
+    let has_msix = all.iter().any(|found| found.id == regs::CAP_ID_MSIX);
+    for found in all {
         let at = u16::from(found.offset);
         match filter::capability_rule(found.id).map(|_| found.id) {
             Some(regs::CAP_ID_PM) => {
@@ -197,6 +222,18 @@ fn add_capabilities(
                 if let Some(body) = express(space, found)? {
                     add(config, found, &body, &[])?;
                 }
+            }
+            Some(regs::CAP_ID_MSI) if !has_msix && msi.is_none() => {
+                require(found, MSI_BYTES_LEAST)?;
+                let control = space.u16(at + 2);
+                let layout = MsiLayout::from_control(control, Some(found.offset));
+                let layout = layout.ok_or(ProbeError::MsiControl(control))?;
+                require(found, layout.size())?;
+                let kernel = vfio.irq_info(VFIO_PCI_MSI_IRQ_INDEX)?.count;
+                if kernel != u32::from(layout.vectors) {
+                    return Err(ProbeError::Vectors { device: layout.vectors, kernel });
+                }
+                msi = Some(Msi::add(config, layout)?);
             }
             Some(regs::CAP_ID_MSIX) if msix.is_none() => {
                 require(found, MSIX_BYTES)?;
@@ -210,7 +247,7 @@ fn add_capabilities(
             _ => {}
         }
     }
-    Ok(msix)
+    Ok((msix, msi))
 }
 
 fn require(found: FoundCapability, bytes: u16) -> Result<(), ProbeError> {

@@ -33,7 +33,7 @@ fn shows_what_the_filter_names_and_nothing_else() {
     for offset in (0x8c..0xf0).chain(0x100..0x1000).step_by(4) {
         assert_eq!(u32_of(config, offset), 0, "{offset:#x}");
     }
-    assert_eq!(probe.vectors(), 65);
+    assert_eq!((probe.vectors(), probe.hidden_io_bars()), (65, &[(2, 0x20)][..]));
     assert!(mock.take_events().is_empty(), "probing changes nothing");
 }
 
@@ -79,7 +79,7 @@ fn refuses_broken_devices() {
         change(&mut mock);
         Probe::read(&mut mock).map(|_| ()).unwrap_err().to_string()
     };
-    let table: [(Change<'_>, &str); 15] = [
+    let table: [(Change<'_>, &str); 18] = [
         (&|mock| mock.space.fill(0xff), "does not answer"),
         (&|mock| mock.space[0x0e] = 0x01, "header type 0x01"),
         (&|mock| mock.space[0xf1] = 0x40, "loops at 0x40"),
@@ -93,10 +93,16 @@ fn refuses_broken_devices() {
         (&|mock| mock.bars[0].size = 0x3000, "BAR 0 cannot have 0x3000 bytes"),
         (&|mock| mock.bars[0].size = 8, "BAR 0 cannot have 0x8 bytes"),
         (&|mock| mock.bars[3].size = 1 << 32, "BAR 3 cannot have 0x100000000 bytes"),
-        (&|mock| mock.vectors = 64, "65 MSI-X vectors, and the kernel says 64"),
+        (&|mock| mock.vectors = 64, "65 vectors, and the kernel says 64"),
         (&|mock| mock.space[0x44] = 0x05, "outside their BARs"),
         (&|mock| mock.space[0x46] = 0x01, "outside their BARs"),
         (&|mock| mock.space[0x49] = 0x20, "overlap"),
+        (&|mock| (mock.space[0x34], mock.space[0xd2]) = (0xd0, 0x8c), "MSI capability is broken"),
+        (&|mock| (mock.space[0x34], mock.space[0xd2]) = (0xd0, 0x82), "2 vectors, and the kernel says 1"),
+        (
+            &|mock| (mock.space[0x34], mock.space[0xd1]) = (0xd0, 0xd8),
+            "capability 0x05 at 0xd0 runs into the next one",
+        ),
         (&|mock| mock.failing = true, "there is nothing at 0x0 of region 7"),
     ];
     for (change, words) in table {

@@ -2,6 +2,7 @@
 
 use std::{io, ops::Range, sync::Arc};
 
+use vfio_bindings::bindings::vfio::VFIO_IRQ_INFO_NORESIZE;
 use vmm_sys_util::eventfd::EventFd;
 
 /// A region of a VFIO device: a BAR, the ROM, or configuration space.
@@ -26,6 +27,13 @@ pub struct IrqInfo {
     pub count: u32,
     /// `VFIO_IRQ_INFO_*`.
     pub flags: u32,
+}
+
+impl IrqInfo {
+    /// Whether vectors can be added while others are on (Linux 6.5, for MSI-X).
+    pub fn is_dynamic(self) -> bool {
+        self.flags & VFIO_IRQ_INFO_NORESIZE == 0
+    }
 }
 
 /// What the kernel refused.
@@ -72,6 +80,15 @@ pub enum VfioError {
     Unexpected(String),
 }
 
+/// Interrupts that are messages. VFIO takes one kind at a time.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum VectorKind {
+    /// Address and data in configuration space.
+    Msi,
+    /// Address and data in a table.
+    Msix,
+}
+
 /// One function's device file. An error here is told to nobody else: who implements this decides whether it stops the
 /// guest; the guest reads all ones.
 pub trait Vfio: Send {
@@ -95,12 +112,22 @@ pub trait Vfio: Send {
     /// # Errors
     /// When the kernel doesn't know the index.
     fn irq_info(&mut self, index: u32) -> Result<IrqInfo, VfioError>;
-    /// With `Some`, turns MSI-X on at the device: vector `n` triggers the `n`th eventfd. With `None`, turns it off, if it
-    /// is on.
+    /// Turns the first `count` vectors on at the device, and no others: vector `n` triggers the `n`th eventfd. With a count
+    /// of 0, turns them off, if they are on.
     ///
     /// # Errors
-    /// When the kernel refuses, or has fewer vectors than there are eventfds; MSI-X is off then.
-    fn set_msix(&mut self, triggers: Option<&Arc<[EventFd]>>) -> Result<(), VfioError>;
+    /// When the kernel refuses, or has fewer vectors or eventfds than that; they are off then.
+    fn set_vectors(
+        &mut self,
+        kind: VectorKind,
+        triggers: &Arc<[EventFd]>,
+        count: u16,
+    ) -> Result<(), VfioError>;
+    /// Turns one more vector of MSI-X on, which is on already, where the kernel can (`VFIO_IRQ_INFO_NORESIZE` is clear).
+    ///
+    /// # Errors
+    /// When the kernel refuses or has no vector left; the others are as they were.
+    fn add_vector(&mut self, vector: u16, triggers: &Arc<[EventFd]>) -> Result<(), VfioError>;
     /// Resets the function by the best method that the kernel has for it.
     ///
     /// # Errors
@@ -121,8 +148,16 @@ impl<T: Vfio + ?Sized> Vfio for Box<T> {
     fn irq_info(&mut self, index: u32) -> Result<IrqInfo, VfioError> {
         (**self).irq_info(index)
     }
-    fn set_msix(&mut self, triggers: Option<&Arc<[EventFd]>>) -> Result<(), VfioError> {
-        (**self).set_msix(triggers)
+    fn set_vectors(
+        &mut self,
+        kind: VectorKind,
+        triggers: &Arc<[EventFd]>,
+        count: u16,
+    ) -> Result<(), VfioError> {
+        (**self).set_vectors(kind, triggers, count)
+    }
+    fn add_vector(&mut self, vector: u16, triggers: &Arc<[EventFd]>) -> Result<(), VfioError> {
+        (**self).add_vector(vector, triggers)
     }
     fn reset(&mut self) -> Result<(), VfioError> {
         (**self).reset()

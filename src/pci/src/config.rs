@@ -82,6 +82,9 @@ pub enum ConfigError {
         /// The address behind the last.
         end: u64,
     },
+    /// MSI has a power of two of vectors.
+    #[error("MSI cannot have {0} vectors")]
+    Msi(u16),
     /// MSI-X vectors, table or pending bits don't fit each other or their BARs.
     #[error("MSI-X: {0}")]
     Msix(&'static str),

@@ -18,6 +18,7 @@ mod config;
 mod ecam;
 mod function;
 mod host_bridge;
+mod msi;
 mod msix;
 mod root_port;
 
@@ -30,5 +31,6 @@ pub use config::{CONFIG_SPACE_BYTES, Capability, Config, ConfigError, Identity};
 pub use ecam::{ECAM_BYTES_PER_BUS, EcamAddress};
 pub use function::Function;
 pub use host_bridge::HostBridge;
+pub use msi::{MSI_VECTORS_MAX, Msi, MsiLayout, MsiTransition};
 pub use msix::{BarOffset, MSIX_VECTORS_MAX, MsiMessage, Msix, MsixLayout, MsixTransition, VectorSink};
 pub use root_port::{BRIDGE_WINDOW_BYTES, Forwarding, RootPort};

@@ -74,6 +74,8 @@ pub const INTERRUPT_LINE: u16 = 0x3c;
 pub const CAPABILITIES_START: u8 = 0x40;
 /// Capability: Power Management.
 pub const CAP_ID_PM: u8 = 0x01;
+/// Capability: Message Signalled Interrupts.
+pub const CAP_ID_MSI: u8 = 0x05;
 /// Capability: vendor specific; virtio uses it.
 pub const CAP_ID_VNDR: u8 = 0x09;
 /// Capability: PCI Express.

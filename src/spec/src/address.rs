@@ -34,6 +34,10 @@ impl PciAddress {
     pub fn bus(self) -> u8 {
         self.bus
     }
+    /// Whether both are on one bus.
+    pub fn is_on_the_bus_of(self, other: Self) -> bool {
+        (self.domain, self.bus) == (other.domain, other.bus)
+    }
     /// Device number, 0 to 31.
     pub fn device(self) -> u8 {
         self.device

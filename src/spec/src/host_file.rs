@@ -15,6 +15,10 @@ use crate::{
 
 /// Size of the file.
 const FILE_BYTES_MAX: usize = 256 << 10;
+/// Virtual functions of one physical function.
+const VFS_MAX: u16 = 256;
+/// The last VLAN.
+const VLAN_MAX: u16 = 4094;
 /// Pools.
 const POOLS_MAX: usize = 64;
 /// Addresses, and serial numbers, of one pool.
@@ -57,6 +61,21 @@ pub struct Pool {
     pub numa: NumaPolicy,
     /// What is known of the firmware after a guest had the device.
     pub firmware: Firmware,
+    /// The pool's devices are virtual functions, which Casemate makes of the physical functions that the pool describes.
+    pub virtual_functions: Option<VirtualFunctions>,
+}
+
+/// Virtual functions as an operator wants them made.
+#[derive(Clone, Debug, Default, PartialEq, Eq)]
+pub struct VirtualFunctions {
+    /// How many of each physical function, 1 to 256.
+    pub count: u16,
+    /// Of network cards: the VLAN that they are on, without seeing it; 0 for none.
+    pub vlan: u16,
+    /// Of network cards: how much each may send, in Mbit/s; 0 for no limit.
+    pub rate_mbps: u32,
+    /// Of NVMe drives: the namespace of each, in their order.
+    pub namespaces: Vec<u32>,
 }
 
 /// The front of a class code: class, subclass, programming interface.
@@ -106,6 +125,9 @@ pub enum NumaPolicy {
 pub enum Firmware {
     /// The operator vouches that a guest can't change it.
     Locked,
+    /// What of it can be read, the option ROM, is hashed before and after each guest. A device whose ROM can't be read is
+    /// given to nobody.
+    Digest,
     /// Nothing: the device never goes from one tenant to another.
     #[default]
     Unchecked,
@@ -136,6 +158,10 @@ struct RawPool {
     trusted: bool,
     numa: Option<Spanned<String>>,
     firmware: Option<Spanned<String>>,
+    vfs: Option<Spanned<u16>>,
+    vf_vlan: Option<Spanned<u16>>,
+    vf_rate_mbps: Option<Spanned<u32>>,
+    vf_namespaces: Option<Spanned<Vec<u32>>>,
 }
 
 /// Reads a host file's text.
@@ -188,6 +214,7 @@ impl Reader<'_> {
             Refusal::new("bad-name", "", cause, remedy).at(Some(location.clone()))
         })?;
         let is_pin = |text: &str| text.parse::<PciId>().ok();
+        let virtual_functions = self.virtual_functions(&raw)?;
         let pool = Pool {
             vendor: self.value(raw.vendor, hex16, "four hexadecimal digits, as in \"1b36\"")?,
             id: self.value(raw.id, is_pin, "vendor and device, as in \"1b36:0010\"")?,
@@ -207,7 +234,10 @@ impl Reader<'_> {
             numa: self
                 .value(raw.numa, numa, "\"preferred\", \"required\" or \"ignored\"")?
                 .unwrap_or_default(),
-            firmware: self.value(raw.firmware, firmware, "\"locked\" or \"unchecked\"")?.unwrap_or_default(),
+            firmware: self
+                .value(raw.firmware, firmware, "\"locked\", \"digest\" or \"unchecked\"")?
+                .unwrap_or_default(),
+            virtual_functions,
             name,
             location,
         };
@@ -223,6 +253,50 @@ impl Reader<'_> {
             return Err(Refusal::new("bad-pool", &pool.name, cause, remedy).at(Some(pool.location)));
         }
         Ok(pool)
+    }
+
+    fn virtual_functions(&self, raw: &RawPool) -> Result<Option<VirtualFunctions>, Refusal> {
+        let refuse = |start: usize, cause: &str, remedy: &str| {
+            let location = locate(self.file, self.source, start);
+            Err(Refusal::new("bad-pool", raw.name.get_ref(), cause, remedy).at(Some(location)))
+        };
+        let settings = [
+            raw.vf_vlan.as_ref().map(|value| value.span().start),
+            raw.vf_rate_mbps.as_ref().map(|value| value.span().start),
+            raw.vf_namespaces.as_ref().map(|value| value.span().start),
+        ];
+        let Some(count) = &raw.vfs else {
+            return match settings.into_iter().flatten().next() {
+                Some(start) => {
+                    refuse(start, "this is about virtual functions", "say how many there are to be: vfs = 4")
+                }
+                None => Ok(None),
+            };
+        };
+        if !(1..=VFS_MAX).contains(count.get_ref()) {
+            return refuse(count.span().start, "no physical function can make so many", "write 1 to 256");
+        }
+        if let Some(vlan) = raw.vf_vlan.as_ref().filter(|vlan| !(1..=VLAN_MAX).contains(vlan.get_ref())) {
+            return refuse(vlan.span().start, "this is no VLAN", "write 1 to 4094");
+        }
+        let namespaces = raw.vf_namespaces.as_ref().map_or(&[][..], |list| list.get_ref().as_slice());
+        let is_wrong = |list: &&Spanned<Vec<u32>>| {
+            let list = list.get_ref();
+            let twice = (1..).zip(list).any(|(next, one)| list.iter().skip(next).any(|other| other == one));
+            twice
+                || list.len() > usize::from(*count.get_ref())
+                || list.iter().any(|id| *id == 0 || *id == u32::MAX)
+        };
+        if let Some(list) = raw.vf_namespaces.as_ref().filter(is_wrong) {
+            let remedy = "write the number of a namespace for each virtual function, each another";
+            return refuse(list.span().start, "these can't be the functions' namespaces", remedy);
+        }
+        Ok(Some(VirtualFunctions {
+            count: *count.get_ref(),
+            vlan: raw.vf_vlan.as_ref().map_or(0, |vlan| *vlan.get_ref()),
+            rate_mbps: raw.vf_rate_mbps.as_ref().map_or(0, |rate| *rate.get_ref()),
+            namespaces: namespaces.to_vec(),
+        }))
     }
 
     fn value<T>(
@@ -269,6 +343,7 @@ fn numa(text: &str) -> Option<NumaPolicy> {
 fn firmware(text: &str) -> Option<Firmware> {
     match text {
         "locked" => Some(Firmware::Locked),
+        "digest" => Some(Firmware::Digest),
         "unchecked" => Some(Firmware::Unchecked),
         _ => None,
     }
@@ -291,6 +366,9 @@ firmware = "locked"
 name = "nics"
 vendor = "8086"
 trusted = true
+vfs = 4
+vf_vlan = 100
+vf_namespaces = [2, 3]
 "#;
 
     fn refused(from: &str, to: &str) -> String {
@@ -308,6 +386,9 @@ trusted = true
         );
         assert!(nvme.class.unwrap().holds(0x01_0802) && !nvme.class.unwrap().holds(0x01_0700));
         assert_eq!((nics.vendor, nics.trusted, nics.firmware), (Some(0x8086), true, Firmware::Unchecked));
+        let virtual_functions =
+            VirtualFunctions { count: 4, vlan: 100, rate_mbps: 0, namespaces: vec![2, 3] };
+        assert_eq!((&nvme.virtual_functions, &nics.virtual_functions), (&None, &Some(virtual_functions)));
         assert_eq!((nics.location.line, nics.location.key.as_str()), (10, "pool[1].name"));
         assert_eq!(parse_host(Path::new("host.toml"), "").unwrap(), HostFile::default());
     }
@@ -322,8 +403,13 @@ trusted = true
             ("1b36:0010", "1b36", "[bad-pool] host.toml:4: pool[0].id"),
             ("0000:04:00.0", "nvme", "[bad-pool] host.toml:5: pool[0].addresses"),
             ("\"required\"", "\"near\"", "[bad-pool] host.toml:6: pool[0].numa"),
-            ("\"locked\"", "\"digest\"", "[bad-pool] host.toml:7: pool[0].firmware"),
+            ("\"locked\"", "\"hash\"", "[bad-pool] host.toml:7: pool[0].firmware"),
             ("vendor = \"8086\"", "", "[bad-pool] host.toml:10: pool[1].name"),
+            ("vfs = 4", "vfs = 0", "[bad-pool] host.toml:13: pool[1].vfs"),
+            ("vfs = 4", "", "[bad-pool] host.toml:14: pool[1].vf_vlan"),
+            ("= 100", "= 4095", "[bad-pool] host.toml:14: pool[1].vf_vlan"),
+            ("[2, 3]", "[2, 2]", "[bad-pool] host.toml:15: pool[1].vf_namespaces"),
+            ("[2, 3]", "[1, 2, 3, 4, 5]", "[bad-pool] host.toml:15: pool[1].vf_namespaces"),
             ("trusted = true", "trusted = 1", "[bad-toml] host.toml:12: pool[1].trusted"),
             ("trusted = true", "price = 1", "[unknown-key] host.toml:12: pool[1].price"),
         ] {

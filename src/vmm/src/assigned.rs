@@ -8,7 +8,7 @@ use std::{
 };
 
 use casemate_passthrough::{
-    Container, IrqInfo, Mapping, MappingRequest, Region, Vfio, VfioDevice, VfioError,
+    Container, IrqInfo, Mapping, MappingRequest, Region, VectorKind, Vfio, VfioDevice, VfioError,
 };
 use casemate_wire::End;
 use kvm_bindings::{
@@ -75,6 +75,16 @@ impl RemoteVfio {
     fn ask(&self, change: Change) -> Result<(), VfioError> {
         self.requests.change(change).map_err(VfioError::Unexpected)
     }
+
+    /// Ends the guest when interrupts could not be turned on: it believes that they are. Going on would hang its driver
+    /// without a word.
+    fn or_end(&self, result: Result<(), VfioError>, on: bool) -> Result<(), VfioError> {
+        if let (Err(error), true) = (&result, on) {
+            let why = format!("an assigned device's interrupts cannot be turned on: {error}");
+            self.requests.end(End::Fault(why));
+        }
+        result
+    }
 }
 
 impl Vfio for RemoteVfio {
@@ -90,13 +100,20 @@ impl Vfio for RemoteVfio {
     fn irq_info(&mut self, index: u32) -> Result<IrqInfo, VfioError> {
         self.device.irq_info(index)
     }
-    fn set_msix(&mut self, triggers: Option<&Arc<[EventFd]>>) -> Result<(), VfioError> {
-        let result = self.ask(Change::Msix { device: self.number, events: triggers.cloned() });
-        if let (Err(error), Some(_)) = (&result, triggers) {
-            // The guest believes that its interrupts are on. Going on would hang its driver without a word.
-            self.requests.end(End::Fault(format!("an assigned device's MSI-X cannot be turned on: {error}")));
-        }
-        result
+    fn set_vectors(
+        &mut self,
+        kind: VectorKind,
+        triggers: &Arc<[EventFd]>,
+        count: u16,
+    ) -> Result<(), VfioError> {
+        let events = Arc::clone(triggers);
+        let result = self.ask(Change::Vectors { device: self.number, kind, events, count });
+        self.or_end(result, count > 0)
+    }
+    fn add_vector(&mut self, vector: u16, triggers: &Arc<[EventFd]>) -> Result<(), VfioError> {
+        let events = Arc::clone(triggers);
+        let result = self.ask(Change::Vector { device: self.number, vector, events });
+        self.or_end(result, true)
     }
     fn reset(&mut self) -> Result<(), VfioError> {
         self.ask(Change::Reset { device: self.number })

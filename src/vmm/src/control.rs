@@ -14,7 +14,7 @@ use std::{
     time::{Duration, Instant},
 };
 
-use casemate_passthrough::VfioDevice;
+use casemate_passthrough::{VectorKind, VfioDevice};
 use casemate_pci::MsiMessage;
 use casemate_wire::{End, Event};
 use kvm_bindings::{
@@ -56,12 +56,25 @@ pub(crate) enum Change {
     },
     /// These functions' BARs answer elsewhere.
     Answer(Vec<Answers>),
-    /// An assigned function's MSI-X is turned on with these events, or off.
-    Msix {
+    /// An assigned function's messages are turned on, or off.
+    Vectors {
         /// Its number among the assigned ones.
         device: usize,
+        /// Of which kind.
+        kind: VectorKind,
         /// One event a vector.
-        events: Option<Arc<[EventFd]>>,
+        events: Arc<[EventFd]>,
+        /// How many of them; 0 turns all off.
+        count: u16,
+    },
+    /// One more vector of an assigned function's MSI-X is turned on.
+    Vector {
+        /// Its number among the assigned ones.
+        device: usize,
+        /// Which vector.
+        vector: u16,
+        /// One event a vector.
+        events: Arc<[EventFd]>,
     },
     /// An assigned function is to be reset.
     Reset {
@@ -277,9 +290,15 @@ impl Control {
                 self.write_route(gsi, message)
             }
             Change::Answer(answers) => self.maps.answer(&*self.vm, &answers),
-            Change::Msix { device, events } => {
+            Change::Vectors { device, kind, events, count } => {
                 let device = self.devices.get(device).ok_or(Error::Lacks("such a device"))?;
-                device.set_msix(events.as_deref()).map_err(|error| Error::device("MSI-X", error))
+                let events = events.get(..usize::from(count)).ok_or(Error::Lacks("such a vector"))?;
+                device.set_vectors(kind, events).map_err(|error| Error::device("interrupts", error))
+            }
+            Change::Vector { device, vector, events } => {
+                let device = self.devices.get(device).ok_or(Error::Lacks("such a device"))?;
+                let event = events.get(usize::from(vector)).ok_or(Error::Lacks("such a vector"))?;
+                device.add_vector(vector, event).map_err(|error| Error::device("interrupts", error))
             }
             Change::Reset { device } => {
                 let device = self.devices.get(device).ok_or(Error::Lacks("such a device"))?;

@@ -33,8 +33,6 @@ pub(crate) const ACPI: u64 = 0xE_0000;
 pub(crate) const GENERATION: u64 = 0xF_E000;
 /// Where RAM goes on.
 pub(crate) const HIGH_RAM: u64 = 0x10_0000;
-/// RAM below 4 GiB ends here at the latest.
-pub(crate) const LOW_RAM_MOST: u64 = 0xC000_0000;
 /// 32-bit BARs.
 pub(crate) const WINDOW32: Range = Range { start: 0xC000_0000, size: 0x2000_0000 };
 /// Slots that cards can be put into while the guest runs, each on a bus of its own.
@@ -82,12 +80,8 @@ impl Range {
 
 /// Where RAM of `memory_bytes` lies: one piece, or two around the hole below 4 GiB.
 pub(crate) fn ram(memory_bytes: u64) -> Vec<Range> {
-    let low = memory_bytes.min(LOW_RAM_MOST);
-    let mut pieces = vec![Range { start: 0, size: low }];
-    if memory_bytes > low {
-        pieces.push(Range { start: FOUR_GIB, size: memory_bytes - low });
-    }
-    pieces
+    let pieces = casemate_wire::ram(memory_bytes).into_iter();
+    pieces.map(|piece| Range { start: piece.start, size: piece.end - piece.start }).collect()
 }
 
 /// The window for 64-bit BARs of a guest with `memory_bytes`, within an address width of `bits`; `None` when RAM
@@ -130,6 +124,6 @@ mod tests {
     fn pieces_do_not_overlap() {
         let order = [WINDOW32, ECAM, IOAPIC];
         assert!(order.windows(2).all(|pair| pair[0].end() <= pair[1].start));
-        const { assert!(LOW_RAM_MOST <= WINDOW32.start) };
+        const { assert!(casemate_wire::RAM_LOW_MOST <= WINDOW32.start) };
     }
 }

@@ -323,6 +323,9 @@ impl Parts {
             RemoteVfio { device: Arc::clone(&device), number, requests: Arc::clone(&self.requests) };
         let probe = Probe::read(&mut vfio).map_err(|error| refuse(&error))?;
         let has_intx = probe.intx();
+        for (bar, size) in probe.hidden_io_bars() {
+            eprintln!("casemate-vmm: {address}: BAR {bar} ({size} I/O ports) is not passed on");
+        }
         let sink = self.vectors(probe.vectors())?;
         let triggers = Arc::clone(&sink.events);
         let parts = casemate_passthrough::Parts { vfio, probe, sink, triggers };

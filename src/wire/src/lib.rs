@@ -22,5 +22,5 @@ pub use channel::{Channel, Descriptors, WireError};
 pub use credentials::peer_is_listener;
 pub use message::{
     Assigned, Counters, Cpu, CpuRange, DESCRIPTORS, Disk, End, FromCell, Hotplug, MESSAGE_BYTES, Machine,
-    Model, Net, Pages, Ram, Slot, TEXT_BYTES, ToCell, VERSION,
+    Model, Net, Pages, RAM_LOW_MOST, Ram, Slot, TEXT_BYTES, ToCell, VERSION, ram,
 };

@@ -1,5 +1,7 @@
 //! The messages.
 
+use std::ops::Range;
+
 use serde::{Deserialize, Serialize};
 
 use crate::{Answer, Ask, Event, Refused};
@@ -16,6 +18,19 @@ pub const TEXT_BYTES: usize = 1024;
 /// The place of a descriptor among those that came with the message.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
 pub struct Slot(pub u8);
+
+/// RAM below 4 GiB ends here at the latest.
+pub const RAM_LOW_MOST: u64 = 0xC000_0000;
+
+/// Where RAM of `memory_bytes` lies in a guest's physical address space, which is its devices' too: one piece, or two around
+/// the hole below 4 GiB. The keep judges by it what an IOMMU must reach, and the cell lays its machine out so.
+pub fn ram(memory_bytes: u64) -> Vec<Range<u64>> {
+    let low = memory_bytes.min(RAM_LOW_MOST);
+    let high = FOUR_GIB..FOUR_GIB.saturating_add(memory_bytes - low);
+    std::iter::once(0..low).chain(Some(high).filter(|high| !high.is_empty())).collect()
+}
+
+const FOUR_GIB: u64 = 1 << 32;
 
 /// From the keep to the cell.
 #[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]

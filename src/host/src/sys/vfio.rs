@@ -4,7 +4,7 @@ use std::{
     ffi::CString,
     fs::OpenOptions,
     io,
-    mem::size_of,
+    mem::{size_of, size_of_val},
     os::fd::{AsFd, AsRawFd, FromRawFd, OwnedFd},
     path::Path,
 };
@@ -13,7 +13,8 @@ use rustix::io::{pread, pwrite};
 use vfio_bindings::bindings::vfio::{
     VFIO_API_VERSION, VFIO_BASE, VFIO_GROUP_FLAGS_VIABLE, VFIO_IRQ_SET_ACTION_TRIGGER,
     VFIO_IRQ_SET_DATA_NONE, VFIO_PCI_CONFIG_REGION_INDEX, VFIO_PCI_INTX_IRQ_INDEX, VFIO_PCI_MSI_IRQ_INDEX,
-    VFIO_PCI_MSIX_IRQ_INDEX, VFIO_TYPE, VFIO_TYPE1v2_IOMMU, vfio_group_status, vfio_region_info,
+    VFIO_PCI_MSIX_IRQ_INDEX, VFIO_PCI_ROM_REGION_INDEX, VFIO_TYPE, VFIO_TYPE1v2_IOMMU, vfio_group_status,
+    vfio_region_info,
 };
 use vmm_sys_util::ioctl_io_nr;
 
@@ -28,6 +29,8 @@ ioctl_io_nr!(VFIO_GROUP_GET_DEVICE_FD, VFIO_TYPE as u32, VFIO_BASE + 6);
 ioctl_io_nr!(VFIO_DEVICE_GET_REGION_INFO, VFIO_TYPE as u32, VFIO_BASE + 8);
 ioctl_io_nr!(VFIO_DEVICE_SET_IRQS, VFIO_TYPE as u32, VFIO_BASE + 10);
 ioctl_io_nr!(VFIO_DEVICE_RESET, VFIO_TYPE as u32, VFIO_BASE + 11);
+ioctl_io_nr!(VFIO_DEVICE_PCI_HOT_RESET, VFIO_TYPE as u32, VFIO_BASE + 13);
+ioctl_io_nr!(VFIO_IOMMU_GET_INFO, VFIO_TYPE as u32, VFIO_BASE + 12);
 
 /// The front of a `vfio_irq_set` that carries no data.
 #[repr(C)]
@@ -92,6 +95,47 @@ pub(crate) fn set_iommu(container: impl AsFd) -> io::Result<()> {
     unsafe { ioctl_value(container, VFIO_SET_IOMMU(), VFIO_TYPE1v2_IOMMU.into()).map(drop) }
 }
 
+/// The kernel's answer to `VFIO_IOMMU_GET_INFO`, whole: a `vfio_iommu_type1_info` and its capabilities.
+pub(crate) fn iommu_info(container: impl AsFd) -> io::Result<Vec<u8>> {
+    // The front and capabilities of a kernel with hundreds of ranges; `u64`s, for alignment.
+    let mut room = [0u64; 1024];
+    let bytes = u32::try_from(size_of_val(&room)).unwrap_or(0);
+    if let Some(first) = room.first_mut() {
+        *first = u64::from_ne_bytes([bytes.to_ne_bytes(), [0; 4]].concat().try_into().unwrap_or_default());
+    }
+    // SAFETY: VFIO_IOMMU_GET_INFO fills a vfio_iommu_type1_info with as much behind it as argsz, the first 32 bits, says
+    // that there is room for: the size of `room`. All bytes of it are valid numbers.
+    unsafe { ioctl_in_out(container, VFIO_IOMMU_GET_INFO(), &mut room)? };
+    Ok(room.iter().flat_map(|word| word.to_ne_bytes()).collect())
+}
+
+/// The first bytes of the device's option ROM, at most `bytes_max`; empty when it has none that can be read.
+pub(crate) fn option_rom(device: impl AsFd, bytes_max: usize) -> io::Result<Vec<u8>> {
+    let region = region(&device, VFIO_PCI_ROM_REGION_INDEX)?;
+    let size = usize::try_from(region.size).map_err(io::Error::other)?;
+    if size > bytes_max {
+        return Err(io::Error::new(io::ErrorKind::FileTooLarge, format!("a ROM of {size} bytes")));
+    }
+    let mut rom = vec![0; size];
+    let mut done = 0;
+    while let Some(rest) = rom.get_mut(done..).filter(|rest| !rest.is_empty()) {
+        let at = region.offset.checked_add(done as u64).ok_or(io::ErrorKind::InvalidData)?;
+        match pread(&device, rest, at)? {
+            0 => return Err(io::ErrorKind::UnexpectedEof.into()),
+            count => done += count,
+        }
+    }
+    Ok(rom)
+}
+
+fn region(device: impl AsFd, index: u32) -> io::Result<vfio_region_info> {
+    let mut region =
+        vfio_region_info { argsz: size::<vfio_region_info>(), index, ..vfio_region_info::default() };
+    // SAFETY: VFIO_DEVICE_GET_REGION_INFO fills a vfio_region_info whose size stands in argsz.
+    unsafe { ioctl_in_out(&device, VFIO_DEVICE_GET_REGION_INFO(), &mut region)? };
+    Ok(region)
+}
+
 /// Opens the device with this name (`0000:03:00.0`) of the group. The kernel enables it, with bus mastering off.
 pub(crate) fn device_fd(group: impl AsFd, name: &str) -> io::Result<OwnedFd> {
     let name = CString::new(name)?;
@@ -112,6 +156,34 @@ pub(crate) fn reset(device: impl AsFd) -> io::Result<()> {
     unsafe { ioctl_none(device, VFIO_DEVICE_RESET()).map(drop) }
 }
 
+/// Groups of one hot reset: more than one card's functions have.
+const HOT_RESET_GROUPS_MAX: usize = 64;
+
+/// A `vfio_pci_hot_reset` with its groups' descriptors.
+#[repr(C)]
+struct HotReset {
+    argsz: u32,
+    flags: u32,
+    count: u32,
+    group_fds: [i32; HOT_RESET_GROUPS_MAX],
+}
+
+/// Resets everything on the device's slot or bus at once. All functions there must be bound to VFIO, and of these groups.
+pub(crate) fn hot_reset(device: impl AsFd, groups: &[&OwnedFd]) -> io::Result<()> {
+    let mut argument =
+        HotReset { argsz: size::<HotReset>(), flags: 0, count: 0, group_fds: [-1; HOT_RESET_GROUPS_MAX] };
+    if groups.len() > HOT_RESET_GROUPS_MAX {
+        return Err(io::ErrorKind::InvalidInput.into());
+    }
+    for (slot, group) in argument.group_fds.iter_mut().zip(groups) {
+        *slot = group.as_raw_fd();
+        argument.count += 1;
+    }
+    // SAFETY: VFIO_DEVICE_PCI_HOT_RESET reads a vfio_pci_hot_reset and `count` descriptors behind it, within argsz; the
+    // descriptors are open through the call.
+    unsafe { ioctl_in(device, VFIO_DEVICE_PCI_HOT_RESET(), &argument).map(drop) }
+}
+
 /// Takes down whichever of INTx, MSI and MSI-X is up. A kind that the device lacks, or that is not up, is no error.
 pub(crate) fn disable_interrupts(device: impl AsFd) {
     for index in [VFIO_PCI_INTX_IRQ_INDEX, VFIO_PCI_MSI_IRQ_INDEX, VFIO_PCI_MSIX_IRQ_INDEX] {
@@ -125,13 +197,7 @@ pub(crate) fn disable_interrupts(device: impl AsFd) {
 
 /// Clears `bits` of the 16-bit config register at `register`, through VFIO.
 pub(crate) fn clear_config_bits(device: impl AsFd, register: u64, bits: u16) -> io::Result<()> {
-    let mut region = vfio_region_info {
-        argsz: size::<vfio_region_info>(),
-        index: VFIO_PCI_CONFIG_REGION_INDEX,
-        ..vfio_region_info::default()
-    };
-    // SAFETY: VFIO_DEVICE_GET_REGION_INFO fills a vfio_region_info whose size stands in argsz.
-    unsafe { ioctl_in_out(&device, VFIO_DEVICE_GET_REGION_INFO(), &mut region)? };
+    let region = region(&device, VFIO_PCI_CONFIG_REGION_INDEX)?;
     let offset = region.offset.checked_add(register).ok_or(io::ErrorKind::InvalidData)?;
     let mut value = [0u8; 2];
     if pread(&device, &mut value, offset)? != value.len() {
