@@ -38,6 +38,8 @@ pub struct DmaNeeds {
     pub emulated_vectors: u32,
     /// What its process locks beside its memory, in bytes.
     pub overhead_bytes: u64,
+    /// How much of its memory are pages that the host has set aside, which it doesn't count as available.
+    pub set_aside_bytes: u64,
 }
 
 impl DmaNeeds {
@@ -144,6 +146,7 @@ fn may_lock(host: &Host, needs: &DmaNeeds) -> Result<(), Refusal> {
         let line = text.lines().find_map(|line| line.strip_prefix("MemAvailable:"))?;
         line.split_whitespace().next()?.parse::<u64>().ok()?.checked_mul(1024)
     });
+    let wanted = wanted.saturating_sub(needs.set_aside_bytes);
     if let Some(available) = available.filter(|available| *available < wanted) {
         let cause = format!(
             "devices need all {} MiB of it locked at the start, and the host has {} MiB available",
@@ -289,7 +292,7 @@ mod tests {
         let low = memory_bytes.min(0xc000_0000);
         let high = (1 << 32)..(1 << 32) + (memory_bytes - low);
         let ram = std::iter::once(0..low).chain((!high.is_empty()).then_some(high));
-        DmaNeeds { ram: ram.collect(), emulated_vectors: 64, overhead_bytes: 1 << 20 }
+        DmaNeeds { ram: ram.collect(), emulated_vectors: 64, overhead_bytes: 1 << 20, set_aside_bytes: 0 }
     }
 
     fn judged(machine: &Fixture, memory_bytes: u64) -> Result<(), Refusal> {

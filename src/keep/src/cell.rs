@@ -289,6 +289,7 @@ pub(crate) fn dma_needs(guest: &Guest) -> DmaNeeds {
         ram: casemate_wire::ram(guest.memory.bytes()),
         emulated_vectors: u32::try_from(emulated).unwrap_or(u32::MAX).saturating_mul(VECTORS_MOST),
         overhead_bytes: LOCKED_OVERHEAD_BYTES,
+        set_aside_bytes: guest.ram.pages.set_aside_bytes().map_or(0, |_| guest.memory.bytes()),
     }
 }
 

@@ -85,7 +85,7 @@ fn reserved_memory(host: &Host) -> Check {
 
 /// Parameters of VFIO's modules that give guests more than they should have.
 fn vfio_parameters(host: &Host) -> Check {
-    const NAME: &str = "vfio-parameters";
+    const NAME: &str = "module-parameters";
     let is_on = |path: &str| attribute(host.path("sys/module").join(path)).as_deref() == Some("Y");
     let bad: Vec<&str> = [
         "vfio/parameters/enable_unsafe_noiommu_mode",
