@@ -215,3 +215,79 @@ pub(crate) fn balloon_takes_and_gives(ctx: &mut Ctx) -> Result<(), Failure> {
     running.wait(SOON)?.success()?;
     Ok(())
 }
+
+/// A disk and a card do no more than they may, and as much as they can once they may.
+pub(crate) fn limits_hold(ctx: &mut Ctx) -> Result<(), Failure> {
+    let disk = ctx.directory().join("disk.img");
+    fs::File::create(&disk)?.set_len(64 << 20)?;
+    // Reads what was not read before, and tells how long it took.
+    let script = r"now() { cut -d' ' -f1 /proc/uptime | tr -d .; }
+        read_all() { t=$(now); dd if=/dev/vda of=/dev/null bs=$2 count=$3 skip=$4 2>/dev/null
+            echo $1: $(( ($(now) - t) * 10 )); }
+        echo wants-bytes; read x; read_all bytes 64k 96 100
+        echo 0 >/sys/block/vda/queue/read_ahead_kb
+        echo wants-operations; read x; read_all operations 4k 60 8000
+        echo 128 >/sys/block/vda/queue/read_ahead_kb
+        echo wants-freedom; read x; read_all again 64k 64 800";
+    let file = ctx.guest(script)?.vcpus(1).disk(&disk, false).write_into(ctx.directory())?;
+    let fifo = ctx.directory().join("typed");
+    ctx.shell("mkfifo typed")?;
+    let casemate = ctx.program("casemate")?;
+    let command = format!("exec {} run --json --stdin {} <typed", casemate.display(), file.display());
+    let running = ctx.start(["sh", "-c", &command])?;
+    let mut typed = fs::File::options().write(true).open(&fifo)?;
+    let mut go = |asked: &str, limits: &[&str]| {
+        running.wait_for_text(asked, SOON)?;
+        operate(ctx, &[&["limit", ctx.name(), "disk", "0"], limits].concat())?;
+        Ok::<(), Failure>(typed.write_all(b"go\n")?)
+    };
+    // 6 MiB at 2 MiB a second with half a MiB at once take 2.75 s at least; 60 requests at 20 with 10 at once take 2.5 s.
+    go("wants-bytes", &["--bytes-per-second=2MiB", "--burst-bytes=512KiB"])?;
+    go("wants-operations", &["--operations-per-second=20", "--burst-operations=10"])?;
+    go("wants-freedom", &[])?;
+    let run = running.wait(SOON)?;
+    let took = |label: &str| -> Result<u64, Failure> {
+        let text = run.success()?.value(&format!("{label}:"))?;
+        text.parse().map_err(|_| Failure::new(format_args!("{label} took {text:?}")))
+    };
+    let (bytes, operations, again) = (took("bytes")?, took("operations")?, took("again")?);
+    expect!((2300..12_000).contains(&bytes), "6 MiB at 2 MiB a second took {bytes} ms");
+    expect!((2000..12_000).contains(&operations), "60 requests at 20 a second took {operations} ms");
+    expect!(again < 1900, "4 MiB without a limit took {again} ms");
+    ctx.run(["casemate", "limit", ctx.name(), "disk", "0"])?.refusal("guest-not-running")?;
+    Ok(())
+}
+
+/// A disk is as large as the operator makes it: the guest sees so, and writes to its new end.
+pub(crate) fn disk_grows_and_shrinks(ctx: &mut Ctx) -> Result<(), Failure> {
+    let disk = ctx.directory().join("disk.img");
+    fs::write(&disk, vec![0; 1 << 20])?;
+    let script = r"wait_for() { while [ $(cat /sys/block/vda/size) != $1 ]; do sleep 0.1; done; echo sees-$1.; }
+        wait_for 2048; wait_for 4096
+        echo written at the new end | dd of=/dev/vda bs=512 seek=4095 conv=notrunc,sync,fsync && echo has-written
+        wait_for 1024; dd if=/dev/vda of=/dev/null bs=512 skip=1023 && echo reads-the-last
+        wait_for 3072; sleep 600";
+    let running = ctx.start_guest(&ctx.guest(script)?.vcpus(1).disk(&disk, false))?;
+    running.wait_for_text("sees-2048.", SOON)?;
+    let refused = |words: &[&str]| ctx.run([&["casemate", "resize", ctx.name()], words].concat());
+    for words in [&["1"][..], &["0", "1000"], &["0", "0"], &["0", "512KiB"]] {
+        refused(words)?.refusal("disk-resize")?;
+    }
+    operate(ctx, &["resize", ctx.name(), "0", "2MiB"])?;
+    running.wait_for_text("sees-4096.", SOON)?;
+    running.wait_for_text("has-written", SOON)?;
+    let bytes = fs::read(&disk)?;
+    let end = bytes.get((2 << 20) - 512..).unwrap_or_default();
+    expect!(end.starts_with(b"written at the new end"), "the end of the disk holds {end:?}");
+    ctx.run(["casemate", "audit", ctx.name()])?.success()?;
+    operate(ctx, &["resize", ctx.name(), "0", "512KiB", "--shrink"])?;
+    running.wait_for_text("reads-the-last", SOON)?;
+    expect!(fs::metadata(&disk)?.len() == 512 << 10, "the file was not made smaller");
+    // Grown by somebody else, and then told.
+    fs::File::options().write(true).open(&disk)?.set_len(3072 * 512)?;
+    operate(ctx, &["resize", ctx.name(), "0"])?;
+    running.wait_for_text("sees-3072.", SOON)?;
+    operate(ctx, &["stop", ctx.name()])?;
+    running.wait(SOON)?.success()?;
+    Ok(())
+}

@@ -55,7 +55,9 @@ pub(crate) fn commands_run(ctx: &mut Ctx) -> Result<(), Failure> {
     expect!(example.contains(devices::NVME), "the example has the lab's drive");
 
     // The documents look at a guest that runs.
-    let web = ctx.start_guest(&ctx.guest("sleep 600")?.named("web"))?;
+    let disk = ctx.directory().join("web.img");
+    fs::write(&disk, vec![0; 1 << 16])?;
+    let web = ctx.start_guest(&ctx.guest("sleep 600")?.named("web").disk(&disk, false))?;
     web.wait_for_text("CASEMATE-INIT", Duration::from_secs(120))?;
 
     let mut files = vec!["README.md".to_owned()];

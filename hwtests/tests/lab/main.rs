@@ -59,6 +59,8 @@ const TESTS: &[LabTest] = &[
     LabTest::new("operator-pauses-a-guest", control::pauses_and_goes_on),
     LabTest::new("operator-presses-the-button", control::presses_the_button_by_name),
     LabTest::new("operator-inflates-the-balloon", control::balloon_takes_and_gives),
+    LabTest::new("operator-limits-a-disk", control::limits_hold),
+    LabTest::new("operator-resizes-a-disk", control::disk_grows_and_shrinks),
     // Emulated devices
     LabTest::new("disk-is-read-and-written", virtio::disk_is_read_and_written),
     LabTest::new("disk-discards", virtio::disk_discards),

@@ -95,6 +95,10 @@ enum Command {
     /// Have a running guest give up some of its memory, or take it back. It gives what it can, and takes back what it needs
     /// before it kills a process for want of memory.
     Balloon(operate::BalloonOptions),
+    /// Make a disk of a running guest larger or smaller, and tell the guest.
+    Resize(operate::ResizeOptions),
+    /// Limit what a disk or a network card of a running guest does. What is not named is not limited any more.
+    Limit(operate::LimitOptions),
     /// Press the power button of a running guest. It is stopped if it does not heed it within the `--grace` of its `run`.
     PowerOff(operate::Options),
     /// Stop a running guest at once; it is not asked.
@@ -135,6 +139,8 @@ fn carry_out(arguments: Arguments) -> Result<ExitCode, Failure> {
         Command::Resume(options) => operate::act(&paths, &options, &OperatorRequest::Resume, json),
         Command::Stats(options) => operate::stats(&paths, &options, json),
         Command::Balloon(options) => operate::balloon(&paths, &options, json),
+        Command::Resize(options) => operate::resize(&paths, &options, json),
+        Command::Limit(options) => operate::limit(&paths, &options, json),
         Command::PowerOff(options) => operate::act(&paths, &options, &OperatorRequest::PowerOff, json),
         Command::Stop(options) => operate::act(&paths, &options, &OperatorRequest::Stop, json),
         Command::Audit(options) => audit::report(&paths, &options, json),

@@ -40,6 +40,85 @@ pub(crate) fn balloon(paths: &Paths, options: &BalloonOptions, as_json: bool) ->
     Ok(ExitCode::SUCCESS)
 }
 
+#[derive(Args)]
+pub(crate) struct ResizeOptions {
+    /// The guest's name.
+    guest: String,
+    /// The disk's number, from 0, in the order of the guest's file.
+    disk: u16,
+    /// The size that its file is made to have; without it, the guest is told the size that file or block device has by now.
+    size: Option<ByteSize>,
+    /// Let it become smaller: what is beyond the new size is lost.
+    #[arg(long)]
+    shrink: bool,
+}
+
+/// Makes a guest's disk larger or smaller.
+pub(crate) fn resize(paths: &Paths, options: &ResizeOptions, as_json: bool) -> Result<ExitCode, Failure> {
+    let request = OperatorRequest::Resize {
+        number: options.disk,
+        size_bytes: options.size.map(ByteSize::bytes),
+        shrink: options.shrink,
+    };
+    let done = operate(paths, &options.guest, &request)?;
+    if as_json {
+        output::json(&done);
+    } else {
+        let size = ByteSize::from_bytes(done.get("size_bytes").and_then(Value::as_u64).unwrap_or(0));
+        output::line(&format!("guest {}: disk {} has {size} now", options.guest, options.disk));
+    }
+    Ok(ExitCode::SUCCESS)
+}
+
+#[derive(Args)]
+pub(crate) struct LimitOptions {
+    /// The guest's name.
+    guest: String,
+    /// Which of its devices: disk or net.
+    #[arg(value_parser = ["disk", "net"])]
+    device: String,
+    /// Its number among those, from 0, in the order of the guest's file.
+    number: u16,
+    /// Bytes a second, of both directions together: "10 MiB".
+    #[arg(long, value_name = "SIZE")]
+    bytes_per_second: Option<ByteSize>,
+    /// Bytes at once, after a while of nothing [default: those of a second].
+    #[arg(long, value_name = "SIZE")]
+    burst_bytes: Option<ByteSize>,
+    /// Requests or frames a second.
+    #[arg(long, value_name = "COUNT")]
+    operations_per_second: Option<u64>,
+    /// Requests or frames at once, after a while of nothing [default: those of a second].
+    #[arg(long, value_name = "COUNT")]
+    burst_operations: Option<u64>,
+}
+
+/// Limits what a guest's disk or network card does.
+pub(crate) fn limit(paths: &Paths, options: &LimitOptions, as_json: bool) -> Result<ExitCode, Failure> {
+    let kind = if options.device == "net" { DeviceKind::Net } else { DeviceKind::Disk };
+    let request = OperatorRequest::Limit {
+        device: kind,
+        number: options.number,
+        bytes_per_second: options.bytes_per_second.map(ByteSize::bytes),
+        burst_bytes: options.burst_bytes.map(ByteSize::bytes),
+        operations_per_second: options.operations_per_second,
+        burst_operations: options.burst_operations,
+    };
+    let done = operate(paths, &options.guest, &request)?;
+    if as_json {
+        output::json(&done);
+        return Ok(ExitCode::SUCCESS);
+    }
+    let limits = [
+        options.bytes_per_second.map(|size| format!("{size} a second")),
+        options.operations_per_second.map(|count| format!("{count} operations a second")),
+    ];
+    let limits: Vec<String> = limits.into_iter().flatten().collect();
+    let limits = if limits.is_empty() { "not limited".to_owned() } else { limits.join(", ") };
+    output::line(&format!("guest {}: {} {}: {limits}", options.guest, options.device, options.number));
+    Ok(ExitCode::SUCCESS)
+}
+
 /// Has it done, and says how the guest is now.
 pub(crate) fn act(
     paths: &Paths,

@@ -18,6 +18,7 @@ mod console;
 mod console_log;
 mod decisions;
 mod digest;
+mod disks;
 mod input;
 mod operator;
 mod operator_socket;

@@ -113,7 +113,7 @@ impl Kind {
             Ask::Pause => Self::Pause,
             Ask::Resume => Self::Resume,
             Ask::Statistics => Self::Statistics,
-            Ask::Balloon { .. } => Self::Other,
+            Ask::Balloon { .. } | Ask::ResizeDisk { .. } | Ask::Limit { .. } => Self::Other,
         }
     }
 

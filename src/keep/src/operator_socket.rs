@@ -24,13 +24,14 @@ use std::{
     time::Duration,
 };
 
-use casemate_spec::Refusal;
-use casemate_wire::{Answer, Ask, Statistics};
+use casemate_spec::{Rate, Refusal};
+use casemate_wire::{Answer, Ask, DeviceKind, Limits, Statistics};
 use serde::{Deserialize, Serialize};
 use serde_json::{Value, json};
 
 use crate::{
     Paths,
+    disks::Disks,
     operator::{GuestState, Operator, Order},
 };
 
@@ -61,6 +62,31 @@ pub enum OperatorRequest {
     Balloon {
         /// In bytes.
         size_bytes: u64,
+    },
+    /// Tell it of a disk's new size.
+    Resize {
+        /// The disk's number, from 0.
+        number: u16,
+        /// What its file is made to have first; what it has already where this is left out.
+        size_bytes: Option<u64>,
+        /// Whether it may become smaller.
+        #[serde(default)]
+        shrink: bool,
+    },
+    /// Limit what one of its disks or network cards does; what is not named is not limited.
+    Limit {
+        /// `disk` or `net`.
+        device: DeviceKind,
+        /// Its number among those, from 0.
+        number: u16,
+        /// Bytes a second.
+        bytes_per_second: Option<u64>,
+        /// Bytes at once, after a while of nothing; those of a second where it is left out.
+        burst_bytes: Option<u64>,
+        /// Requests or frames a second.
+        operations_per_second: Option<u64>,
+        /// Requests or frames at once, after a while of nothing.
+        burst_operations: Option<u64>,
     },
     /// Press its power button; it is stopped if it does not heed it.
     PowerOff,
@@ -111,7 +137,7 @@ pub(crate) struct OperatorSocket {
 
 impl OperatorSocket {
     /// Listens. The caller holds the lock of the guest's name.
-    pub(crate) fn open(paths: &Paths, operator: Operator) -> Result<Self, Refusal> {
+    pub(crate) fn open(paths: &Paths, operator: Operator, disks: Disks) -> Result<Self, Refusal> {
         let path = path(paths, operator.guest());
         let failed = |error: io::Error| {
             let cause = format_args!("the operator's socket cannot be made: {error}");
@@ -120,7 +146,8 @@ impl OperatorSocket {
         let _ = fs::remove_file(&path);
         let listener = Arc::new(UnixListener::bind(&path).map_err(failed)?);
         let ours = Arc::clone(&listener);
-        let serve = move || accept(&ours, &operator);
+        let disks = Arc::new(disks);
+        let serve = move || accept(&ours, &operator, &disks);
         let thread = thread::Builder::new().name("operator".into()).spawn(serve).map_err(failed)?;
         Ok(Self { path, listener, thread: Some(thread) })
     }
@@ -158,7 +185,7 @@ impl Drop for Place {
     }
 }
 
-fn accept(listener: &UnixListener, operator: &Operator) {
+fn accept(listener: &UnixListener, operator: &Operator, disks: &Arc<Disks>) {
     let taken = Arc::new(AtomicUsize::new(0));
     loop {
         let stream = match listener.accept() {
@@ -180,10 +207,10 @@ fn accept(listener: &UnixListener, operator: &Operator) {
             busy(&stream);
             continue;
         };
-        let operator = operator.clone();
+        let (operator, disks) = (operator.clone(), Arc::clone(disks));
         let connection = move || {
             let _place = place;
-            let _ = serve(&stream, &operator);
+            let _ = serve(&stream, &operator, &disks);
         };
         // One that finds no thread is closed.
         let _ = thread::Builder::new().name("operator".into()).spawn(connection);
@@ -191,7 +218,7 @@ fn accept(listener: &UnixListener, operator: &Operator) {
 }
 
 /// Answers request after request, until the other side has gone or is no longer understood.
-fn serve(stream: &UnixStream, operator: &Operator) -> io::Result<()> {
+fn serve(stream: &UnixStream, operator: &Operator, disks: &Disks) -> io::Result<()> {
     stream.set_read_timeout(Some(SILENCE))?;
     stream.set_write_timeout(Some(SILENCE))?;
     let mut lines = BufReader::new(stream);
@@ -209,7 +236,7 @@ fn serve(stream: &UnixStream, operator: &Operator) -> io::Result<()> {
                 let remedy = r#"send a line of JSON like {"do":"pause"}"#;
                 Refusal::new("operator-request", operator.guest(), error, remedy)
             })
-            .and_then(|request| carry_out(operator, &request));
+            .and_then(|request| carry_out(operator, disks, &request));
         answer(stream, done)?;
         if !whole || !understood {
             return Ok(());
@@ -223,13 +250,32 @@ fn answer(mut stream: &UnixStream, answer: Result<Value, Refusal>) -> io::Result
     stream.write_all(&line)
 }
 
-fn carry_out(operator: &Operator, request: &OperatorRequest) -> Result<Value, Refusal> {
+fn carry_out(operator: &Operator, disks: &Disks, request: &OperatorRequest) -> Result<Value, Refusal> {
     match request {
         OperatorRequest::State => {}
         OperatorRequest::Pause => drop(operator.ask(Ask::Pause, Vec::new())?),
         OperatorRequest::Resume => drop(operator.ask(Ask::Resume, Vec::new())?),
         OperatorRequest::Balloon { size_bytes } => {
             drop(operator.ask(Ask::Balloon { target_bytes: *size_bytes }, Vec::new())?);
+        }
+        OperatorRequest::Resize { number, size_bytes, shrink } => {
+            let size_bytes = disks.resize(operator, *number, *size_bytes, *shrink)?;
+            return Ok(json!({ "guest": operator.guest(), "disk": number, "size_bytes": size_bytes }));
+        }
+        OperatorRequest::Limit {
+            device: kind,
+            number,
+            bytes_per_second,
+            burst_bytes,
+            operations_per_second,
+            burst_operations,
+        } => {
+            let rate = |Rate { per_second, burst }| casemate_wire::Rate { per_second, burst };
+            let limits = Limits {
+                bytes: Rate::of(*bytes_per_second, *burst_bytes)?.map(rate),
+                operations: Rate::of(*operations_per_second, *burst_operations)?.map(rate),
+            };
+            drop(operator.ask(Ask::Limit { kind: *kind, number: *number, limits }, Vec::new())?);
         }
         OperatorRequest::PowerOff => drop(operator.order(Order::PowerOff)?),
         OperatorRequest::Stop => drop(operator.order(Order::Stop)?),
@@ -308,7 +354,7 @@ mod tests {
         paths.runtime = folder.path().into();
         let (operator, orders) = operator::pair("web").unwrap();
         orders.set_state(GuestState::Paused);
-        let socket = OperatorSocket::open(&paths, operator).unwrap();
+        let socket = OperatorSocket::open(&paths, operator, Disks::default()).unwrap();
         (folder, paths, socket, orders)
     }
 

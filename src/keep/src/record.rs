@@ -2,7 +2,7 @@
 
 use std::{
     fs::{self, File},
-    io::{Read, Write},
+    io::{self, Read, Write},
     os::{
         fd::{AsFd, AsRawFd},
         unix::fs::OpenOptionsExt,
@@ -139,24 +139,35 @@ pub(crate) fn sha256(bytes: &[u8]) -> String {
 pub(crate) fn write(paths: &Paths, facts: &Facts<'_>) -> Result<Option<Recorded>, Refusal> {
     let Some(cell) = Process::with_pid(&Host::live(), facts.started.cell.pid()) else { return Ok(None) };
     let record = GuestRecord::new(facts, cell)?;
-    let path = paths.runtime.join(format!("{}.json", record.guest));
-    let failed = |error: &dyn std::fmt::Display| {
+    let path = path_of(paths, &record.guest);
+    put(&path, &record).map_err(|error| {
         let cause = format_args!("the guest cannot be written down: {error}");
         Refusal::new("host-folder", path.display(), cause, "see that /run has room")
-    };
-    let text = serde_json::to_vec(&record).map_err(|error| failed(&error))?;
-    // The name is this keep's: it holds the lock of the guest's name.
+    })?;
+    Ok(Some(Recorded(path)))
+}
+
+/// Writes down that a guest's cell may write larger files than it was given at first.
+pub(crate) fn note_file_size(paths: &Paths, guest: &str, bytes_max: u64) -> io::Result<()> {
+    let path = path_of(paths, guest);
+    // A guest whose cell ended at once has none.
+    let Some(mut record) = read(&path) else { return Ok(()) };
+    record.limits.file_size_bytes_max = bytes_max;
+    put(&path, &record)
+}
+
+fn path_of(paths: &Paths, guest: &str) -> PathBuf {
+    paths.runtime.join(format!("{guest}.json"))
+}
+
+/// Puts a record in its place, whole. The name is this keep's: it holds the lock of the guest's name.
+fn put(path: &Path, record: &GuestRecord) -> io::Result<()> {
+    let text = serde_json::to_vec(record)?;
     let beside = path.with_extension("json.new");
     let _ = fs::remove_file(&beside);
-    File::options()
-        .write(true)
-        .create_new(true)
-        .mode(0o600)
-        .open(&beside)
-        .and_then(|mut file| file.write_all(&text))
-        .and_then(|()| fs::rename(&beside, &path))
-        .map_err(|error| failed(&error))?;
-    Ok(Some(Recorded(path)))
+    let mut file = File::options().write(true).create_new(true).mode(0o600).open(&beside)?;
+    file.write_all(&text)?;
+    fs::rename(&beside, path)
 }
 
 impl GuestRecord {
@@ -304,6 +315,18 @@ pub(crate) mod tests {
         let other = folder.path().join("other.json");
         fs::write(&other, &text).unwrap();
         assert_eq!(read(&other), None);
+    }
+
+    #[test]
+    fn a_larger_file_is_noted() {
+        let folder = tempfile::tempdir().unwrap();
+        let mut paths = Paths::standard().unwrap();
+        paths.runtime = folder.path().into();
+        note_file_size(&paths, "web", 4096).unwrap();
+        assert!(read(&path_of(&paths, "web")).is_none());
+        put(&path_of(&paths, "web"), &record("web")).unwrap();
+        note_file_size(&paths, "web", 4096).unwrap();
+        assert_eq!(read(&path_of(&paths, "web")).unwrap().limits.file_size_bytes_max, 4096);
     }
 
     #[test]

@@ -21,6 +21,7 @@ use crate::{
     admission::{self, Images, Question},
     cell::{self, Identity, Resources},
     console_log::{ConsoleLog, Rotating, Tee},
+    disks::Disks,
     operator,
     operator_socket::OperatorSocket,
     record::{self, Facts},
@@ -316,7 +317,8 @@ impl Prepared<'_> {
             let cause = format_args!("nothing can be asked of it: {error}");
             Refusal::new("keep-failed", &guest.name, cause, "try again")
         })?;
-        let _socket = OperatorSocket::open(self.paths, operator)?;
+        let disks = Disks::of(self.paths, guest, self.images, &started)?;
+        let _socket = OperatorSocket::open(self.paths, operator, disks)?;
         // The cell has its own; a tap is gone with its last descriptor.
         drop(taps);
         let seen = {

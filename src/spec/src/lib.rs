@@ -13,6 +13,7 @@ mod device;
 mod guest;
 mod host_file;
 mod hotplug;
+mod limit;
 mod locate;
 mod ram;
 mod refusal;
@@ -26,5 +27,6 @@ pub use guest::{Assigned, Boot, Disk, Guest, LIMITS, Limits, Located, Name, Net,
 pub use host_file::{ClassPrefix, Firmware, HostFile, NumaPolicy, Pool, VirtualFunctions, parse_host};
 pub use hotplug::Hotplug;
 pub use ram::{Pages, Ram};
+pub use limit::Rate;
 pub use refusal::{Location, Refusal};
 pub use size::{ByteSize, ByteSizeError};

@@ -147,6 +147,9 @@ impl Device for Blk {
     fn config(&self) -> &[u8] {
         &self.config
     }
+    fn resize(&mut self, size_bytes: u64) {
+        self.disk.size_bytes = size_bytes;
+    }
     fn queue_ready(&mut self, active: &mut Active, index: usize) -> Result<Progress, Fault> {
         // A driver that cannot flush is promised that what is written is kept (5.2.6.2).
         let write_through = !active.has_feature(VIRTIO_BLK_F_FLUSH);

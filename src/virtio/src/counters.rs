@@ -24,6 +24,13 @@ pub struct Counted {
     pub errors: u64,
 }
 
+impl Counted {
+    /// Bytes of both directions.
+    pub(crate) fn bytes(&self) -> u64 {
+        self.bytes_to_guest.wrapping_add(self.bytes_from_guest)
+    }
+}
+
 impl Counters {
     /// Counts an answered request: `from_guest` bytes that the device could read, `to_guest` bytes that it wrote.
     pub fn request(&self, from_guest: u64, to_guest: u64) {

@@ -74,6 +74,10 @@ pub trait Device: Send {
         None
     }
 
+    /// What it stores to has so many bytes from now on. Runs on the device's thread, active or not; the driver is told
+    /// afterwards.
+    fn resize(&mut self, _size_bytes: u64) {}
+
     /// The driver made buffers available in queue `index`, perhaps.
     ///
     /// # Errors

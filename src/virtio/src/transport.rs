@@ -15,7 +15,7 @@ use crate::{
     device::{Device, Fault},
     device_config::DeviceConfig,
     interrupt::Interrupt,
-    worker::{QUEUES_MAX, Remote, Worker},
+    worker::{QUEUES_MAX, Remote, Worker, WorkerControl},
 };
 
 const VIRTIO_VENDOR: u16 = 0x1af4;
@@ -141,8 +141,9 @@ impl PciTransport {
         let device_config = device.changing_config().unwrap_or_else(fixed);
         let doorbells: Arc<[EventFd]> =
             sizes.iter().map(|_| EventFd::new(EFD_NONBLOCK)).collect::<Result<Vec<_>, _>>()?.into();
-        let (thread, worker) = Worker::new(device, doorbells.clone())?;
         let counters = Arc::default();
+        let (thread, worker) =
+            Worker::new(device, doorbells.clone(), Arc::clone(&counters), Arc::clone(&device_config))?;
         let transport = Self {
             config,
             window,
@@ -174,6 +175,11 @@ impl PciTransport {
     /// What the device has done.
     pub fn counters(&self) -> &Arc<Counters> {
         &self.counters
+    }
+
+    /// What can be asked of the device's thread from outside.
+    pub fn worker_control(&self) -> WorkerControl {
+        self.worker.control().clone()
     }
 
     /// Interrupts of the device, for who changes its configuration from outside.

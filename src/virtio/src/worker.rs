@@ -5,8 +5,10 @@ use std::{
     os::fd::AsRawFd,
     sync::{
         Arc,
+        atomic::{AtomicU64, Ordering},
         mpsc::{self, Receiver, Sender, TryRecvError},
     },
+    time::{Duration, Instant},
 };
 
 use vmm_sys_util::{
@@ -16,12 +18,17 @@ use vmm_sys_util::{
 
 use crate::{
     active::Active,
+    counters::Counters,
     device::{Device, Fault, Kind, Progress},
+    device_config::DeviceConfig,
+    limit::{Limiter, Limits},
 };
 
 /// What epoll reports with an event: a queue's index, or one of these.
 const BACKEND: u64 = 62;
 const COMMAND: u64 = 63;
+/// The unit of a disk's capacity (virtio 1.3, 5.2.4).
+const SECTOR_BYTES: u64 = 512;
 /// Queues that a device can have, so that each is a bit beside the two above.
 pub(crate) const QUEUES_MAX: usize = 62;
 
@@ -39,22 +46,60 @@ pub struct Worker {
     active: Option<Box<Active>>,
     /// Work to do without waiting for an event, by the numbers that epoll reports.
     due: u64,
+    /// Work that the limits hold back, by the same numbers, and until when.
+    held: Option<(u64, Instant)>,
+    control: WorkerControl,
+    counters: Arc<Counters>,
+    config: Arc<DeviceConfig>,
     epoll: Epoll,
     commands: Receiver<Command>,
     // Held open for the epoll set.
     _doorbells: Arc<[EventFd]>,
-    _wake: Arc<EventFd>,
+}
+
+/// What can be asked of a device's thread from outside. It waits for nobody, and keeps no thread from ending.
+#[derive(Clone)]
+pub struct WorkerControl {
+    limiter: Arc<Limiter>,
+    /// A new size that the device has not taken note of; 0 is none.
+    size_bytes: Arc<AtomicU64>,
+    wake: Arc<EventFd>,
+}
+
+impl WorkerControl {
+    /// Sets the device's limits, in force at once.
+    pub fn limit(&self, limits: Limits) {
+        self.limiter.set(limits, Instant::now());
+        // Work that was held back by the old ones is looked at again.
+        self.wake();
+    }
+
+    /// Tells a disk that it has so many bytes now, not 0. The driver is told when it has taken note.
+    pub fn resize(&self, size_bytes: u64) {
+        self.size_bytes.store(size_bytes, Ordering::Release);
+        self.wake();
+    }
+
+    fn wake(&self) {
+        // It fails only when the counter is full, and then the worker is awake.
+        let _ = self.wake.write(1);
+    }
 }
 
 /// The transport's side of a worker.
 pub(crate) struct Remote {
     commands: Option<Sender<Command>>,
-    wake: Arc<EventFd>,
+    control: WorkerControl,
 }
 
 impl Worker {
     /// A worker of `device`, rung by `doorbells`, one a queue.
-    pub(crate) fn new(device: Box<dyn Device>, doorbells: Arc<[EventFd]>) -> io::Result<(Self, Remote)> {
+    pub(crate) fn new(
+        device: Box<dyn Device>,
+        doorbells: Arc<[EventFd]>,
+        counters: Arc<Counters>,
+        config: Arc<DeviceConfig>,
+    ) -> io::Result<(Self, Remote)> {
         let epoll = Epoll::new()?;
         let wake = Arc::new(EventFd::new(EFD_NONBLOCK)?);
         // Edge-triggered, so that doorbells need no read, and a tap that no buffer waits for does not keep us awake.
@@ -70,9 +115,20 @@ impl Worker {
             add(backend.as_raw_fd(), BACKEND)?;
         }
         let (sender, commands) = mpsc::channel();
-        let remote = Remote { commands: Some(sender), wake: wake.clone() };
-        let worker =
-            Self { device, active: None, due: 0, epoll, commands, _doorbells: doorbells, _wake: wake };
+        let control = WorkerControl { limiter: Arc::default(), size_bytes: Arc::default(), wake };
+        let remote = Remote { commands: Some(sender), control: control.clone() };
+        let worker = Self {
+            device,
+            active: None,
+            due: 0,
+            held: None,
+            control,
+            counters,
+            config,
+            epoll,
+            commands,
+            _doorbells: doorbells,
+        };
         Ok((worker, remote))
     }
 
@@ -90,8 +146,7 @@ impl Worker {
     pub fn run(mut self) {
         let mut events = [EpollEvent::default(); 16];
         loop {
-            let timeout_ms = if self.due == 0 { -1 } else { 0 };
-            let count = match self.epoll.wait(timeout_ms, &mut events) {
+            let count = match self.epoll.wait(self.timeout_ms(), &mut events) {
                 Ok(count) => count,
                 Err(error) if error.kind() == io::ErrorKind::Interrupted => 0,
                 // Not on a set of our own; and if so, there is nothing to wait on any more.
@@ -100,11 +155,49 @@ impl Worker {
             for event in events.iter().take(count) {
                 self.due |= 1u64.checked_shl(event.data() as u32).unwrap_or(0);
             }
+            self.release_held();
             if self.is_due(COMMAND) && self.obey().is_none() {
                 return;
             }
             self.work();
         }
+    }
+
+    /// How long to sleep at most; -1 is for ever.
+    fn timeout_ms(&self) -> i32 {
+        match self.held {
+            _ if self.due != 0 => 0,
+            None => -1,
+            Some((_, until)) => {
+                // Rounded up, so that it is time then.
+                let left = until.saturating_duration_since(Instant::now()) + Duration::from_millis(1);
+                i32::try_from(left.as_millis()).unwrap_or(i32::MAX)
+            }
+        }
+    }
+
+    /// What was held back is due again when it is time, or when something changed.
+    fn release_held(&mut self) {
+        if let Some((work, until)) = self.held
+            && (self.is_due(COMMAND) || Instant::now() >= until)
+        {
+            self.due |= work;
+            self.held = None;
+        }
+    }
+
+    /// Whether this work waits for its device's limits; if so, it is taken care of.
+    fn hold_back(&mut self, number: u64) -> bool {
+        // A backend that is no tap tells of what is done already.
+        if number == BACKEND && self.device.kind() != Kind::Net {
+            return false;
+        }
+        let Some(wait) = self.control.limiter.wait() else { return false };
+        // No longer than an hour at a time: an instant has an end.
+        let until = Instant::now() + wait.min(Duration::from_secs(3600));
+        let (work, before) = self.held.unwrap_or((0, until));
+        self.held = Some((work | 1 << number, before.min(until)));
+        true
     }
 
     fn is_due(&self, number: u64) -> bool {
@@ -114,6 +207,7 @@ impl Worker {
     /// Obeys what was commanded; `None` when nobody is left to command.
     fn obey(&mut self) -> Option<()> {
         self.due &= !(1 << COMMAND);
+        self.take_size();
         loop {
             match self.commands.try_recv() {
                 Ok(Command::Activate(active)) => {
@@ -123,6 +217,7 @@ impl Worker {
                 }
                 Ok(Command::Deactivate(done)) => {
                     self.active = None;
+                    self.held = None;
                     // A transport that no longer waits is one that is gone.
                     let _ = done.send(());
                 }
@@ -132,11 +227,28 @@ impl Worker {
         }
     }
 
+    /// Takes note of a new size, and tells the driver.
+    fn take_size(&mut self) {
+        let size_bytes = self.control.size_bytes.swap(0, Ordering::AcqRel);
+        if size_bytes != 0 {
+            self.device.resize(size_bytes);
+            // The capacity, the first field of a disk's configuration (virtio 1.3, 5.2.4).
+            self.config.set(0, &(size_bytes / SECTOR_BYTES).to_le_bytes());
+            if let Some(active) = &self.active {
+                active.interrupt().signal_config();
+            }
+        }
+    }
+
     /// One turn for each queue and the backend that is due.
     fn work(&mut self) {
         let due = std::mem::take(&mut self.due);
-        let Some(active) = &mut self.active else { return };
         for number in (0..=BACKEND).filter(|number| due >> number & 1 == 1) {
+            if self.active.is_some() && self.hold_back(number) {
+                continue;
+            }
+            let Some(active) = &mut self.active else { return };
+            let before = self.control.limiter.is_limited().then(|| self.counters.read());
             let turn = match number {
                 BACKEND => self.device.backend_ready(active),
                 // Below `QUEUES_MAX`.
@@ -146,6 +258,11 @@ impl Worker {
                 Ok(Progress::Idle) => {}
                 Ok(Progress::More) => self.due |= 1 << number,
                 Err(fault) => return self.stop(fault),
+            }
+            if let Some(before) = before {
+                let after = self.counters.read();
+                let bytes = after.bytes().wrapping_sub(before.bytes());
+                self.control.limiter.charge(bytes, after.requests.wrapping_sub(before.requests));
             }
         }
     }
@@ -178,11 +295,15 @@ impl Remote {
         }
     }
 
+    /// What can be asked of the device's thread from outside.
+    pub(crate) fn control(&self) -> &WorkerControl {
+        &self.control
+    }
+
     fn send(&self, command: Command) -> Result<(), Fault> {
         let commands = self.commands.as_ref().ok_or(Fault::Worker)?;
         commands.send(command).map_err(|_| Fault::Worker)?;
-        // It fails only when the counter is full, and then the worker is awake.
-        let _ = self.wake.write(1);
+        self.control.wake();
         Ok(())
     }
 }
@@ -190,6 +311,6 @@ impl Remote {
 impl Drop for Remote {
     fn drop(&mut self) {
         self.commands = None;
-        let _ = self.wake.write(1);
+        self.control.wake();
     }
 }

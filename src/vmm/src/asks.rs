@@ -6,7 +6,8 @@ use std::time::{Duration, Instant};
 
 use casemate_virtio::{BALLOON_PAGE_BYTES, BalloonControl, Kind};
 use casemate_wire::{
-    Answer, Ask, BalloonStatistics, Descriptors, DeviceKind, DeviceStatistics, Refused, Statistics,
+    Answer, Ask, BalloonStatistics, Descriptors, DeviceKind, DeviceStatistics, Limits, Rate, Refused,
+    Statistics,
 };
 
 use crate::{
@@ -75,6 +76,8 @@ impl Asks {
                 Some((id, Ok(Answer::Statistics(Box::new(statistics(running))))))
             }
             Ask::Balloon { target_bytes } => Some((id, inflate(running, target_bytes))),
+            Ask::ResizeDisk { number, size_bytes } => Some((id, resize(running, number, size_bytes))),
+            Ask::Limit { kind, number, limits } => Some((id, limit(running, kind, number, limits))),
         }
     }
 
@@ -136,6 +139,43 @@ fn inflate(running: &Running, target_bytes: u64) -> Result<Answer, Refused> {
     };
     balloon.set_target(pages);
     device.interrupt.signal_config();
+    Ok(Answer::Done)
+}
+
+/// The device of this number among those of its kind.
+fn nth(running: &Running, kind: Kind, number: u16) -> Option<&Emulated> {
+    running.devices.iter().filter(|device| device.kind == kind).nth(number.into())
+}
+
+/// Tells a disk, and by it the guest, of its new size.
+fn resize(running: &Running, number: u16, size_bytes: u64) -> Result<Answer, Refused> {
+    let Some(disk) = nth(running, Kind::Block, number) else {
+        return refuse("ask-no-device", "this guest has no such disk".into());
+    };
+    if size_bytes == 0 || !size_bytes.is_multiple_of(512) {
+        return refuse("ask-disk-size", "a disk's size must be a multiple of 512 and not 0".into());
+    }
+    disk.worker.resize(size_bytes);
+    Ok(Answer::Done)
+}
+
+/// Limits what a device does.
+fn limit(running: &Running, kind: DeviceKind, number: u16, limits: Limits) -> Result<Answer, Refused> {
+    let wanted = match kind {
+        DeviceKind::Disk => Kind::Block,
+        DeviceKind::Net => Kind::Net,
+        DeviceKind::Entropy | DeviceKind::Balloon => {
+            return refuse("ask-no-device", "only disks and network cards can be limited".into());
+        }
+    };
+    let Some(device) = nth(running, wanted, number) else {
+        return refuse("ask-no-device", "this guest has no such device".into());
+    };
+    let rate = |rate: Rate| casemate_virtio::Rate { per_second: rate.per_second, burst: rate.burst };
+    device.worker.limit(casemate_virtio::Limits {
+        bytes: limits.bytes.map(rate),
+        operations: limits.operations.map(rate),
+    });
     Ok(Answer::Done)
 }
 

@@ -13,7 +13,7 @@ use casemate_passthrough::{AssignedFunction, Container, Probe, VfioDevice};
 use casemate_pci::{Function, HostBridge, RootPort};
 use casemate_virtio::{
     Balloon, BalloonControl, Blk, BlkBackend, Counters, Device, Interrupt, Kind, Net, PciParts, PciTransport,
-    Rng, Worker, vector_count,
+    Rng, Worker, WorkerControl, vector_count,
 };
 use casemate_wire::{CpuRange, Descriptors, End, Machine, Pages};
 use kvm_ioctls::{DeviceFd, VcpuFd, VmFd};
@@ -85,7 +85,9 @@ pub(crate) struct Emulated {
     pub(crate) counters: Arc<Counters>,
     /// How its driver is told that something is another way now.
     pub(crate) interrupt: Interrupt,
-    /// What can be changed of it while it runs.
+    /// What can be asked of its thread.
+    pub(crate) worker: WorkerControl,
+    /// What else can be changed of it while it runs.
     pub(crate) own: Own,
 }
 
@@ -355,7 +357,8 @@ impl Parts {
         };
         let doorbells = transport.doorbells().map(ring).collect::<Result<_, Error>>()?;
         let counters = Arc::clone(transport.counters());
-        self.devices.push(Emulated { kind, counters, interrupt: transport.interrupt(), own });
+        let (interrupt, control) = (transport.interrupt(), transport.worker_control());
+        self.devices.push(Emulated { kind, counters, interrupt, worker: control, own });
         self.workers.push(worker);
         self.add(Box::new(transport), Attachments { doorbells, regions: Vec::new() });
         Ok(())

@@ -21,6 +21,40 @@ pub enum Ask {
         /// A multiple of 4 KiB, at least 64 MiB below all of its memory.
         target_bytes: u64,
     },
+    /// A disk has another size from now on.
+    ResizeDisk {
+        /// Its number, from 0.
+        number: u16,
+        /// A multiple of 512, not 0.
+        size_bytes: u64,
+    },
+    /// Limit what a disk or a network card does from now on; what is `None` is not limited.
+    Limit {
+        /// [`DeviceKind::Disk`] or [`DeviceKind::Net`].
+        kind: DeviceKind,
+        /// Its number among those of its kind.
+        number: u16,
+        /// Its limits.
+        limits: Limits,
+    },
+}
+
+/// How much a device may do.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
+pub struct Limits {
+    /// Bytes, of both directions together.
+    pub bytes: Option<Rate>,
+    /// Requests, or frames of both directions together.
+    pub operations: Option<Rate>,
+}
+
+/// A rate, and how much may be done at once by who has done nothing for a while; both from 1.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
+pub struct Rate {
+    /// A second.
+    pub per_second: u64,
+    /// At once.
+    pub burst: u64,
 }
 
 /// What an [`Ask`] is answered with when it was done.
