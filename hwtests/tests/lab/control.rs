@@ -238,7 +238,7 @@ pub(crate) fn limits_hold(ctx: &mut Ctx) -> Result<(), Failure> {
     let mut typed = fs::File::options().write(true).open(&fifo)?;
     let mut go = |asked: &str, limits: &[&str]| {
         running.wait_for_text(asked, SOON)?;
-        operate(ctx, &[&["limit", ctx.name(), "disk", "0"], limits].concat())?;
+        operate(ctx, &[&["limit", ctx.name(), "disk", "0"][..], limits].concat())?;
         Ok::<(), Failure>(typed.write_all(b"go\n")?)
     };
     // 6 MiB at 2 MiB a second with half a MiB at once take 2.75 s at least; 60 requests at 20 with 10 at once take 2.5 s.
@@ -269,7 +269,7 @@ pub(crate) fn disk_grows_and_shrinks(ctx: &mut Ctx) -> Result<(), Failure> {
         wait_for 3072; sleep 600";
     let running = ctx.start_guest(&ctx.guest(script)?.vcpus(1).disk(&disk, false))?;
     running.wait_for_text("sees-2048.", SOON)?;
-    let refused = |words: &[&str]| ctx.run([&["casemate", "resize", ctx.name()], words].concat());
+    let refused = |words: &[&str]| ctx.run([&["casemate", "resize", ctx.name()][..], words].concat());
     for words in [&["1"][..], &["0", "1000"], &["0", "0"], &["0", "512KiB"]] {
         refused(words)?.refusal("disk-resize")?;
     }
