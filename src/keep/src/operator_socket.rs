@@ -380,8 +380,13 @@ mod tests {
     fn what_is_no_request_is_refused_and_hung_up_on() {
         let (_folder, paths, _socket, _orders) = open();
         let long = vec![b'x'; 2 * REQUEST_BYTES as usize];
-        let wrong: [&[u8]; 5] =
-            [b"{\"do\":\"dance\"}\n", b"pause\n", b"\xff\xfe\n", b"{\"do\":\"pause\",\"now\":1}\n", &long];
+        let wrong: [&[u8]; 5] = [
+            b"{\"do\":\"dance\"}\n",
+            b"pause\n",
+            b"\xff\xfe\n",
+            b"{\"do\":\"balloon\",\"size_bytes\":1,\"now\":1}\n",
+            &long,
+        ];
         for bytes in wrong {
             let mut stream = UnixStream::connect(path(&paths, "web")).unwrap();
             let _ = stream.write_all(bytes);

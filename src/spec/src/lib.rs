@@ -26,7 +26,7 @@ pub use device::{DevicePin, PciId, PciIdError};
 pub use guest::{Assigned, Boot, Disk, Guest, LIMITS, Limits, Located, Name, Net, Pooled, parse_guest};
 pub use host_file::{ClassPrefix, Firmware, HostFile, NumaPolicy, Pool, VirtualFunctions, parse_host};
 pub use hotplug::Hotplug;
-pub use ram::{Pages, Ram};
 pub use limit::Rate;
+pub use ram::{Pages, Ram};
 pub use refusal::{Location, Refusal};
 pub use size::{ByteSize, ByteSizeError};
