@@ -70,6 +70,11 @@ const TESTS: &[LabTest] = &[
     LabTest::new("entropy-is-there", virtio::entropy_is_there),
     // Hot-plug
     LabTest::new("slots-are-seen", hotplug::slots_are_seen),
+    LabTest::new("disk-and-net-come-and-go", hotplug::disk_and_net_come_and_go).deadline_seconds(400),
+    LabTest::new("ten-plugs-in-a-row", hotplug::ten_plugs_in_a_row)
+        .long("Linux takes five seconds for each to let go")
+        .deadline_seconds(900),
+    LabTest::new("slots-refuse", hotplug::refuse_and_force).deadline_seconds(300),
     // Policy
     LabTest::new("too-big-is-refused", admission::too_big_is_refused),
     LabTest::new("swapped-plugin-flips-the-verdict", admission::swapped_plugin_flips_the_verdict),

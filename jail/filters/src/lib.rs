@@ -46,13 +46,17 @@ pub enum Role {
     Console,
     /// A thread that waits for the INTx of an assigned function.
     Intx,
+    /// A thread that waits for a disk or network card to be hot-plugged, and then is its.
+    Spare,
+    /// The thread that puts devices into slots and takes them out.
+    Hotplug,
     /// The one thread of casemate-policy-compiler, from before it reads a byte. It stands alone: no VMM puts it on.
     Compiler,
 }
 
 impl Role {
     /// All roles; those of the VMM in the order in which their filters are put on.
-    pub const ALL: [Self; 9] = [
+    pub const ALL: [Self; 11] = [
         Self::Build,
         Self::Vcpu,
         Self::Control,
@@ -61,12 +65,23 @@ impl Role {
         Self::Device,
         Self::Console,
         Self::Intx,
+        Self::Spare,
+        Self::Hotplug,
         Self::Compiler,
     ];
 
     /// The roles of a VMM's threads once its guest runs.
-    pub const NARROW: [Self; 7] =
-        [Self::Vcpu, Self::Control, Self::Blk, Self::Net, Self::Device, Self::Console, Self::Intx];
+    pub const NARROW: [Self; 9] = [
+        Self::Vcpu,
+        Self::Control,
+        Self::Blk,
+        Self::Net,
+        Self::Device,
+        Self::Console,
+        Self::Intx,
+        Self::Spare,
+        Self::Hotplug,
+    ];
 
     /// The role's name, which is also the name of its file without `.toml`.
     pub const fn name(self) -> &'static str {
@@ -79,6 +94,8 @@ impl Role {
             Self::Device => "device",
             Self::Console => "console",
             Self::Intx => "intx",
+            Self::Spare => "spare",
+            Self::Hotplug => "hotplug",
             Self::Compiler => "compiler",
         }
     }
@@ -104,6 +121,8 @@ impl Role {
             Self::Device => (&DEVICE_PROGRAM, DEVICE_RULES),
             Self::Console => (&CONSOLE_PROGRAM, CONSOLE_RULES),
             Self::Intx => (&INTX_PROGRAM, INTX_RULES),
+            Self::Spare => (&SPARE_PROGRAM, SPARE_RULES),
+            Self::Hotplug => (&HOTPLUG_PROGRAM, HOTPLUG_RULES),
             Self::Compiler => (&COMPILER_PROGRAM, COMPILER_RULES),
         }
     }

@@ -1,5 +1,6 @@
 //! `casemate`: runs guests in cells of their own, with physical devices, under policies.
 
+mod attach;
 mod audit;
 mod devices;
 mod doctor;
@@ -103,6 +104,10 @@ enum Command {
     PowerOff(operate::Options),
     /// Stop a running guest at once; it is not asked.
     Stop(operate::Options),
+    /// Give a running guest a disk or a network card, in one of its slots for hot-plug.
+    Attach(attach::AttachOptions),
+    /// Take what is in a slot from a running guest: its kernel is asked to let it go first.
+    Detach(attach::DetachOptions),
     /// Measure the cell of a running guest, and say of each part whether it is as it must be, with a digest to keep.
     Audit(audit::Options),
     /// Give back devices that a killed `casemate run` left claimed. Every `run` does it first by itself.
@@ -143,6 +148,8 @@ fn carry_out(arguments: Arguments) -> Result<ExitCode, Failure> {
         Command::Limit(options) => operate::limit(&paths, &options, json),
         Command::PowerOff(options) => operate::act(&paths, &options, &OperatorRequest::PowerOff, json),
         Command::Stop(options) => operate::act(&paths, &options, &OperatorRequest::Stop, json),
+        Command::Attach(options) => attach::attach(&paths, &options, json),
+        Command::Detach(options) => attach::detach(&paths, &options, json),
         Command::Audit(options) => audit::report(&paths, &options, json),
         Command::Recover => recover::recover(&paths, json),
         Command::Policy(command) => policy::policy(&paths, &command, json),

@@ -278,7 +278,9 @@ fn control_socket(path: &PathBuf) -> Result<(OwnedFd, OwnedFd), Errno> {
 
 /// Threads of the VMM, and the kernel's own on its behalf (KVM's page recovery, VFIO's).
 fn threads(guest: &Guest) -> u64 {
-    let devices = guest.disks.len() + guest.nets.len() + guest.devices.len() + 4;
+    let slots = usize::from(guest.hotplug.slots);
+    // A thread for each slot, and the one that puts devices into them.
+    let devices = guest.disks.len() + guest.nets.len() + guest.devices.len() + 4 + slots + slots.min(1);
     u64::from(guest.vcpus) * 2 + devices as u64 + 8
 }
 

@@ -10,6 +10,7 @@
 //! It knows nothing of device models or KVM; it hands descriptors to a cell and watches it.
 
 mod admission;
+mod attach;
 mod audit;
 mod beside;
 mod cell;
@@ -31,6 +32,7 @@ mod watch;
 // What a cell tells, by its word.
 pub use casemate_wire::{BalloonStatistics, Counters, DeviceKind, DeviceStatistics, Event, Statistics};
 
+pub use attach::Attachment;
 pub use audit::{Audit, AuditLine, SignedAudit, Source, audit};
 pub use console_log::ConsoleLog;
 pub use decisions::{Decisions, Reading};

@@ -105,6 +105,8 @@ enum Kind {
     Statistics,
     /// One that changes nothing of how the guest is.
     Other,
+    Add,
+    Remove,
 }
 
 impl Kind {
@@ -114,13 +116,16 @@ impl Kind {
             Ask::Resume => Self::Resume,
             Ask::Statistics => Self::Statistics,
             Ask::Balloon { .. } | Ask::ResizeDisk { .. } | Ask::Limit { .. } => Self::Other,
+            Ask::Add { .. } => Self::Add,
+            Ask::Remove { .. } => Self::Remove,
         }
     }
 
     fn fits(self, answer: &Answer) -> bool {
         match answer {
-            Answer::Done => self != Self::Statistics,
+            Answer::Done => !matches!(self, Self::Statistics | Self::Remove),
             Answer::Statistics(statistics) => self == Self::Statistics && statistics.is_bounded(),
+            Answer::Removed { .. } => self == Self::Remove,
         }
     }
 }
@@ -194,8 +199,22 @@ impl Operator {
         self.order(Order::Ask(ask, descriptors))
     }
 
+    /// The same with a patience of the caller's.
+    pub(crate) fn ask_for(
+        &self,
+        ask: Ask,
+        descriptors: Vec<OwnedFd>,
+        patience: Duration,
+    ) -> Result<Answer, Refusal> {
+        self.order_for(Order::Ask(ask, descriptors), patience)
+    }
+
     /// Has `order` carried out.
     pub(crate) fn order(&self, order: Order) -> Result<Answer, Refusal> {
+        self.order_for(order, PATIENCE)
+    }
+
+    fn order_for(&self, order: Order, patience: Duration) -> Result<Answer, Refusal> {
         let (reply, answer) = sync_channel(1);
         self.orders.try_send((order, reply)).map_err(|error| match error {
             TrySendError::Full(_) => self.busy(),
@@ -203,8 +222,8 @@ impl Operator {
         })?;
         // It fails only when many are in it, and then the watch is awake.
         let _ = (&*self.wake).write(&[0]);
-        answer.recv_timeout(PATIENCE).unwrap_or_else(|error| match error {
-            RecvTimeoutError::Timeout => Err(silent(&self.guest)),
+        answer.recv_timeout(patience).unwrap_or_else(|error| match error {
+            RecvTimeoutError::Timeout => Err(silent(&self.guest, patience)),
             RecvTimeoutError::Disconnected => Err(ending(&self.guest)),
         })
     }
@@ -215,8 +234,8 @@ impl Operator {
     }
 }
 
-fn silent(guest: &str) -> Refusal {
-    let cause = format_args!("its VMM did not answer within {} s", PATIENCE.as_secs());
+fn silent(guest: &str, patience: Duration) -> Refusal {
+    let cause = format_args!("its VMM did not answer within {} s", patience.as_secs());
     let remedy = "it may be done yet: ask again; if a reader of its console stalls, let it read";
     Refusal::new("guest-no-answer", guest, cause, remedy)
 }
@@ -267,7 +286,7 @@ impl Orders {
                 Some(Refusal::new("guest-starting", &self.guest, "it does not run yet", "try again"))
             }
             GuestState::Ending => Some(ending(&self.guest)),
-            _ if self.unanswered.len() >= UNANSWERED_MOST => Some(silent(&self.guest)),
+            _ if self.unanswered.len() >= UNANSWERED_MOST => Some(silent(&self.guest, PATIENCE)),
             _ => None,
         };
         if let Some(refusal) = refusal {
@@ -278,7 +297,7 @@ impl Orders {
         self.next_id = self.next_id.wrapping_add(1);
         let borrowed: Vec<BorrowedFd<'_>> = descriptors.iter().map(AsFd::as_fd).collect();
         if channel.send_now(&ToCell::Ask { id, ask }, &borrowed).is_err() {
-            let _ = reply.send(Err(silent(&self.guest)));
+            let _ = reply.send(Err(silent(&self.guest, PATIENCE)));
             return;
         }
         if kind == Kind::Pause && state == GuestState::Running {

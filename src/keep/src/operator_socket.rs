@@ -31,6 +31,7 @@ use serde_json::{Value, json};
 
 use crate::{
     Paths,
+    attach::{self, Attaching, Attachment},
     disks::Disks,
     operator::{GuestState, Operator, Order},
 };
@@ -92,6 +93,21 @@ pub enum OperatorRequest {
     PowerOff,
     /// Stop it; it is not asked.
     Stop,
+    /// Put something into a free slot of its.
+    Attach {
+        /// What.
+        attachment: Attachment,
+    },
+    /// Take out what is in a slot.
+    Detach {
+        /// The slot, from 1.
+        slot: u8,
+        /// How long the guest may take to let it go.
+        within_seconds: u64,
+        /// Whether it is taken when the guest has not let it go in time.
+        #[serde(default)]
+        force: bool,
+    },
 }
 
 /// What a guest has done and what it takes.
@@ -136,8 +152,13 @@ pub(crate) struct OperatorSocket {
 }
 
 impl OperatorSocket {
-    /// Listens. The caller holds the lock of the guest's name.
-    pub(crate) fn open(paths: &Paths, operator: Operator, disks: Disks) -> Result<Self, Refusal> {
+    /// Listens. The caller holds the lock of the guest's name. Without `attaching` nothing can be attached.
+    pub(crate) fn open(
+        paths: &Paths,
+        operator: Operator,
+        disks: Disks,
+        attaching: Option<Attaching>,
+    ) -> Result<Self, Refusal> {
         let path = path(paths, operator.guest());
         let failed = |error: io::Error| {
             let cause = format_args!("the operator's socket cannot be made: {error}");
@@ -146,8 +167,8 @@ impl OperatorSocket {
         let _ = fs::remove_file(&path);
         let listener = Arc::new(UnixListener::bind(&path).map_err(failed)?);
         let ours = Arc::clone(&listener);
-        let disks = Arc::new(disks);
-        let serve = move || accept(&ours, &operator, &disks);
+        let asked = Asked { operator, disks: Arc::new(disks), attaching: attaching.map(Arc::new) };
+        let serve = move || accept(&ours, &asked);
         let thread = thread::Builder::new().name("operator".into()).spawn(serve).map_err(failed)?;
         Ok(Self { path, listener, thread: Some(thread) })
     }
@@ -185,7 +206,15 @@ impl Drop for Place {
     }
 }
 
-fn accept(listener: &UnixListener, operator: &Operator, disks: &Arc<Disks>) {
+/// Who is asked.
+#[derive(Clone)]
+struct Asked {
+    operator: Operator,
+    disks: Arc<Disks>,
+    attaching: Option<Arc<Attaching>>,
+}
+
+fn accept(listener: &UnixListener, asked: &Asked) {
     let taken = Arc::new(AtomicUsize::new(0));
     loop {
         let stream = match listener.accept() {
@@ -199,7 +228,7 @@ fn accept(listener: &UnixListener, operator: &Operator, disks: &Arc<Disks>) {
         };
         let busy = |stream: &UnixStream| {
             let cause = format_args!("{CONNECTIONS_MOST} connections are open already");
-            let refusal = Refusal::new("guest-busy", operator.guest(), cause, "try again");
+            let refusal = Refusal::new("guest-busy", asked.operator.guest(), cause, "try again");
             let _ = stream.set_nonblocking(true);
             let _ = answer(stream, Err(refusal));
         };
@@ -207,10 +236,10 @@ fn accept(listener: &UnixListener, operator: &Operator, disks: &Arc<Disks>) {
             busy(&stream);
             continue;
         };
-        let (operator, disks) = (operator.clone(), Arc::clone(disks));
+        let asked = asked.clone();
         let connection = move || {
             let _place = place;
-            let _ = serve(&stream, &operator, &disks);
+            let _ = serve(&stream, &asked);
         };
         // One that finds no thread is closed.
         let _ = thread::Builder::new().name("operator".into()).spawn(connection);
@@ -218,7 +247,7 @@ fn accept(listener: &UnixListener, operator: &Operator, disks: &Arc<Disks>) {
 }
 
 /// Answers request after request, until the other side has gone or is no longer understood.
-fn serve(stream: &UnixStream, operator: &Operator, disks: &Disks) -> io::Result<()> {
+fn serve(stream: &UnixStream, asked: &Asked) -> io::Result<()> {
     stream.set_read_timeout(Some(SILENCE))?;
     stream.set_write_timeout(Some(SILENCE))?;
     let mut lines = BufReader::new(stream);
@@ -234,9 +263,9 @@ fn serve(stream: &UnixStream, operator: &Operator, disks: &Disks) -> io::Result<
         let done = request
             .map_err(|error| {
                 let remedy = r#"send a line of JSON like {"do":"pause"}"#;
-                Refusal::new("operator-request", operator.guest(), error, remedy)
+                Refusal::new("operator-request", asked.operator.guest(), error, remedy)
             })
-            .and_then(|request| carry_out(operator, disks, &request));
+            .and_then(|request| carry_out(asked, &request));
         answer(stream, done)?;
         if !whole || !understood {
             return Ok(());
@@ -250,8 +279,20 @@ fn answer(mut stream: &UnixStream, answer: Result<Value, Refusal>) -> io::Result
     stream.write_all(&line)
 }
 
-fn carry_out(operator: &Operator, disks: &Disks, request: &OperatorRequest) -> Result<Value, Refusal> {
+fn carry_out(asked: &Asked, request: &OperatorRequest) -> Result<Value, Refusal> {
+    let (operator, disks) = (&asked.operator, &*asked.disks);
+    let attaching = || {
+        asked.attaching.as_ref().ok_or_else(|| {
+            let remedy = "start it with `slots` in a table [hotplug] of its file";
+            Refusal::new("hotplug-no-slot", operator.guest(), "this guest has no slots", remedy)
+        })
+    };
     match request {
+        OperatorRequest::Attach { attachment } => return attaching()?.attach(operator, attachment),
+        OperatorRequest::Detach { slot, within_seconds, force } => {
+            let within = Duration::from_secs(*within_seconds);
+            return attaching()?.detach(operator, *slot, within, *force);
+        }
         OperatorRequest::State => {}
         OperatorRequest::Pause => drop(operator.ask(Ask::Pause, Vec::new())?),
         OperatorRequest::Resume => drop(operator.ask(Ask::Resume, Vec::new())?),
@@ -287,7 +328,7 @@ fn carry_out(operator: &Operator, disks: &Disks, request: &OperatorRequest) -> R
 fn statistics(operator: &Operator) -> Result<Value, Refusal> {
     let machine = match operator.ask(Ask::Statistics, Vec::new())? {
         Answer::Statistics(statistics) => *statistics,
-        Answer::Done => Statistics::default(),
+        _ => Statistics::default(),
     };
     let memory = operator.memory_bytes();
     let statistics = GuestStatistics {
@@ -331,7 +372,15 @@ pub fn operate(paths: &Paths, guest: &str, request: &OperatorRequest) -> Result<
 
 fn exchange(path: &Path, request: &OperatorRequest) -> io::Result<Line> {
     let mut stream = UnixStream::connect(path)?;
-    stream.set_read_timeout(Some(CLIENT_PATIENCE))?;
+    let patience = match request {
+        OperatorRequest::Attach { .. } => CLIENT_PATIENCE + attach::ADD_PATIENCE + attach::JUDGE_PATIENCE,
+        OperatorRequest::Detach { within_seconds, .. } => {
+            let within = Duration::from_secs(*within_seconds).min(attach::WITHIN_MOST);
+            CLIENT_PATIENCE + within + attach::REMOVE_MARGIN
+        }
+        _ => CLIENT_PATIENCE,
+    };
+    stream.set_read_timeout(Some(patience))?;
     stream.set_write_timeout(Some(CLIENT_PATIENCE))?;
     let mut line = serde_json::to_vec(request)?;
     line.push(b'\n');
@@ -354,7 +403,7 @@ mod tests {
         paths.runtime = folder.path().into();
         let (operator, orders) = operator::pair("web").unwrap();
         orders.set_state(GuestState::Paused);
-        let socket = OperatorSocket::open(&paths, operator, Disks::default()).unwrap();
+        let socket = OperatorSocket::open(&paths, operator, Disks::default(), None).unwrap();
         (folder, paths, socket, orders)
     }
 

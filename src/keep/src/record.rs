@@ -4,7 +4,7 @@ use std::{
     fs::{self, File},
     io::{self, Read, Write},
     os::{
-        fd::{AsFd, AsRawFd},
+        fd::{AsFd, AsRawFd, BorrowedFd},
         unix::fs::OpenOptionsExt,
     },
     path::{Path, PathBuf},
@@ -14,6 +14,7 @@ use std::{
 use casemate_host::{Host, Owner, Process};
 use casemate_jail::Landlock;
 use casemate_spec::{Located, PciAddress, Refusal};
+use rustix::process::{Pid, Resource, Rlimit, prlimit};
 use serde::{Deserialize, Serialize};
 use sha2::{Digest, Sha256};
 
@@ -217,6 +218,42 @@ impl GuestRecord {
             weakened: crate::run::names(started.cell.weakened()),
         })
     }
+}
+
+/// Notes that a running guest is given one more descriptor, and lets its cell write to as much of it as there is.
+///
+/// # Errors
+/// `host-folder` when the record can't be changed; `keep-failed` when the cell's limit can't.
+pub(crate) fn give(
+    paths: &Paths,
+    guest: &str,
+    fd: BorrowedFd<'_>,
+    size_bytes: Option<u64>,
+) -> Result<(), Refusal> {
+    let path = paths.runtime.join(format!("{guest}.json"));
+    let failed = |error: &dyn std::fmt::Display| {
+        let cause = format_args!("the guest's record cannot be changed: {error}");
+        Refusal::new("host-folder", path.display(), cause, "run as root, with space in /run")
+    };
+    let mut record = read(&path).ok_or_else(|| failed(&"it cannot be read"))?;
+    let limits = &mut record.limits;
+    if let Some(size_bytes) = size_bytes.filter(|size| *size > limits.file_size_bytes_max) {
+        let pid = i32::try_from(record.cell.pid).ok().and_then(Pid::from_raw);
+        // Without a number it would be this process's own limit.
+        let pid = pid.ok_or_else(|| failed(&"it names no process"))?;
+        let limit = Rlimit { current: Some(size_bytes), maximum: Some(size_bytes) };
+        prlimit(Some(pid), Resource::Fsize, limit).map_err(|error| {
+            let cause = format_args!("its cell's limit of the size of files cannot be raised: {error}");
+            Refusal::new("keep-failed", guest, cause, "try again")
+        })?;
+        limits.file_size_bytes_max = size_bytes;
+    }
+    match (size_bytes, name_of(&fd)) {
+        (Some(_), Some(name)) if !record.files.contains(&name) => record.files.push(name),
+        (Some(_), _) => {}
+        (None, _) => record.nets = record.nets.saturating_add(1),
+    }
+    put(&path, &record).map_err(|error| failed(&error))
 }
 
 pub(crate) fn now_seconds() -> u64 {

@@ -19,6 +19,7 @@ use casemate_spec::{CellPart, CellRules, LIMITS, Located, PciAddress, Pool, Refu
 use crate::{
     CellReport, DeviceReport, Input, MachineReport, Paths, PolicyReport, Report, Step,
     admission::{self, Images, Question},
+    attach::Attaching,
     cell::{self, Identity, Resources},
     console_log::{ConsoleLog, Rotating, Tee},
     disks::Disks,
@@ -318,7 +319,14 @@ impl Prepared<'_> {
             Refusal::new("keep-failed", &guest.name, cause, "try again")
         })?;
         let disks = Disks::of(self.paths, guest, self.images, &started)?;
-        let _socket = OperatorSocket::open(self.paths, operator, disks)?;
+        let attaching = if guest.hotplug.slots > 0 {
+            let images = self.images.try_clone(guest.name.as_str())?;
+            let weakened = started.cell.weakened();
+            Some(Attaching::new(self.paths, self.options.policy, self.located, images, weakened))
+        } else {
+            None
+        };
+        let _socket = OperatorSocket::open(self.paths, operator, disks, attaching)?;
         // The cell has its own; a tap is gone with its last descriptor.
         drop(taps);
         let seen = {

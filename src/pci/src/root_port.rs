@@ -60,6 +60,7 @@ const LINK_CHANGED: u16 = 1 << 8;
 const LINK_CHANGED_ENABLE: u16 = 1 << 12;
 const INTERRUPT_ENABLE: u16 = 1 << 5;
 const INDICATOR_SHIFT: u16 = 8;
+const INDICATOR_BLINKING: u16 = 2;
 const INDICATOR_OFF: u16 = 3;
 const EVENTS: u16 = BUTTON_PRESSED | PRESENCE_CHANGED | LINK_CHANGED;
 const SLOT_CONTROL_WRITABLE: u16 =
@@ -211,6 +212,11 @@ impl RootPort {
     /// not yet brought up.
     pub fn let_go(&self) -> bool {
         self.express_at(SLOT_CONTROL) >> INDICATOR_SHIFT & 3 == INDICATOR_OFF
+    }
+
+    /// Whether the power indicator blinks: the guest is about to bring the card up, or to let it go.
+    pub fn is_undecided(&self) -> bool {
+        self.express_at(SLOT_CONTROL) >> INDICATOR_SHIFT & 3 == INDICATOR_BLINKING
     }
 
     fn slot_status(&self) -> u16 {

@@ -151,7 +151,7 @@ fn the_indicator_says_when_the_card_may_go() {
     port.config_write(control, &[0x21, 0x11]);
     assert!(!port.let_go(), "on");
     port.config_write(control, &[0x21, 0x12]);
-    assert!(!port.let_go(), "blinking");
+    assert!(!port.let_go() && port.is_undecided(), "blinking");
     port.config_write(control, &[0x21, 0x13]);
     assert!(port.let_go());
     port.config_write(control, &[0x21, 0x11]);

@@ -4,14 +4,15 @@
 
 use std::time::{Duration, Instant};
 
-use casemate_virtio::{BALLOON_PAGE_BYTES, BalloonControl, Kind};
+use casemate_virtio::{BALLOON_PAGE_BYTES, BalloonControl, BlkBackend, Kind};
 use casemate_wire::{
     Answer, Ask, BalloonStatistics, Descriptors, DeviceKind, DeviceStatistics, Limits, Rate, Refused,
-    Statistics,
+    Statistics, WireError,
 };
 
 use crate::{
     error::bounded,
+    hotplug::{Card, Order},
     machine::{Emulated, Running},
 };
 
@@ -41,13 +42,23 @@ impl Asks {
         &mut self,
         id: u32,
         ask: Ask,
-        descriptors: Descriptors,
+        mut descriptors: Descriptors,
         running: &Running,
     ) -> Option<Reply> {
+        let order = match take_order(id, &ask, &mut descriptors) {
+            Ok(order) => order,
+            Err(error) => return Some((id, refuse("ask-malformed", error.to_string()))),
+        };
         if let Err(error) = descriptors.finish() {
             return Some((id, refuse("ask-malformed", error.to_string())));
         }
+        if let Some(order) = order {
+            let given = running.hotplug.as_ref().is_some_and(|hotplug| hotplug.give(order));
+            // Answered by who does it.
+            return (!given).then(|| (id, refuse("hotplug-no-slot", "the guest has no slots".into())));
+        }
         match ask {
+            Ask::Add { .. } | Ask::Remove { .. } => None,
             Ask::Pause if self.pausing.len() >= WAITING_MOST => {
                 Some((id, refuse("ask-again", "too many wait for the same".into())))
             }
@@ -116,6 +127,29 @@ impl Asks {
         };
         self.pausing.drain(..).map(|id| (id, answer.clone())).collect()
     }
+}
+
+/// What the hot-plug thread is to do, if it is its business, with the descriptors that came for it.
+fn take_order(id: u32, ask: &Ask, descriptors: &mut Descriptors) -> Result<Option<Order>, WireError> {
+    Ok(match ask {
+        Ask::Add { slot, card } => {
+            let card = match card {
+                casemate_wire::Card::Disk(disk) => Card::Disk(BlkBackend {
+                    file: descriptors.take(disk.image)?,
+                    size_bytes: disk.size_bytes,
+                    read_only: disk.read_only,
+                    serial: disk.serial.clone(),
+                }),
+                casemate_wire::Card::Net(net) => Card::Net { tap: descriptors.take(net.tap)?, mac: net.mac },
+            };
+            Some(Order::Add { id, slot: *slot, card })
+        }
+        Ask::Remove { slot, patience_ms, force } => {
+            let patience = Duration::from_millis((*patience_ms).into());
+            Some(Order::Remove { id, slot: *slot, patience, force: *force })
+        }
+        _ => None,
+    })
 }
 
 fn refuse(code: &str, message: String) -> Result<Answer, Refused> {

@@ -16,7 +16,7 @@ use std::{
 
 use casemate_passthrough::{VectorKind, VfioDevice};
 use casemate_pci::MsiMessage;
-use casemate_wire::{End, Event};
+use casemate_wire::{Answer, End, Event, Refused};
 use kvm_bindings::{
     KVM_IRQ_ROUTING_MSI, KvmIrqRouting, kvm_irq_routing_entry, kvm_irq_routing_entry__bindgen_ty_1,
     kvm_irq_routing_msi, kvm_irq_routing_msi__bindgen_ty_1,
@@ -25,6 +25,7 @@ use kvm_ioctls::VmFd;
 use vmm_sys_util::eventfd::EventFd;
 
 use crate::{
+    asks::Reply,
     error::{During, Error},
     maps::{Answers, Attachments, Maps},
     platform::lock,
@@ -56,6 +57,17 @@ pub(crate) enum Change {
     },
     /// These functions' BARs answer elsewhere.
     Answer(Vec<Answers>),
+    /// What follows the BARs of a function that comes while the guest runs.
+    Attach(Place, Attachments),
+    /// A function goes, and what followed its BARs with it.
+    Detach(Place),
+    /// The vectors of a function that has gone are given up.
+    ForgetVectors {
+        /// As [`Requests::add_vectors`] told it.
+        first_gsi: u32,
+        /// How many.
+        count: u32,
+    },
     /// An assigned function's messages are turned on, or off.
     Vectors {
         /// Its number among the assigned ones.
@@ -89,6 +101,8 @@ const LAST_WORDS: Duration = Duration::from_secs(1);
 
 enum Request {
     Change(Change, SyncSender<Result<(), String>>),
+    Vectors(Vec<EventFd>, SyncSender<Result<u32, String>>),
+    Answer(Reply),
     Panicked,
     Paused,
     End(End),
@@ -109,6 +123,18 @@ impl Requests {
         let (reply, answer) = mpsc::sync_channel(1);
         self.send(Request::Change(change, reply));
         answer.recv().unwrap_or_else(|_| Err("the control thread has gone".into()))
+    }
+
+    /// Reserves a GSI for each of these events, for a function that comes while the guest runs. Returns the first.
+    pub(crate) fn add_vectors(&self, events: Vec<EventFd>) -> Result<u32, String> {
+        let (reply, answer) = mpsc::sync_channel(1);
+        self.send(Request::Vectors(events, reply));
+        answer.recv().unwrap_or_else(|_| Err("the control thread has gone".into()))
+    }
+
+    /// Answers the keep.
+    pub(crate) fn answer(&self, id: u32, answer: Result<Answer, Refused>) {
+        self.send(Request::Answer((id, answer)));
     }
 
     /// A control that does nothing but tell `see` of every change, for tests of those who ask.
@@ -174,6 +200,7 @@ pub(crate) struct Control {
     /// What the keep has not been told yet.
     news: Vec<Event>,
     watchdog: Arc<Mutex<Option<Instant>>>,
+    answers: Vec<Reply>,
 }
 
 impl Control {
@@ -200,6 +227,7 @@ impl Control {
             panic_deadline: None,
             news: Vec::new(),
             watchdog,
+            answers: Vec::new(),
         };
         Ok((control, requests))
     }
@@ -211,10 +239,8 @@ impl Control {
 
     /// Reserves a GSI for each of these events. They are connected once the guest routes them.
     pub(crate) fn add_vectors(&mut self, events: &[EventFd]) -> Result<u32, Error> {
-        let first = FIRST_MSI_GSI + self.events.len() as u32;
-        if first + events.len() as u32 > ROUTES_MOST {
-            return Err(Error::Layout(format!("more than {ROUTES_MOST} interrupt vectors")));
-        }
+        let first = first_free(&self.events, events.len() as u32)
+            .ok_or_else(|| Error::Layout(format!("more than {ROUTES_MOST} interrupt vectors")))?;
         for (event, gsi) in events.iter().zip(first..) {
             self.events.insert(gsi, event.try_clone().during("duplicating an eventfd")?);
         }
@@ -236,6 +262,11 @@ impl Control {
     pub(crate) fn patience(&self) -> Option<Duration> {
         let deadline = self.panic_deadline.into_iter().chain(*lock(&self.watchdog)).min();
         deadline.map(|deadline| deadline.saturating_duration_since(Instant::now()))
+    }
+
+    /// Answers for the keep that have come since the last call.
+    pub(crate) fn take_answers(&mut self) -> Vec<Reply> {
+        std::mem::take(&mut self.answers)
     }
 
     /// What has happened since the last call, for the keep.
@@ -266,6 +297,10 @@ impl Control {
                 Request::Change(change, reply) => {
                     let _ = reply.send(self.apply(change).map_err(|error| error.to_string()));
                 }
+                Request::Vectors(events, reply) => {
+                    let _ = reply.send(self.add_vectors(&events).map_err(|error| error.to_string()));
+                }
+                Request::Answer(answer) => self.answers.push(answer),
                 Request::Panicked => {
                     self.panic_deadline.get_or_insert_with(|| Instant::now() + LAST_WORDS);
                     self.news.push(Event::Panicked);
@@ -290,6 +325,18 @@ impl Control {
                 self.write_route(gsi, message)
             }
             Change::Answer(answers) => self.maps.answer(&*self.vm, &answers),
+            Change::Attach(place, attachments) => {
+                self.maps.attach(place, attachments);
+                Ok(())
+            }
+            Change::Detach(place) => self.maps.detach(&*self.vm, place),
+            Change::ForgetVectors { first_gsi, count } => {
+                let gsis = first_gsi.max(FIRST_MSI_GSI)..first_gsi.saturating_add(count);
+                let gone = gsis.clone().map(|gsi| self.route(gsi, None));
+                let gone = gone.fold(Ok(()), Result::and);
+                self.events.retain(|gsi, _| !gsis.contains(gsi));
+                gone
+            }
             Change::Vectors { device, kind, events, count } => {
                 let device = self.devices.get(device).ok_or(Error::Lacks("such a device"))?;
                 let events = events.get(..usize::from(count)).ok_or(Error::Lacks("such a vector"))?;
@@ -358,6 +405,18 @@ impl Control {
     }
 }
 
+/// The first of `count` GSIs for messages, one behind the other, that no event has.
+fn first_free(taken: &BTreeMap<u32, EventFd>, count: u32) -> Option<u32> {
+    let mut first = FIRST_MSI_GSI;
+    for gsi in taken.keys() {
+        if gsi.checked_sub(first).is_some_and(|room| room >= count) {
+            break;
+        }
+        first = gsi + 1;
+    }
+    (first.checked_add(count)? <= ROUTES_MOST).then_some(first)
+}
+
 fn msi_route(gsi: u32, message: MsiMessage) -> kvm_irq_routing_entry {
     let msi = kvm_irq_routing_msi {
         address_lo: message.address as u32,
@@ -399,5 +458,23 @@ impl casemate_pci::VectorSink for Vectors {
             let now = rustix::time::Timespec { tv_sec: 0, tv_nsec: 0 };
             poll(&mut [PollFd::new(&fd, PollFlags::IN)], Some(&now)).is_ok_and(|ready| ready == 1)
         })
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn vectors_that_were_given_up_are_given_out_again() {
+        let event = || EventFd::new(libc::EFD_NONBLOCK).unwrap();
+        let mut taken: BTreeMap<u32, EventFd> = BTreeMap::new();
+        assert_eq!(first_free(&taken, 3), Some(FIRST_MSI_GSI));
+        taken.extend((24..30).chain(33..40).map(|gsi| (gsi, event())));
+        assert_eq!(first_free(&taken, 3), Some(30));
+        assert_eq!(first_free(&taken, 4), Some(40));
+        assert_eq!(first_free(&taken, 0), Some(24));
+        assert_eq!(first_free(&taken, ROUTES_MOST - 40), Some(40));
+        assert_eq!(first_free(&taken, ROUTES_MOST - 39), None);
     }
 }

@@ -211,6 +211,9 @@ impl Control {
         for event in self.running.control.take_events() {
             self.tell(&FromCell::Event(event));
         }
+        for reply in self.running.control.take_answers() {
+            self.answer(reply);
+        }
         for reply in self.asks.due(&self.running) {
             self.answer(reply);
         }

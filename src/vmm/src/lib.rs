@@ -22,6 +22,7 @@ mod cpu;
 mod entry;
 mod error;
 mod gate;
+mod hotplug;
 mod intx;
 mod kvm;
 mod layout;

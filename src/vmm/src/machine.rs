@@ -29,6 +29,7 @@ use crate::{
     cpu::{self, Halt, Processors},
     entry::file,
     error::{During, Error},
+    hotplug::{Hotplug, HotplugParts, Orders, Spare},
     intx::{self, Intx, IntxSource},
     kvm, layout,
     maps::{Attachments, DirectRegion, Doorbell},
@@ -47,7 +48,15 @@ pub(crate) struct Built {
     control: Control,
     platform: Arc<Platform>,
     console_input: Option<File>,
+    hotplug: Option<Slots>,
     held: Held,
+}
+
+/// The slots of a machine that has some: who puts cards into them, on which threads, and the way there.
+struct Slots {
+    hotplug: Hotplug,
+    spares: Vec<Spare>,
+    orders: Orders,
 }
 
 /// What must live as long as the machine, though nobody calls it any more.
@@ -73,6 +82,8 @@ pub(crate) struct Running {
     pub(crate) devices: Vec<Emulated>,
     /// What its processors reach.
     pub(crate) platform: Arc<Platform>,
+    /// Who puts cards into its slots.
+    pub(crate) hotplug: Option<Orders>,
     /// What it stands on.
     pub(crate) _held: Held,
 }
@@ -182,6 +193,8 @@ impl Built {
         let segments: Vec<u8> = cpu::SEGMENTS.iter().flat_map(|entry| entry.to_le_bytes()).collect();
         boot::put(&memory, layout::SEGMENTS, &segments)?;
         let vcpus = make_vcpus(&vm, &processors, entry)?;
+        let (orders, incoming) = Orders::new(machine.hotplug.slots);
+        let hears = orders.clone();
         let root = RootBus::new(BusParts {
             functions: parts.functions,
             port_windows: PortWindows {
@@ -190,9 +203,23 @@ impl Built {
             },
             windows: [layout::WINDOW32, window64],
             requests: Arc::clone(&requests),
+            let_go: Box::new(move |slot| hears.let_go(slot)),
         })?;
         let (lines, sources) = parts.intx.into_iter().unzip();
+        let hotplug_requests = Arc::clone(&requests);
         let platform = Arc::new(Platform::new(vm, root, console, lines, requests, machine.vcpus));
+        let hotplug = (machine.hotplug.slots > 0).then(|| {
+            let (spares, handles) = (0..machine.hotplug.slots).map(|_| Spare::new()).unzip();
+            let (platform, memory) = (Arc::clone(&platform), Arc::clone(&memory));
+            let hotplug = Hotplug::new(HotplugParts {
+                platform,
+                requests: hotplug_requests,
+                memory,
+                incoming,
+                spares: handles,
+            });
+            Slots { hotplug, spares, orders }
+        });
         Ok(Self {
             vcpus,
             pins: machine.cpu.pins,
@@ -202,15 +229,18 @@ impl Built {
             control: parts.control,
             platform,
             console_input,
+            hotplug,
             held: Held { memory, _passthrough: passthrough },
         })
     }
 
     /// Makes the threads, narrows every filter, and lets the processors go.
     pub(crate) fn start(self) -> Result<Running, Error> {
-        let Self { vcpus, pins, workers, intx, devices, control, platform, console_input, held } = self;
+        let Self { vcpus, pins, workers, intx, devices, control, platform, console_input, hotplug, held } =
+            self;
         // Every thread passes here with its narrow filter on before the first guest instruction.
-        let threads = vcpus.len() + workers.len() + intx.len() + console_input.iter().count();
+        let slots: usize = hotplug.iter().map(|slots| slots.spares.len() + 1).sum();
+        let threads = vcpus.len() + workers.len() + intx.len() + console_input.iter().count() + slots;
         let ready = Arc::new(Barrier::new(threads + 1));
         let placement = Placement::of_this_thread()?;
         for (id, mut vcpu) in vcpus.into_iter().enumerate() {
@@ -250,11 +280,32 @@ impl Built {
                 platform.feed_serial(input);
             })?;
         }
+        let hotplug = hotplug.map(|slots| start_slots(slots, &ready)).transpose()?;
         narrow(Role::Control);
         ready.wait();
         let memory_bytes = held.memory.iter().map(vm_memory::GuestMemoryRegion::len).sum();
-        Ok(Running { control, memory_bytes, devices, platform, _held: held })
+        Ok(Running { control, memory_bytes, devices, platform, hotplug, _held: held })
     }
+}
+
+/// Makes the threads of hot-plug. Returns the way to them.
+fn start_slots(slots: Slots, ready: &Arc<Barrier>) -> Result<Orders, Error> {
+    let Slots { hotplug, spares, orders } = slots;
+    for (number, spare) in (1..).zip(spares) {
+        let ready = Arc::clone(ready);
+        spawn(format!("slot{number}"), move || {
+            narrow(Role::Spare);
+            ready.wait();
+            spare.run();
+        })?;
+    }
+    let ready = Arc::clone(ready);
+    spawn("hotplug".into(), move || {
+        narrow(Role::Hotplug);
+        ready.wait();
+        hotplug.run();
+    })?;
+    Ok(orders)
 }
 
 /// The functions of the root bus as they are made.

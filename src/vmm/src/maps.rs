@@ -126,6 +126,21 @@ impl Maps {
         self.functions.insert(place, Attached { attachments, ..Attached::default() });
     }
 
+    /// Gives up what followed a function's BARs: the guest reaches none of it any more.
+    ///
+    /// # Errors
+    /// When KVM keeps something. Its mapping then stays as long as this process.
+    pub(crate) fn detach(&mut self, vm: &impl Vm, place: Place) -> Result<(), Error> {
+        let gone = self.answer(vm, &[Answers { place, bars: Vec::new() }]);
+        if let Some(attached) = self.functions.remove(&place)
+            && !attached.mapped.is_empty()
+        {
+            // A slot that could not be deleted still points at it.
+            std::mem::forget(attached.attachments);
+        }
+        gone
+    }
+
     /// Moves everything to where it belongs. First all that goes, then all that comes, so that one function can take
     /// another's place. A step that fails does not keep the others from being made.
     ///

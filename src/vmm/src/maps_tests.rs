@@ -113,3 +113,16 @@ fn what_could_not_be_taken_away_is_taken_away_by_the_next_change() {
     maps.answer(&host, &[at(FIRST, 0x4_0000)]).unwrap();
     assert_eq!((host.mapped(), host.bells.borrow().len()), (vec![0x4_0000], 1));
 }
+
+#[test]
+fn a_function_that_goes_leaves_nothing() {
+    let (host, mut maps) = (Host::default(), maps());
+    maps.answer(&host, &[at(FIRST, 0x1_0000), at(SECOND, 0x2_0000)]).unwrap();
+    maps.detach(&host, FIRST).unwrap();
+    assert_eq!(host.mapped(), [0x2_0000]);
+    maps.detach(&host, FIRST).unwrap();
+    maps.answer(&host, &[at(FIRST, 0x1_0000)]).unwrap();
+    assert_eq!(host.mapped(), [0x2_0000], "nobody is there any more");
+    host.failing(true);
+    maps.detach(&host, SECOND).unwrap_err();
+}

@@ -205,6 +205,11 @@ impl Platform {
         }
     }
 
+    /// The PCI buses.
+    pub(crate) fn root(&self) -> &RootBus {
+        &self.root
+    }
+
     /// The IOAPIC, for those who raise its lines.
     pub(crate) fn ioapic(&self) -> SharedIoApic {
         Arc::clone(&self.ioapic)

@@ -61,7 +61,7 @@ impl Body {
         let decoded = self.function().decoded();
         match self {
             Self::Function(_) => State { decoded, port: None },
-            Self::Port(port) => State { decoded, port: Some(port.forwarding()) },
+            Self::Port(port) => State { decoded, port: Some((port.forwarding(), port.let_go())) },
         }
     }
 }
@@ -69,8 +69,8 @@ impl Body {
 #[derive(PartialEq)]
 struct State {
     decoded: DecodedBars,
-    /// Of a port: what goes through.
-    port: Option<Forwarding>,
+    /// Of a port: what goes through, and whether the guest has let the card go.
+    port: Option<(Forwarding, bool)>,
 }
 
 /// What a [`RootBus`] is made of.
@@ -83,7 +83,12 @@ pub(crate) struct BusParts {
     pub(crate) windows: [Range; 2],
     /// Who makes the changes.
     pub(crate) requests: Arc<Requests>,
+    /// Hears when the guest has let the card behind a port go; ports are counted from 0.
+    pub(crate) let_go: LetGo,
 }
+
+/// Who hears of a port, counted from 0, that its card may go.
+pub(crate) type LetGo = Box<dyn Fn(usize) + Send + Sync>;
 
 type Cell = Mutex<Option<Body>>;
 
@@ -96,6 +101,7 @@ pub(crate) struct RootBus {
     ports: Vec<Place>,
     books: RwLock<Books>,
     requests: Arc<Requests>,
+    let_go: LetGo,
 }
 
 impl RootBus {
@@ -104,7 +110,7 @@ impl RootBus {
     /// # Errors
     /// When two sit at one place, or the windows are too small.
     pub(crate) fn new(parts: BusParts) -> Result<Self, Error> {
-        let BusParts { mut functions, port_windows, windows, requests } = parts;
+        let BusParts { mut functions, port_windows, windows, requests, let_go } = parts;
         placement::place(&mut functions, windows, port_windows)?;
         let mut cells = BTreeMap::new();
         let mut ports = Vec::new();
@@ -129,7 +135,7 @@ impl RootBus {
             }
         }
         let books = RwLock::new(Books::new(windows, ports.len(), several));
-        Ok(Self { cells, ports, books, requests })
+        Ok(Self { cells, ports, books, requests, let_go })
     }
 
     /// How many buses configuration space has room for.
@@ -166,8 +172,11 @@ impl RootBus {
             (before.port, after.port)
         });
         let (Some(port), Some((Some(before), Some(after)))) = (port, states) else { return };
-        if after.reset && !before.reset {
+        if after.0.reset && !before.0.reset {
             self.reset_behind(port);
+        }
+        if after.1 && !before.1 {
+            (self.let_go)(port);
         }
     }
 
@@ -186,6 +195,67 @@ impl RootBus {
         if let Some((place, bar, offset)) = answer {
             self.with(place, |body| body.function().bar_write(bar, offset, data));
         }
+    }
+
+    /// Puts a card into the empty slot of a port, counted from 0. Its functions sit there at once, and the guest is told.
+    pub(crate) fn insert(&self, port: usize, functions: Vec<Box<dyn Function>>) {
+        if functions.len() > 1 {
+            let mut books = self.books.write().unwrap_or_else(PoisonError::into_inner);
+            books.set_several(self.behind(port).next(), true);
+        }
+        for (place, function) in self.behind(port).zip(functions) {
+            if let Some(mut cell) = self.lock(place) {
+                *cell = Some(Body::Function(function));
+            }
+        }
+        self.with_port(port, |port| port.set_card(true));
+    }
+
+    /// Takes the card out of a port's slot: it answers to nothing and reaches no memory once this returns. The guest is told.
+    pub(crate) fn remove(&self, port: usize) -> Vec<Box<dyn Function>> {
+        let mut functions = Vec::new();
+        for place in self.behind(port) {
+            let Some(mut cell) = self.lock(place) else { continue };
+            if let Some(body) = cell.as_mut() {
+                body.function().reset();
+                self.note(place, None, &State { decoded: DecodedBars::default(), port: None });
+            }
+            if let Some(Body::Function(function)) = cell.take() {
+                functions.push(function);
+            }
+        }
+        self.books
+            .write()
+            .unwrap_or_else(PoisonError::into_inner)
+            .set_several(self.behind(port).next(), false);
+        self.with_port(port, |port| port.set_card(false));
+        functions
+    }
+
+    /// Asks the guest to let the card in a port's slot go, unless it is just about to bring one up or to let it go: to press
+    /// the button then would take back what was asked. Returns whether it was asked.
+    pub(crate) fn ask_to_let_go(&self, port: usize) -> bool {
+        let asked = self.with_port(port, |port| {
+            let asks = !port.let_go() && !port.is_undecided();
+            if asks {
+                port.press_button();
+            }
+            asks
+        });
+        asked.unwrap_or(false)
+    }
+
+    /// Whether the guest says that the card in a port's slot may go.
+    pub(crate) fn has_let_go(&self, port: usize) -> bool {
+        self.with_port(port, |port| port.let_go()).unwrap_or(false)
+    }
+
+    fn with_port<T>(&self, port: usize, act: impl FnOnce(&mut RootPort) -> T) -> Option<T> {
+        let place = *self.ports.get(port)?;
+        self.with(place, |body| match body {
+            Body::Port(port) => Some(act(port)),
+            Body::Function(_) => None,
+        })?
     }
 
     fn lock(&self, place: Place) -> Option<MutexGuard<'_, Option<Body>>> {
@@ -213,7 +283,7 @@ impl RootBus {
     fn note(&self, place: Place, port: Option<usize>, state: &State) {
         let mut books = self.books.write().unwrap_or_else(PoisonError::into_inner);
         books.want(place, state.decoded);
-        if let (Some(port), Some(forwarding)) = (port, &state.port) {
+        if let (Some(port), Some((forwarding, _))) = (port, &state.port) {
             books.forward(port, forwarding.clone());
         }
         let answers = books.settle();

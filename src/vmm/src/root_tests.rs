@@ -101,14 +101,19 @@ fn bus() -> (RootBus, Mapped) {
         (at(4, 0), port(1)),
         (at(4, 1), port(2)),
     ];
-    let parts = BusParts { functions, port_windows: PORT_WINDOWS, windows: WINDOWS, requests };
+    let parts = BusParts {
+        functions,
+        port_windows: PORT_WINDOWS,
+        windows: WINDOWS,
+        requests,
+        let_go: Box::new(|_| {}),
+    };
     (RootBus::new(parts).unwrap(), mapped)
 }
 
-/// Puts a probe behind a port, as hot-plug does.
-fn put_behind(bus: &RootBus, port: u8, function: u8, mark: u8) {
-    let place = Place { bus: port + 1, device: 0, function };
-    *bus.lock(place).unwrap() = Some(self::function(mark));
+/// Puts probes behind a port, as hot-plug does.
+fn put_behind(bus: &RootBus, port: usize, marks: &[u8]) {
+    bus.insert(port, marks.iter().map(|mark| -> Box<dyn Function> { Probe::new(*mark) }).collect());
 }
 
 fn ecam(bus: u64, device: u64, function: u64, register: u16) -> u64 {
@@ -209,7 +214,7 @@ fn functions_of_one_device_say_so() {
 #[test]
 fn what_is_behind_a_port_answers_by_the_ports_numbers_and_windows() {
     let (bus, mapped) = bus();
-    put_behind(&bus, 1, 0, 0x50);
+    put_behind(&bus, 1, &[0x50]);
     let (port, card) = (ecam(0, 4, 1, 0), ecam(2, 0, 0, 0));
     assert_eq!(read_u32(&bus, card), u32::MAX, "nobody has enabled the port, nor told the bus of it");
     enable(&bus, port);
@@ -236,7 +241,7 @@ fn what_is_behind_a_port_answers_by_the_ports_numbers_and_windows() {
 #[test]
 fn a_reset_of_the_bus_behind_a_port_resets_the_card() {
     let (bus, _) = bus();
-    put_behind(&bus, 0, 0, 0x50);
+    put_behind(&bus, 0, &[0x50]);
     let (port, card) = (ecam(0, 4, 0, 0), ecam(1, 0, 0, 0));
     enable(&bus, port);
     enable(&bus, card);
@@ -248,10 +253,37 @@ fn a_reset_of_the_bus_behind_a_port_resets_the_card() {
 }
 
 #[test]
+fn a_card_that_goes_answers_no_more_and_another_takes_its_place() {
+    let (bus, mapped) = bus();
+    let (port, card) = (ecam(0, 4, 0, 0), ecam(1, 0, 0, 0));
+    enable(&bus, port);
+    let window = u64::from(read_u32(&bus, port + u64::from(regs::MEMORY_BASE)) & 0xfff0) << 16;
+    for mark in [0x50, 0x60] {
+        put_behind(&bus, 0, &[mark, mark]);
+        assert_eq!(read_u32(&bus, card + u64::from(regs::CACHE_LINE_SIZE)).to_le_bytes()[2], 0x80);
+        enable(&bus, card);
+        write_bar(&bus, card, window);
+        // The card's, and the port's own.
+        assert_eq!((who(&bus, window), count(&mapped)), (mark, 2));
+        assert_eq!(bus.remove(0).len(), 2);
+        assert_eq!((who(&bus, window), count(&mapped)), (0xff, 1));
+        assert_eq!(read_u32(&bus, card), u32::MAX);
+        assert!(bus.remove(0).is_empty());
+    }
+}
+
+#[test]
 fn places_that_are_none_are_refused() {
     let new = |functions| {
         let requests = Requests::answered_by(|_| {});
-        RootBus::new(BusParts { functions, port_windows: PORT_WINDOWS, windows: WINDOWS, requests }).is_err()
+        RootBus::new(BusParts {
+            functions,
+            port_windows: PORT_WINDOWS,
+            windows: WINDOWS,
+            requests,
+            let_go: Box::new(|_| {}),
+        })
+        .is_err()
     };
     assert!(new(vec![(at(32, 0), function(0))]));
     assert!(new(vec![(at(1, 8), function(0))]));
@@ -260,7 +292,14 @@ fn places_that_are_none_are_refused() {
     let large = PortWindows { memory_bytes: 128 << 20, ..PORT_WINDOWS };
     let requests = Requests::answered_by(|_| {});
     assert!(
-        RootBus::new(BusParts { functions: many, port_windows: large, windows: WINDOWS, requests }).is_err()
+        RootBus::new(BusParts {
+            functions: many,
+            port_windows: large,
+            windows: WINDOWS,
+            requests,
+            let_go: Box::new(|_| {})
+        })
+        .is_err()
     );
 }
 
@@ -271,8 +310,8 @@ proptest! {
             (0u64..4, 0u64..6, 0u64..2, 0u16..0x60, any::<[u8; 8]>(), 0usize..9), 1..60),
     ) {
         let (bus, mapped) = bus();
-        put_behind(&bus, 0, 0, 0x50);
-        put_behind(&bus, 1, 1, 0x60);
+        put_behind(&bus, 0, &[0x50]);
+        put_behind(&bus, 1, &[0x60, 0x70]);
         for port in 0..2 {
             enable(&bus, ecam(0, 4, port, 0));
         }

@@ -2,7 +2,7 @@
 
 use serde::{Deserialize, Serialize};
 
-use crate::Counters;
+use crate::{Counters, Disk, Net};
 
 /// Processors and devices that [`Statistics`] tell of at most.
 pub const COUNTED_MOST: usize = 64;
@@ -37,6 +37,31 @@ pub enum Ask {
         /// Its limits.
         limits: Limits,
     },
+    /// Put a card into an empty slot. Answered when it sits there; when the guest uses it is the guest's business.
+    Add {
+        /// Which slot, from 0.
+        slot: u8,
+        /// What.
+        card: Card,
+    },
+    /// Have the guest let the card in a slot go, and take it out. Answered when its descriptors are closed.
+    Remove {
+        /// Which slot, from 0.
+        slot: u8,
+        /// How long the guest may take.
+        patience_ms: u32,
+        /// Whether it is taken out when the guest has not let it go in time.
+        force: bool,
+    },
+}
+
+/// What can be put into a slot.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+pub enum Card {
+    /// A disk.
+    Disk(Disk),
+    /// A network card.
+    Net(Net),
 }
 
 /// How much a device may do.
@@ -64,6 +89,11 @@ pub enum Answer {
     Done,
     /// To [`Ask::Statistics`].
     Statistics(Box<Statistics>),
+    /// To [`Ask::Remove`].
+    Removed {
+        /// The guest had not let it go.
+        forced: bool,
+    },
 }
 
 /// Why an [`Ask`] was not done.

@@ -16,8 +16,8 @@ mod credentials;
 mod message;
 
 pub use ask::{
-    Answer, Ask, BalloonStatistics, COUNTED_MOST, DeviceKind, DeviceStatistics, Event, Limits, Rate, Refused,
-    Statistics,
+    Answer, Ask, BalloonStatistics, COUNTED_MOST, Card, DeviceKind, DeviceStatistics, Event, Limits, Rate,
+    Refused, Statistics,
 };
 pub use channel::{Channel, Descriptors, WireError};
 pub use credentials::peer_is_listener;

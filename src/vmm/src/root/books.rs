@@ -43,6 +43,16 @@ impl Books {
         self.several.contains(&(place.bus, place.device))
     }
 
+    /// Takes note of whether the device of a place has more than one function.
+    pub(super) fn set_several(&mut self, place: Option<Place>, several: bool) {
+        let Some(device) = place.map(|place| (place.bus, place.device)) else { return };
+        if several {
+            self.several.insert(device);
+        } else {
+            self.several.remove(&device);
+        }
+    }
+
     /// Which of our buses a bus of the guest's numbering is.
     pub(super) fn bus_behind(&self, number: u8) -> Option<u8> {
         let starts = |port: &Forwarding| port.buses.as_ref().is_some_and(|buses| *buses.start() == number);
