@@ -154,8 +154,8 @@ pub(super) fn entries(host: &CpuId, vendor: Vendor) -> Result<Vec<kvm_cpuid_entr
     };
     let amd = vendor == Vendor::Amd;
     let [name_b, name_d, name_c] = vendor.name();
-    // Skylake for servers, and the first EPYC.
-    let signature = if amd { 0x0080_0F12 } else { 0x0005_0654 };
+    // Skylake for servers, and the second EPYC: of the first, Linux guesses which cores share a cache, and asks no CPUID.
+    let signature = if amd { 0x0083_0F10 } else { 0x0005_0654 };
     let (top, top_vendor) = if amd { (0x8000_001E, [name_b, name_c, name_d]) } else { (0x8000_0008, [0; 3]) };
     let mut features = listed(host, 1);
     (features.eax, features.ebx) = (signature, CLFLUSH_LINE);

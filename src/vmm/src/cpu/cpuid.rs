@@ -199,7 +199,8 @@ impl Processors {
 
 /// The host's processor without its topology and performance counters, and without virtualisation unless it is asked for.
 fn of_host(supported: &CpuId, nested: bool) -> Result<Vec<kvm_cpuid_entry2>, Error> {
-    let amd = Vendor::of(supported) == Some(Vendor::Amd);
+    let vendor = Vendor::of(supported);
+    let amd = vendor == Some(Vendor::Amd);
     let ecx = |function| entry_of(supported, function, 0).map_or(0, |entry| entry.ecx);
     if nested && ecx(1) & bit::VMX == 0 && ecx(0x8000_0001) & bit::SVM == 0 {
         let module = if amd { "kvm_amd" } else { "kvm_intel" };
@@ -227,8 +228,11 @@ fn of_host(supported: &CpuId, nested: bool) -> Result<Vec<kvm_cpuid_entry2>, Err
             0x8000_0000 if amd => entry.eax = entry.eax.max(0x8000_001E),
             0x8000_0001 => {
                 entry.ecx &= !(bit::SVM & hidden | bit::AMD_COUNTERS);
-                if amd {
-                    entry.ecx |= bit::TOPOLOGY_EXTENSIONS;
+                match vendor {
+                    Some(Vendor::Amd) => entry.ecx |= bit::TOPOLOGY_EXTENSIONS,
+                    // A reserved bit.
+                    Some(Vendor::Intel) => entry.ecx &= !bit::TOPOLOGY_EXTENSIONS,
+                    None => {}
                 }
             }
             0x8000_000A if !nested => continue,
