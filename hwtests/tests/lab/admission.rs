@@ -182,3 +182,31 @@ pub(crate) fn a_policy_changes_the_guest_and_knows_its_kernel(ctx: &mut Ctx) -> 
     expect!(line.contains(&format!("(sha256 {digest}) is none of the 1")), "{line}");
     Ok(())
 }
+
+pub(crate) fn only_what_the_hosts_key_signed_decides(ctx: &mut Ctx) -> Result<(), Failure> {
+    let file = ctx.guest("true")?.vcpus(1).write_into(ctx.directory())?;
+    for from in [
+        "hwtests/tests/data/signed/bundle.toml",
+        "hwtests/tests/data/signed/bundle.toml.minisig",
+        "hwtests/tests/data/signed/policy.pub",
+        "src/policy/tests/data/limits-for-1.0.wasm",
+    ] {
+        let from = workspace(from);
+        fs::copy(&from, ctx.directory().join(from.file_name().unwrap_or_default()))?;
+    }
+    let bundle = ctx.directory().join("bundle.toml");
+    let run = |ctx: &Ctx, bundle: &Path| {
+        let key = format!("--policy-key={}", ctx.directory().join("policy.pub").display());
+        ctx.run(["casemate".as_ref(), key.as_ref(), "run".as_ref(), "--policy".as_ref(), bundle, &file])
+    };
+    let before = HostState::now();
+    // The shipped bundle is not signed by this host's key.
+    refused(&run(ctx, &workspace("policies/default.toml"))?, "policy-signature")?;
+    let text = fs::read_to_string(&bundle)?;
+    fs::write(&bundle, text.replace("1 GiB", "9 GiB"))?;
+    refused(&run(ctx, &bundle)?, "policy-signature")?;
+    fs::write(&bundle, text)?;
+    before.expect_unchanged()?;
+    run(ctx, &bundle)?.success()?.printed("CASEMATE-TEST-ENDED 0")?;
+    Ok(())
+}

@@ -4,6 +4,7 @@ mod attach;
 mod audit;
 mod devices;
 mod doctor;
+mod events;
 mod jail;
 mod operate;
 mod output;
@@ -110,6 +111,8 @@ enum Command {
     Detach(attach::DetachOptions),
     /// Measure the cell of a running guest, and say of each part whether it is as it must be, with a digest to keep.
     Audit(audit::Options),
+    /// Show what happened to guests while they ran: what governors did, and why.
+    Events(events::Options),
     /// Give back devices that a killed `casemate run` left claimed. Every `run` does it first by itself.
     Recover,
     /// Ask, install or look at policy plugins.
@@ -151,6 +154,7 @@ fn carry_out(arguments: Arguments) -> Result<ExitCode, Failure> {
         Command::Attach(options) => attach::attach(&paths, &options, json),
         Command::Detach(options) => attach::detach(&paths, &options, json),
         Command::Audit(options) => audit::report(&paths, &options, json),
+        Command::Events(options) => events::events(&paths, &options, json),
         Command::Recover => recover::recover(&paths, json),
         Command::Policy(command) => policy::policy(&paths, &command, json),
         Command::Jail(command) => jail::jail(&command, json),

@@ -15,6 +15,8 @@ use casemate_spec::{ByteSize, Refusal};
 use clap::{Args, Subcommand};
 use serde_json::json;
 
+pub(crate) use history::utc;
+
 use crate::output::{self, Failure};
 
 #[derive(Subcommand)]
@@ -41,6 +43,11 @@ pub(crate) enum Command {
         #[command(flatten)]
         bundle: BundleChoice,
     },
+    /// Have the keep of a running guest read its bundle anew. One that is no good is refused, and changes nothing.
+    Reload {
+        /// The guest's name.
+        guest: String,
+    },
     /// List decisions, oldest first.
     Decisions(history::Span),
     /// Show one decision: what was asked, what each plugin said, and what came of it.
@@ -61,6 +68,9 @@ pub(crate) enum Command {
     New {
         /// The plugin's name: a-z, 0-9 and -; a folder of this name is made here.
         name: String,
+        /// What it is for.
+        #[arg(long, value_enum, default_value = "admission")]
+        kind: template::Kind,
     },
     /// Measure how long a bundle takes to decide.
     Bench {
@@ -84,7 +94,7 @@ pub(crate) struct BundleChoice {
         default_value = "/etc/casemate/policies/default.toml",
         value_name = "BUNDLE"
     )]
-    policy: PathBuf,
+    pub(crate) policy: PathBuf,
 }
 
 pub(crate) fn policy(paths: &Paths, command: &Command, as_json: bool) -> Result<ExitCode, Failure> {
@@ -93,11 +103,12 @@ pub(crate) fn policy(paths: &Paths, command: &Command, as_json: bool) -> Result<
         Command::Install { plugin } => show(paths, plugin, as_json),
         Command::Inspect { plugin } => inspect(paths, plugin, as_json),
         Command::Try { file, bundle } => authors::rehearse(paths, file, &bundle.policy, as_json),
+        Command::Reload { guest } => authors::reload(paths, guest, as_json),
         Command::Decisions(span) => history::list(paths, span, as_json),
         Command::Explain { decision } => history::explain(paths, decision, as_json),
         Command::Replay(replay) => history::replay_all(paths, replay, as_json),
         Command::Test { cases } => authors::test(paths, cases, as_json),
-        Command::New { name } => template::write(name),
+        Command::New { name, kind } => template::write(name, *kind),
         Command::Bench { bundle, request, times } => {
             authors::bench(paths, bundle, request.as_deref(), *times, as_json)
         }
@@ -154,6 +165,7 @@ fn inspect(paths: &Paths, plugin: &Path, as_json: bool) -> Result<ExitCode, Fail
         output::json(&json!({
             "name": seen.name, "version": seen.version, "digest": seen.digest, "size_bytes": seen.size_bytes,
             "summary": seen.summary, "imports": seen.imports, "exports": seen.exports,
+            "kinds": seen.kinds.iter().map(ToString::to_string).collect::<Vec<_>>(),
             "reasons": seen.reasons, "changes": seen.changes, "needs": seen.needs,
             "settings_schema": seen.settings_schema,
             "default_limits": {
@@ -170,6 +182,7 @@ fn inspect(paths: &Paths, plugin: &Path, as_json: bool) -> Result<ExitCode, Fail
         ("size", format!("{} bytes", seen.size_bytes)),
         ("imports", list(&seen.imports)),
         ("exports", list(&seen.exports)),
+        ("kinds", list(&seen.kinds.iter().map(ToString::to_string).collect::<Vec<_>>())),
         ("reasons", list(&seen.reasons)),
         ("changes", list(&seen.changes)),
         ("needs", list(&seen.needs)),

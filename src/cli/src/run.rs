@@ -6,20 +6,17 @@ use casemate_keep::{ConsoleLog, DeviceReport, Event, Input, Paths, Report, RunOp
 use casemate_spec::ByteSize;
 use clap::Args;
 
-use crate::output::{self, Failure};
+use crate::{
+    output::{self, Failure},
+    policy::BundleChoice,
+};
 
 #[derive(Args)]
 pub(crate) struct Options {
     /// The guest's file.
     file: PathBuf,
-    /// The bundle of policies that decides.
-    #[arg(
-        long,
-        env = "CASEMATE_POLICY",
-        default_value = "/etc/casemate/policies/default.toml",
-        value_name = "BUNDLE"
-    )]
-    policy: PathBuf,
+    #[command(flatten)]
+    bundle: BundleChoice,
     /// Start it although a policy refuses, where the bundle lets an operator decide. The reason is kept with the decision.
     #[arg(long = "override", value_name = "REASON")]
     override_why: Option<String>,
@@ -52,7 +49,7 @@ pub(crate) fn run(paths: &Paths, options: &Options, json: bool) -> Result<ExitCo
     }
     let run_options = RunOptions {
         file: &options.file,
-        policy: &options.policy,
+        policy: &options.bundle.policy,
         override_why: options.override_why.as_deref(),
         line: options.note_line.as_deref(),
         console_log: options.console_log.as_deref().map(|path| ConsoleLog {
@@ -117,6 +114,7 @@ pub(crate) fn tell(step: &Step, json: bool) {
             policy.changes.iter().for_each(|change| output::aside(&format!("changed: {change}")));
             policy.overridden.iter().for_each(|what| output::aside(&format!("overridden: {what}")));
             policy.warnings.iter().for_each(|warning| output::aside(&format!("warning: {warning}")));
+            policy.caveats.iter().for_each(|caveat| output::aside(&format!("note: {caveat}")));
         }
         Step::Claiming { devices } => {
             let list: Vec<_> = devices.iter().map(ToString::to_string).collect();

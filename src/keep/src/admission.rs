@@ -1,19 +1,23 @@
 //! The question to the policy, and its answer.
 
 use std::{
+    collections::BTreeMap,
     fs,
     path::{Path, PathBuf},
+    sync::Arc,
     time::{Instant, SystemTime, UNIX_EPOCH},
 };
 
-use casemate_host::{Image, PciFunction};
+use casemate_host::{DeviceState, Image, Ledger, PciFunction, Pools};
 use casemate_policy::{
-    Attrs, Change, Config, Device, Disk, Engine, Field, File, GuestSpec, HostState, Needs, Neighbour, Net,
-    Operation, Outcome, Record, Request, Tenant, Value, Verdict,
+    Attrs, Change, Device, Disk, Field, File, GuestSpec, HostState, Needs, Neighbour, Net, Operation,
+    Outcome, Record, Request, Tenant, Value, Verdict,
 };
-use casemate_spec::{ByteSize, CellPart, Guest, Located, Refusal};
+use casemate_spec::{ByteSize, CellPart, Guest, Located, Location, Refusal};
 
-use crate::{Decisions, Paths, PolicyReport, Refusals, beside, digest};
+use crate::{
+    Decisions, Paths, PolicyReport, Refusals, admitted::Admitted, beside, digest, facts, policies::Policies,
+};
 
 /// The images that a guest uses, opened.
 pub(crate) struct Images {
@@ -48,40 +52,127 @@ pub(crate) struct Question<'a> {
     pub(crate) located: &'a mut Located,
     /// What it boots from. Where a policy wants a digest, a sealed copy takes the file's place.
     pub(crate) images: &'a mut Images,
-    pub(crate) functions: &'a [PciFunction],
+    pub(crate) inventory: Inventory<'a>,
     /// What its cell will be without.
     pub(crate) weakened: &'a [CellPart],
 }
 
+/// What the host has of devices.
+#[derive(Clone, Copy)]
+pub(crate) struct Inventory<'a> {
+    pub(crate) functions: &'a [PciFunction],
+    /// None where nobody looked: no device is asked for.
+    pub(crate) pools: Option<&'a Pools<'a>>,
+    pub(crate) ledger: Option<&'a Ledger>,
+}
+
+impl Inventory<'_> {
+    /// The pools and the lives of all devices, for the host's attrs.
+    fn tell(&self, attrs: &mut Attrs) -> Result<(), Refusal> {
+        let Some(ledger) = self.ledger else { return Ok(()) };
+        let functions: Vec<_> = self.functions.iter().filter(|function| !function.is_bridge).collect();
+        let lives = ledger.lives(functions.iter().map(|function| function.address))?;
+        let mut pools: BTreeMap<&str, (u32, u32)> = BTreeMap::new();
+        let mut taken = Vec::new();
+        for (function, life) in functions.iter().zip(lives) {
+            let free = life.state == DeviceState::Free;
+            if !free {
+                taken.push(format!("{}={}", function.address, life.state));
+            }
+            if let Some(pool) = self.pools.and_then(|pools| pools.pool_of(function)) {
+                let (has, all) = pools.entry(pool.name.as_str()).or_default();
+                *has += u32::from(free);
+                *all += 1;
+            }
+        }
+        let pools: Vec<_> = pools.iter().map(|(name, (free, all))| format!("{name}={free}/{all}")).collect();
+        for (name, list) in [("pools", pools), ("devices", taken)] {
+            if !list.is_empty() {
+                attrs.insert(name.to_owned(), list.join(" "));
+            }
+        }
+        Ok(())
+    }
+
+    /// The IOMMU groups of what other guests have.
+    fn tell_groups(&self, beside: &mut [Neighbour]) {
+        for guest in beside {
+            let group =
+                |address| self.functions.iter().find(|function| function.address == address)?.iommu_group;
+            let mut groups: Vec<u32> = guest.devices.iter().filter_map(|address| group(*address)).collect();
+            groups.sort_unstable();
+            groups.dedup();
+            if !groups.is_empty() {
+                let list: Vec<_> = groups.iter().map(ToString::to_string).collect();
+                guest.attrs.insert("iommu-groups".into(), list.join(" "));
+            }
+        }
+    }
+
+    fn describe(&self, function: &PciFunction) -> Device {
+        let mut attrs = facts::device(function);
+        if let Some(pool) = self.pools.and_then(|pools| pools.pool_of(function)) {
+            attrs.insert("pool".into(), pool.name.to_string());
+            attrs.insert("trusted".into(), pool.trusted.to_string());
+        }
+        if let Some(ledger) = self.ledger
+            && let Ok(lives) = ledger.lives([function.address])
+            && let Some(life) = lives.first()
+        {
+            attrs.insert("life".into(), life.state.to_string());
+        }
+        Device {
+            address: function.address,
+            vendor: function.vendor,
+            device: function.device,
+            subsystem_vendor: function.subsystem_vendor,
+            subsystem_device: function.subsystem_device,
+            class: function.class,
+            group: function.iommu_group,
+            driver: function.driver.clone(),
+            attrs,
+        }
+    }
+}
+
 /// Asks the bundle whether this guest may run, and keeps what was asked and answered. A denial names the keys of the
 /// guest's file.
-pub(crate) fn ask(question: Question<'_>) -> Result<PolicyReport, Refusals> {
+/// What decided is given back with the report: it goes on deciding while the guest runs.
+pub(crate) fn ask(question: Question<'_>) -> Result<(PolicyReport, Admitted), Refusals> {
     let decisions = Decisions::below(&question.paths.state);
     decide(question, &mut |record| decisions.append(record))
 }
 
 /// The same, without keeping it.
 pub(crate) fn rehearse(question: Question<'_>) -> Result<PolicyReport, Refusals> {
-    decide(question, &mut |_| Ok(()))
+    let hidden = beside::is_hidden(&question.paths.runtime);
+    let (mut report, _) = decide(question, &mut |_| Ok(()))?;
+    if hidden {
+        report.caveats.push(
+            "only root sees the host's other guests: quotas and neighbours were judged as if there were none"
+                .into(),
+        );
+    }
+    Ok(report)
 }
 
 fn decide(
     question: Question<'_>,
     keep: &mut dyn FnMut(&Record) -> Result<(), Refusal>,
-) -> Result<PolicyReport, Refusals> {
-    let Question { paths, bundle, override_why, located, images, functions, weakened } = question;
+) -> Result<(PolicyReport, Admitted), Refusals> {
+    let Question { paths, bundle, override_why, located, images, inventory, weakened } = question;
     let override_why = override_why.map(checked_reason).transpose()?;
     let started = Instant::now();
-    let config =
-        Config { bundle, cache: &paths.cache, compiler: paths.compiler(), key: paths.required_key() };
-    let engine = Engine::open(config);
+    let policies = Policies::open(paths, bundle);
+    let engine = policies.as_ref().map(Policies::current).map_err(Clone::clone);
     let load = started.elapsed();
     let digests = match &engine {
         Ok(engine) => Digests::of(engine.needs(), located, images)?,
         Err(_) => Digests::default(),
     };
-    let beside = beside::read(&paths.runtime, located.guest.name.as_str());
-    let mut request = request(located, images, functions, digests, beside);
+    let mut beside = beside::read(&paths.runtime, located.guest.name.as_str());
+    inventory.tell_groups(&mut beside);
+    let mut request = request(located, images, &inventory, digests, beside)?;
     if !weakened.is_empty() {
         request.host.attrs.insert("weakened".into(), crate::run::names(weakened).join(" "));
     }
@@ -89,8 +180,7 @@ fn decide(
     let answer =
         engine.as_ref().map_err(Clone::clone).and_then(|engine| engine.admit(&request, override_why));
     let record = Record {
-        id: Record::new_id(now)
-            .map_err(|error| Refusal::new("keep-failed", "a decision's name", error, "try again"))?,
+        id: new_id(now)?,
         time_seconds: now,
         uid: rustix::process::getuid().as_raw(),
         bundle: text(std::path::absolute(bundle).unwrap_or(bundle.to_owned())),
@@ -101,14 +191,16 @@ fn decide(
     };
     keep(&record)?;
     let decision = answer.map_err(Refusal::from)?;
+    let policies = policies.map_err(Refusal::from)?;
     match &decision.verdict {
         Verdict::Allow { warnings } => {
             make(&mut located.guest, &decision.changes)?;
-            Ok(PolicyReport {
-                decision: record.id,
+            let report = PolicyReport {
+                decision: record.id.clone(),
                 plugins: decision.plugins.iter().map(|run| (run.name.clone(), run.digest.clone())).collect(),
                 changes: decision.changes.iter().map(ToString::to_string).collect(),
                 warnings: warnings.iter().map(ToString::to_string).collect(),
+                caveats: Vec::new(),
                 overridden: decision
                     .overridden
                     .iter()
@@ -117,16 +209,37 @@ fn decide(
                     .collect(),
                 load,
                 ask: decision.elapsed,
-            })
+            };
+            let mut question = record.request;
+            question.guest.vcpus = located.guest.vcpus.into();
+            question.guest.memory_bytes = located.guest.memory.bytes();
+            question.guest.command_line.clone_from(&located.guest.boot.command_line);
+            Ok((report, Admitted::new(paths, bundle, Arc::new(policies), question)))
         }
         Verdict::Deny { reasons } => {
-            let locations =
-                reasons.iter().map(|reason| reason.field.as_deref().and_then(|key| located.location(key)));
+            let locations = reasons.iter().map(|reason| location(located, reason.field.as_deref()?));
             Err(Refusals(
                 decision.refusals().into_iter().zip(locations).map(|(refusal, at)| refusal.at(at)).collect(),
             ))
         }
     }
+}
+
+/// A name for a decision of now.
+pub(crate) fn new_id(now_seconds: u64) -> Result<String, Refusal> {
+    Record::new_id(now_seconds)
+        .map_err(|error| Refusal::new("keep-failed", "a decision's name", error, "try again"))
+}
+
+/// Where a field that a policy names stands in the guest's file. Its devices are counted as the guest gets them, those that
+/// came from pools among them.
+fn location(located: &Located, field: &str) -> Option<Location> {
+    let of_device = || {
+        let (index, _) = field.strip_prefix("device[")?.split_once(']')?;
+        let device = located.guest.devices.get(index.parse::<usize>().ok()?)?;
+        located.device_location(device.table)
+    };
+    of_device().or_else(|| located.location(field))
 }
 
 /// An operator's reason: it's what an auditor will read.
@@ -199,10 +312,10 @@ impl Digests {
 fn request(
     located: &Located,
     images: &Images,
-    functions: &[PciFunction],
+    inventory: &Inventory<'_>,
     digests: Digests,
     beside: Vec<Neighbour>,
-) -> Request {
+) -> Result<Request, Refusal> {
     let guest = &located.guest;
     // The file that was opened, which the guest gets: a policy judges folders by it.
     let file = |image: &Image, sha256: Option<String>| File {
@@ -222,12 +335,19 @@ fn request(
     let nets = guest.nets.iter().map(|net| Net {
         tap: net.tap.clone(),
         mac: net.mac.map(|mac| mac.map(|byte| format!("{byte:02x}")).join(":")),
-        attrs: Attrs::new(),
+        attrs: net
+            .host_address
+            .map(|(address, length)| ("host-address".to_owned(), format!("{address}/{length}")))
+            .into_iter()
+            .collect(),
     });
     let devices = guest.devices.iter().filter_map(|device| {
-        functions.iter().find(|function| function.address == device.address).map(describe)
+        let function = inventory.functions.iter().find(|function| function.address == device.address);
+        function.map(|function| inventory.describe(function))
     });
-    Request {
+    let mut host = host_state(facts::host());
+    inventory.tell(&mut host.attrs)?;
+    Ok(Request {
         operation: Operation::Create,
         guest: GuestSpec {
             name: guest.name.to_string(),
@@ -248,28 +368,15 @@ fn request(
             usage: Some(beside::usage(&beside, guest.tenant.as_str())),
             attrs: Attrs::new(),
         },
-        host: host(),
+        host,
         beside,
         now_seconds: SystemTime::now().duration_since(UNIX_EPOCH).map_or(0, |time| time.as_secs()),
         attrs: Attrs::new(),
-    }
+    })
 }
 
-fn describe(function: &PciFunction) -> Device {
-    Device {
-        address: function.address,
-        vendor: function.vendor,
-        device: function.device,
-        subsystem_vendor: function.subsystem_vendor,
-        subsystem_device: function.subsystem_device,
-        class: function.class,
-        group: function.iommu_group,
-        driver: function.driver.clone(),
-        attrs: Attrs::new(),
-    }
-}
-
-fn host() -> HostState {
+/// The host as it is now, with what is told of it besides.
+pub(crate) fn host_state(attrs: Attrs) -> HostState {
     let memory = fs::read_to_string("/proc/meminfo").unwrap_or_default();
     let field = |name: &str| {
         let line = memory.lines().find_map(|line| line.strip_prefix(name))?;
@@ -281,7 +388,7 @@ fn host() -> HostState {
             .map_or(1, |count| u32::try_from(count.get()).unwrap_or(u32::MAX)),
         memory_bytes: field("MemTotal:").unwrap_or(0),
         memory_free_bytes: field("MemAvailable:").unwrap_or(0),
-        attrs: Attrs::new(),
+        attrs,
     }
 }
 

@@ -17,7 +17,7 @@ use serde_json::{Value, json};
 
 use crate::{
     Paths,
-    admission::{self, Images, Question},
+    admission::{self, Images, Inventory, Question},
     cell::mac,
     operator::Operator,
     record,
@@ -213,13 +213,13 @@ impl Attaching {
         let mut located = state.located.clone();
         let functions =
             if located.guest.devices.is_empty() { Vec::new() } else { Host::live().functions()? };
-        let report = admission::ask(Question {
+        let (report, _) = admission::ask(Question {
             paths: &self.paths,
             bundle: &self.bundle,
             override_why: None,
             located: &mut located,
             images: &mut state.images,
-            functions: &functions,
+            inventory: Inventory { functions: &functions, pools: None, ledger: None },
             weakened: &self.weakened,
         })
         .map_err(|refusals| first(refusals.0))?;

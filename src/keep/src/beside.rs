@@ -79,6 +79,11 @@ pub(crate) fn read(runtime: &Path, but: &str) -> Vec<Neighbour> {
     found
 }
 
+/// Whether this user may not see which guests run.
+pub(crate) fn is_hidden(runtime: &Path) -> bool {
+    fs::read_dir(runtime).is_err_and(|error| error.kind() == io::ErrorKind::PermissionDenied)
+}
+
 /// What a tenant's guests among these have together.
 pub(crate) fn usage(beside: &[Neighbour], tenant: &str) -> Amounts {
     let none = Amounts { guests: 0, vcpus: 0, memory_bytes: 0, devices: 0, attrs: Attrs::new() };

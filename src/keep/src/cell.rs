@@ -106,7 +106,10 @@ pub(crate) fn sweep(paths: &Paths) {
     let Ok(entries) = fs::read_dir(&paths.runtime) else { return };
     let left = |path: &PathBuf| {
         let extension = path.extension().and_then(|extension| extension.to_str());
-        matches!(extension, Some("account" | "account-new" | "json" | "operator" | "socket"))
+        matches!(
+            extension,
+            Some("account" | "account-new" | "json" | "operator" | "sample" | "sample-new" | "socket")
+        )
     };
     for path in entries.flatten().map(|entry| entry.path()).filter(left) {
         let Some(guest) = path.file_stem() else { continue };

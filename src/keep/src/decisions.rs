@@ -1,42 +1,22 @@
 //! The log of decisions: what every policy was asked, and what it answered.
 //!
-//! A folder of files of JSON lines: `decisions.jsonl` is written to, `decisions.1.jsonl` and so on are older ones. A
-//! file is put aside before a line would take it past 16 MiB, and the oldest of eight is removed: the log takes at most
-//! 144 MiB. A line is at most 1 MiB. Folder and files are root's alone, since command lines may hold secrets.
+//! A file is put aside before a line would take it past 16 MiB, and the oldest of eight is removed: the log takes at most 144 MiB. A
+//! line is at most 1 MiB. Folder and files are root's alone, since command lines may hold secrets.
 //!
-//! A decision is on the disk (fdatasync) before the guest starts, and one that can't be kept refuses the guest. Writers
-//! hold a lock (flock) for the moment. A crash can leave half a line at the end: the next writer begins a new one, and
-//! readers count what they can't read.
+//! A decision is on the disk (fdatasync) before the guest starts, and one that can't be kept refuses the guest.
 
-use std::{
-    fmt::Display,
-    fs::{self, DirBuilder, File, OpenOptions},
-    io::{self, BufRead, BufReader, Read, Seek, SeekFrom, Write},
-    os::unix::fs::{DirBuilderExt, OpenOptionsExt},
-    path::{Path, PathBuf},
-};
+use std::{fmt::Display, path::Path};
 
 use casemate_policy::{Outcome, Record};
 use casemate_spec::Refusal;
-use rustix::fs::{FlockOperation, flock};
 
-/// How much is kept.
-#[derive(Clone, Copy, Debug)]
-struct Bounds {
-    file_bytes: u64,
-    /// Files beside the one that is written to.
-    older_files: u32,
-    line_bytes: u64,
-}
+use crate::journal::{Bounds, Journal};
 
 const BOUNDS: Bounds = Bounds { file_bytes: 16 << 20, older_files: 8, line_bytes: 1 << 20 };
 
 /// The log in a folder. Holds nothing open.
 #[derive(Clone, Debug)]
-pub struct Decisions {
-    folder: PathBuf,
-    bounds: Bounds,
-}
+pub struct Decisions(Journal);
 
 /// What was read.
 #[derive(Clone, Debug, Default, PartialEq, Eq)]
@@ -50,7 +30,7 @@ pub struct Reading {
 impl Decisions {
     /// The log below a folder for state.
     pub fn below(state: &Path) -> Self {
-        Self { folder: state.join("decisions"), bounds: BOUNDS }
+        Self(Journal { folder: state.join("decisions"), name: "decisions", bounds: BOUNDS, synced: true })
     }
 
     /// Adds a record. When this returns, it's on the disk.
@@ -59,7 +39,7 @@ impl Decisions {
     /// `decisions-unusable`.
     pub fn append(&self, record: &Record) -> Result<(), Refusal> {
         let line = self.line(record).map_err(|error| self.unusable(&error))?;
-        self.write(&line).map_err(|error| self.unusable(&error))
+        self.0.write(&line).map_err(|error| self.unusable(&error))
     }
 
     fn line(&self, record: &Record) -> Result<Vec<u8>, String> {
@@ -68,7 +48,7 @@ impl Decisions {
             line.push(b'\n');
             Ok::<_, String>(line)
         };
-        let fits = |line: &[u8]| line.len() as u64 <= self.bounds.line_bytes;
+        let fits = |line: &[u8]| line.len() as u64 <= self.0.bounds.line_bytes;
         let full = line(record)?;
         if fits(&full) {
             return Ok(full);
@@ -86,48 +66,6 @@ impl Decisions {
             return Ok(lean);
         }
         Err(format!("a record of {} bytes is too long", lean.len()))
-    }
-
-    fn write(&self, line: &[u8]) -> io::Result<()> {
-        DirBuilder::new().recursive(true).mode(0o700).create(&self.folder)?;
-        let open =
-            |path: &Path| OpenOptions::new().create(true).read(true).append(true).mode(0o600).open(path);
-        let lock = open(&self.folder.join("lock"))?;
-        flock(&lock, FlockOperation::LockExclusive)?;
-        let path = self.file(0);
-        let mut file = open(&path)?;
-        let size = file.metadata()?.len();
-        if size > 0 && size.saturating_add(line.len() as u64) > self.bounds.file_bytes {
-            drop(file);
-            self.rotate()?;
-            file = open(&path)?;
-        } else if size > 0 && !ends_a_line(&mut file)? {
-            file.write_all(b"\n")?;
-        }
-        file.write_all(line)?;
-        file.sync_data()?;
-        // A file that is new may be lost with its folder's entry.
-        if size == 0 || file.metadata()?.len() == line.len() as u64 {
-            File::open(&self.folder)?.sync_all()?;
-        }
-        Ok(())
-    }
-
-    fn rotate(&self) -> io::Result<()> {
-        for number in (0..self.bounds.older_files).rev() {
-            match fs::rename(self.file(number), self.file(number + 1)) {
-                Err(error) if error.kind() != io::ErrorKind::NotFound => return Err(error),
-                _ => {}
-            }
-        }
-        Ok(())
-    }
-
-    fn file(&self, number: u32) -> PathBuf {
-        match number {
-            0 => self.folder.join("decisions.jsonl"),
-            _ => self.folder.join(format!("decisions.{number}.jsonl")),
-        }
     }
 
     /// What was decided since then, oldest first.
@@ -170,56 +108,20 @@ impl Decisions {
     }
 
     fn each(&self, take: &mut dyn FnMut(&[u8])) -> Result<(), Refusal> {
-        let lock = match File::open(self.folder.join("lock")) {
-            Err(error) if error.kind() == io::ErrorKind::NotFound => return Ok(()),
-            lock => lock.map_err(|error| self.unusable(&error))?,
-        };
-        flock(&lock, FlockOperation::LockShared).map_err(|error| self.unusable(&error))?;
-        for number in (0..=self.bounds.older_files).rev() {
-            match File::open(self.file(number)) {
-                Err(error) if error.kind() == io::ErrorKind::NotFound => {}
-                Err(error) => return Err(self.unusable(&error)),
-                Ok(file) => {
-                    lines(file, self.bounds.line_bytes, take).map_err(|error| self.unusable(&error))?;
-                }
-            }
-        }
-        Ok(())
+        self.0.each(take).map_err(|error| self.unusable(&error))
     }
 
     fn unusable(&self, error: &dyn Display) -> Refusal {
         let remedy = "see to rights and space there: no guest starts whose admission can't be kept";
-        Refusal::new("decisions-unusable", self.folder.display(), error, remedy)
-    }
-}
-
-fn ends_a_line(file: &mut File) -> io::Result<bool> {
-    let mut last = [0u8; 1];
-    file.seek(SeekFrom::End(-1))?;
-    file.read_exact(&mut last)?;
-    Ok(last == *b"\n")
-}
-
-/// Each line of a file that has one, without its end; a longer one than `most` comes as nothing.
-fn lines(file: File, most: u64, take: &mut dyn FnMut(&[u8])) -> io::Result<()> {
-    let mut reader = BufReader::new(file);
-    let mut line = Vec::new();
-    loop {
-        line.clear();
-        if reader.by_ref().take(most + 1).read_until(b'\n', &mut line)? == 0 {
-            return Ok(());
-        }
-        if line.len() as u64 > most && line.last() != Some(&b'\n') {
-            reader.skip_until(b'\n')?;
-            line.clear();
-        }
-        take(line.strip_suffix(b"\n").unwrap_or(&line));
+        Refusal::new("decisions-unusable", self.0.folder.display(), error, remedy)
     }
 }
 
 #[cfg(test)]
 mod tests {
     #![allow(clippy::unwrap_used, clippy::indexing_slicing, reason = "a test may panic")]
+
+    use std::{fs, io::Write};
 
     use super::*;
     use casemate_policy::Request;
@@ -240,7 +142,7 @@ mod tests {
     }
 
     fn log(folder: &Path, bounds: Bounds) -> Decisions {
-        Decisions { folder: folder.join("decisions"), bounds }
+        Decisions(Journal { folder: folder.join("decisions"), bounds, ..Decisions::below(folder).0 })
     }
 
     #[test]
@@ -280,7 +182,7 @@ mod tests {
         let folder = tempfile::tempdir().unwrap();
         let log = log(folder.path(), BOUNDS);
         log.append(&record("a", 1)).unwrap();
-        let mut file = OpenOptions::new().append(true).open(log.file(0)).unwrap();
+        let mut file = fs::OpenOptions::new().append(true).open(log.0.file(0)).unwrap();
         file.write_all(b"{\"id\": \"b\", ").unwrap();
         log.append(&record("c", 3)).unwrap();
         let reading = log.since(0).unwrap();
@@ -298,7 +200,7 @@ mod tests {
         let small = log(folder.path(), Bounds { line_bytes: 100, ..BOUNDS });
         assert_eq!(small.append(&record("a", 0)).unwrap_err().code, "decisions-unusable");
         fs::write(folder.path().join("file"), "").unwrap();
-        let nowhere = Decisions { folder: folder.path().join("file/decisions"), bounds: BOUNDS };
+        let nowhere = Decisions::below(&folder.path().join("file"));
         assert_eq!(nowhere.append(&record("a", 0)).unwrap_err().code, "decisions-unusable");
     }
 

@@ -10,6 +10,7 @@
 //! It knows nothing of device models or KVM; it hands descriptors to a cell and watches it.
 
 mod admission;
+mod admitted;
 mod attach;
 mod audit;
 mod beside;
@@ -20,10 +21,15 @@ mod console_log;
 mod decisions;
 mod digest;
 mod disks;
+mod events;
+mod facts;
+mod govern;
 mod input;
+mod journal;
 mod operator;
 mod operator_socket;
 mod paths;
+mod policies;
 mod record;
 mod report;
 mod run;
@@ -36,6 +42,7 @@ pub use attach::Attachment;
 pub use audit::{Audit, AuditLine, SignedAudit, Source, audit};
 pub use console_log::ConsoleLog;
 pub use decisions::{Decisions, Reading};
+pub use events::{Events, Happening, LoggedEvent};
 pub use input::{ESCAPE, Input};
 pub use operator::GuestState;
 pub use operator_socket::{GuestStatistics, OperatorRequest, operate};

@@ -24,13 +24,15 @@ use std::{
     time::Duration,
 };
 
+use casemate_policy::Operation;
 use casemate_spec::{Rate, Refusal};
 use casemate_wire::{Answer, Ask, DeviceKind, Limits, Statistics};
 use serde::{Deserialize, Serialize};
 use serde_json::{Value, json};
 
 use crate::{
-    Paths,
+    Paths, Refusals,
+    admitted::Admitted,
     attach::{self, Attaching, Attachment},
     disks::Disks,
     operator::{GuestState, Operator, Order},
@@ -89,6 +91,8 @@ pub enum OperatorRequest {
         /// Requests or frames at once, after a while of nothing.
         burst_operations: Option<u64>,
     },
+    /// Read its bundle of policies anew.
+    ReloadPolicies {},
     /// Press its power button; it is stopped if it does not heed it.
     PowerOff,
     /// Stop it; it is not asked.
@@ -144,6 +148,15 @@ impl From<Result<Value, Refusal>> for Line {
     }
 }
 
+/// What requests reach beside the guest's VMM.
+pub(crate) struct Reach {
+    pub(crate) disks: Disks,
+    /// Without it nothing can be attached.
+    pub(crate) attaching: Option<Attaching>,
+    /// Asked before a paused guest goes on.
+    pub(crate) admitted: Option<Arc<Admitted>>,
+}
+
 /// The socket; gone when this is dropped.
 pub(crate) struct OperatorSocket {
     path: PathBuf,
@@ -152,13 +165,8 @@ pub(crate) struct OperatorSocket {
 }
 
 impl OperatorSocket {
-    /// Listens. The caller holds the lock of the guest's name. Without `attaching` nothing can be attached.
-    pub(crate) fn open(
-        paths: &Paths,
-        operator: Operator,
-        disks: Disks,
-        attaching: Option<Attaching>,
-    ) -> Result<Self, Refusal> {
+    /// Listens. The caller holds the lock of the guest's name.
+    pub(crate) fn open(paths: &Paths, operator: Operator, reach: Reach) -> Result<Self, Refusal> {
         let path = path(paths, operator.guest());
         let failed = |error: io::Error| {
             let cause = format_args!("the operator's socket cannot be made: {error}");
@@ -167,7 +175,9 @@ impl OperatorSocket {
         let _ = fs::remove_file(&path);
         let listener = Arc::new(UnixListener::bind(&path).map_err(failed)?);
         let ours = Arc::clone(&listener);
-        let asked = Asked { operator, disks: Arc::new(disks), attaching: attaching.map(Arc::new) };
+        let Reach { disks, attaching, admitted } = reach;
+        let attaching = attaching.map(Arc::new);
+        let asked = Asked { operator, disks: Arc::new(disks), attaching, admitted };
         let serve = move || accept(&ours, &asked);
         let thread = thread::Builder::new().name("operator".into()).spawn(serve).map_err(failed)?;
         Ok(Self { path, listener, thread: Some(thread) })
@@ -212,6 +222,7 @@ struct Asked {
     operator: Operator,
     disks: Arc<Disks>,
     attaching: Option<Arc<Attaching>>,
+    admitted: Option<Arc<Admitted>>,
 }
 
 fn accept(listener: &UnixListener, asked: &Asked) {
@@ -295,7 +306,18 @@ fn carry_out(asked: &Asked, request: &OperatorRequest) -> Result<Value, Refusal>
         }
         OperatorRequest::State => {}
         OperatorRequest::Pause => drop(operator.ask(Ask::Pause, Vec::new())?),
-        OperatorRequest::Resume => drop(operator.ask(Ask::Resume, Vec::new())?),
+        OperatorRequest::Resume => {
+            let paused = operator.state() == GuestState::Paused;
+            if let Some(admitted) = asked.admitted.as_ref().filter(|_| paused) {
+                admitted.ask(Operation::Resume, admitted.spec(), "resume").map_err(first)?;
+            }
+            drop(operator.ask(Ask::Resume, Vec::new())?);
+        }
+        OperatorRequest::ReloadPolicies {} => {
+            let admitted = asked.admitted.as_ref().ok_or_else(|| first(Refusals(Vec::new())))?;
+            let sha256 = admitted.policies().reload()?;
+            return Ok(json!({ "guest": operator.guest(), "bundle_sha256": sha256 }));
+        }
         OperatorRequest::Balloon { size_bytes } => {
             drop(operator.ask(Ask::Balloon { target_bytes: *size_bytes }, Vec::new())?);
         }
@@ -323,6 +345,13 @@ fn carry_out(asked: &Asked, request: &OperatorRequest) -> Result<Value, Refusal>
         OperatorRequest::Stats => return statistics(operator),
     }
     Ok(json!({ "guest": operator.guest(), "state": operator.state() }))
+}
+
+/// An answer has room for one.
+fn first(refusals: Refusals) -> Refusal {
+    refusals.0.into_iter().next().unwrap_or_else(|| {
+        Refusal::new("operator-request", "policies", "no policies were asked about this guest", "see its log")
+    })
 }
 
 fn statistics(operator: &Operator) -> Result<Value, Refusal> {
@@ -403,7 +432,8 @@ mod tests {
         paths.runtime = folder.path().into();
         let (operator, orders) = operator::pair("web").unwrap();
         orders.set_state(GuestState::Paused);
-        let socket = OperatorSocket::open(&paths, operator, Disks::default(), None).unwrap();
+        let reach = Reach { disks: Disks::default(), attaching: None, admitted: None };
+        let socket = OperatorSocket::open(&paths, operator, reach).unwrap();
         (folder, paths, socket, orders)
     }
 

@@ -148,6 +148,9 @@ pub struct PolicyReport {
     pub overridden: Vec<String>,
     /// Warnings, each a line.
     pub warnings: Vec<String>,
+    /// Why the verdict may not be the one that root would get; of a trial alone.
+    #[serde(skip_serializing_if = "Vec::is_empty")]
+    pub caveats: Vec<String>,
     /// Loading the bundle.
     #[serde(rename = "load_us", serialize_with = "microseconds")]
     pub load: Duration,

@@ -5,6 +5,7 @@ use std::{
     fs::File,
     io::{Read, Write},
     path::Path,
+    sync::Arc,
     time::Duration,
 };
 
@@ -14,17 +15,22 @@ use casemate_host::{
     assignable, claim, judge_dma, leave_virtual_functions, make_virtual_functions, open_image, open_initrd,
     open_kernel, placeable, set_vf_network,
 };
-use casemate_spec::{CellPart, CellRules, LIMITS, Located, PciAddress, Pool, Refusal, parse_guest};
+use casemate_spec::{
+    CellPart, CellRules, LIMITS, Located, PciAddress, Pool, Refusal, ResourceBounds, parse_guest,
+};
+use signal_hook::consts::SIGUSR1;
 
 use crate::{
-    CellReport, DeviceReport, Input, MachineReport, Paths, PolicyReport, Report, Step,
-    admission::{self, Images, Question},
+    CellReport, DeviceReport, Events, Input, MachineReport, Paths, PolicyReport, Report, Step,
+    admission::{self, Images, Inventory, Question},
+    admitted::Admitted,
     attach::Attaching,
-    cell::{self, Identity, Resources},
+    cell::{self, Identity, Resources, Started},
     console_log::{ConsoleLog, Rotating, Tee},
     disks::Disks,
+    govern::{Charge, Governing},
     operator,
-    operator_socket::OperatorSocket,
+    operator_socket::{OperatorSocket, Reach},
     record::{self, Facts},
     watch::{self, StopSignals, Watching},
 };
@@ -117,13 +123,13 @@ pub fn run(
     // Authorise. The name is reserved before, so that of two guests that start at once one sees the other.
     let identity =
         Identity::reserve(paths, &located.guest).map_err(|refusal| refusal.at(located.location("name")))?;
-    let policy = admission::ask(Question {
+    let (policy, admitted) = admission::ask(Question {
         paths,
         bundle: options.policy,
         override_why: options.override_why,
         located: &mut located,
         images: &mut images,
-        functions: &functions,
+        inventory: Inventory { functions: &functions, pools: Some(&pools), ledger: Some(&ledger) },
         weakened: &weakened,
     })?;
     identity.tell(&located.guest)?;
@@ -132,6 +138,11 @@ pub fn run(
     // Act.
     // From here on no signal ends this process before all that it took is given back.
     let signals = StopSignals::take(&located.guest)?;
+    // Not SIGHUP, which a keep gets whose terminal has gone.
+    signal_hook::flag::register(SIGUSR1, admitted.policies().asked()).map_err(|error| {
+        let cause = format_args!("signals cannot be watched: {error}");
+        Refusal::new("keep-failed", &located.guest.name, cause, "try again")
+    })?;
     let claim = take_devices(&located, &host, &ledger, Wanted { addresses, unchecked, digests }, tell)?;
     if let Some(Err(refusal)) = claim.as_ref().map(|claim| set_networks(&located, &host, &pools, claim)) {
         let devices = claim.map(|claim| claim.release(&host, &ledger)).unwrap_or_default();
@@ -148,6 +159,13 @@ pub fn run(
         images: &images,
         policy,
         rules: &host_file.cell,
+        admitted: Arc::new(admitted),
+        resources: host_file.resources.bounds(
+            located.guest.tenant.as_str(),
+            located.guest.resources,
+            located.guest.memory.bytes(),
+        ),
+        interval_ms: host_file.resources.interval_ms,
     };
     let outcome = prepared.run(claim.as_ref(), &ledger, console, tell);
 
@@ -228,13 +246,19 @@ pub fn try_guest(paths: &Paths, file: &Path, policy: &Path) -> Result<PolicyRepo
     let host = Host::live();
     judge_placement(paths, &located, &host)?;
     let functions = host.functions()?;
-    let weakened = cell::weakened(paths, &located.guest, &images, &paths.read_host_file()?.cell)?;
-    if !(located.guest.devices.is_empty() && located.guest.pooled.is_empty()) {
-        let ledger = Ledger::open(&paths.state)?;
-        let host_file = paths.read_host_file()?;
-        judge_devices(&located, &host, &functions, &ledger)?;
-        choose_devices(&mut located, &Pools::new(&host, &functions, &host_file.pools)?, &ledger)?;
-        let addresses = judge_devices(&located, &host, &functions, &ledger)?;
+    let host_file = paths.read_host_file()?;
+    let weakened = cell::weakened(paths, &located.guest, &images, &host_file.cell)?;
+    let has_devices = !(located.guest.devices.is_empty() && located.guest.pooled.is_empty());
+    // Only root can read the ledger; a guest without devices can be tried by anybody, and nothing is made for it.
+    let ledger = match has_devices {
+        true => Some(Ledger::open(&paths.state)?),
+        false => paths.state.is_dir().then(|| Ledger::open(&paths.state).ok()).flatten(),
+    };
+    let pools = Pools::new(&host, &functions, &host_file.pools)?;
+    if has_devices && let Some(ledger) = &ledger {
+        judge_devices(&located, &host, &functions, ledger)?;
+        choose_devices(&mut located, &pools, ledger)?;
+        let addresses = judge_devices(&located, &host, &functions, ledger)?;
         judge_needs(&located, &host, &functions, &addresses)?;
     }
     admission::rehearse(Question {
@@ -243,7 +267,7 @@ pub fn try_guest(paths: &Paths, file: &Path, policy: &Path) -> Result<PolicyRepo
         override_why: None,
         located: &mut located,
         images: &mut images,
-        functions: &functions,
+        inventory: Inventory { functions: &functions, pools: Some(&pools), ledger: ledger.as_ref() },
         weakened: &weakened,
     })
 }
@@ -271,6 +295,10 @@ struct Prepared<'a> {
     images: &'a Images,
     policy: PolicyReport,
     rules: &'a CellRules,
+    admitted: Arc<Admitted>,
+    /// How far governors may go, and how often they look.
+    resources: ResourceBounds,
+    interval_ms: u32,
 }
 
 impl Prepared<'_> {
@@ -326,7 +354,9 @@ impl Prepared<'_> {
         } else {
             None
         };
-        let _socket = OperatorSocket::open(self.paths, operator, disks, attaching)?;
+        let _governing = Governing::start(self.charge(&started), self.admitted.policies(), operator.clone())?;
+        let reach = Reach { disks, attaching, admitted: Some(Arc::clone(&self.admitted)) };
+        let _socket = OperatorSocket::open(self.paths, operator, reach)?;
         // The cell has its own; a tap is gone with its last descriptor.
         drop(taps);
         let seen = {
@@ -357,6 +387,27 @@ impl Prepared<'_> {
 /// As the host file and records name them.
 pub(crate) fn names<'a>(parts: impl IntoIterator<Item = &'a CellPart>) -> Vec<String> {
     parts.into_iter().map(ToString::to_string).collect()
+}
+
+impl Prepared<'_> {
+    /// What governors look after.
+    fn charge(&self, started: &Started) -> Charge {
+        let guest = &self.located.guest;
+        Charge {
+            guest: guest.name.to_string(),
+            tenant: guest.tenant.to_string(),
+            vcpus: guest.vcpus,
+            memory_bytes: guest.memory.bytes(),
+            devices: guest.devices.iter().map(|device| device.address.to_string()).collect(),
+            bounds: self.resources,
+            cgroup: started.cgroup.parent.join(guest.name.as_str()),
+            cpus_most: started.cgroup.cpus_max,
+            pid: started.cell.pid(),
+            interval_ms: self.interval_ms,
+            runtime: self.paths.runtime.clone(),
+            events: Events::below(&self.paths.state),
+        }
+    }
 }
 
 fn read_guest_file(path: &Path) -> Result<String, Refusal> {

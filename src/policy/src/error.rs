@@ -17,6 +17,8 @@ pub enum Fault {
     Empty,
     /// A plugin's file isn't there.
     Missing,
+    /// A folder is no OCI layout with a plugin in it.
+    Oci,
     /// A plugin's file is not the one that the bundle names.
     Digest,
     /// A plugin's file is larger than any is.
@@ -86,6 +88,10 @@ impl Fault {
             Self::Missing => {
                 ("policy-missing", "put the plugin's file there, or correct `path` in the bundle")
             }
+            Self::Oci => (
+                "policy-oci",
+                "name a folder with oci-layout, index.json and blobs, and the digest of a manifest or a Wasm layer",
+            ),
             Self::Digest => (
                 "policy-digest",
                 "if you changed the plugin yourself, put its new sha256 in the bundle; else restore it",

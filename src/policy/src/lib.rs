@@ -29,6 +29,7 @@ mod engine;
 mod error;
 mod govern;
 mod limits;
+mod oci;
 mod plugin;
 mod record;
 mod release;

@@ -17,6 +17,7 @@ use crate::{
     hotplug::RawHotplug,
     locate::locate,
     ram::RawRam,
+    resources::{RawResources, ResourceBounds},
 };
 
 /// What a guest file may ask for at most. The host may have less: that is for admission to say.
@@ -113,6 +114,8 @@ pub struct Guest {
     pub pooled: Vec<Pooled>,
     /// Slots for what comes while it runs.
     pub hotplug: Hotplug,
+    /// How far governors may go while it runs.
+    pub resources: ResourceBounds,
 }
 
 impl Guest {
@@ -237,6 +240,7 @@ struct RawGuest {
     device: Vec<RawDevice>,
     #[serde(default)]
     hotplug: RawHotplug,
+    resources: Option<RawResources>,
 }
 
 #[derive(Deserialize)]
@@ -345,7 +349,22 @@ impl Reader<'_> {
             devices.push(device);
         }
         let hotplug = self.hotplug(raw.hotplug)?;
-        Ok(Guest { name, tenant, vcpus, cpu, memory, ram, boot, disks, nets, devices, pooled, hotplug })
+        let resources = self.resources(raw.resources, vcpus, memory)?;
+        Ok(Guest {
+            name,
+            tenant,
+            vcpus,
+            cpu,
+            memory,
+            ram,
+            boot,
+            disks,
+            nets,
+            devices,
+            pooled,
+            hotplug,
+            resources,
+        })
     }
 
     pub(crate) fn name(&mut self, raw: Spanned<String>) -> Result<Name, Refusal> {

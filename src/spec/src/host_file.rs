@@ -11,6 +11,7 @@ use crate::{
     device::{hex16, is_serial},
     guest::{malformed, short},
     locate::locate,
+    resources::{HostResources, RawHostResources, host_resources},
 };
 
 /// Size of the file.
@@ -31,6 +32,8 @@ pub struct HostFile {
     pub pools: Vec<Pool>,
     /// What cells may lack here, and what their guests may do to disks.
     pub cell: CellRules,
+    /// What it says of guests that run.
+    pub resources: HostResources,
 }
 
 /// Devices that are as good as each other, under a name that guests ask by.
@@ -140,6 +143,8 @@ struct RawHost {
     pool: Vec<RawPool>,
     #[serde(default)]
     cell: RawCell,
+    #[serde(default)]
+    resources: RawHostResources,
 }
 
 #[derive(Deserialize)]
@@ -168,7 +173,7 @@ struct RawPool {
 ///
 /// # Errors
 /// A [`Refusal`] that names file, line and key: `file-too-large`, `bad-toml`, `unknown-key`, `missing-key`, `bad-name`,
-/// `pool-twice`, `bad-pool`, `bad-cell`, `too-many`.
+/// `pool-twice`, `bad-pool`, `bad-cell`, `too-many`, `bad-resources`.
 pub fn parse_host(file: &Path, source: &str) -> Result<HostFile, Refusal> {
     if source.len() > FILE_BYTES_MAX {
         let cause = format_args!("a host file has at most {FILE_BYTES_MAX} bytes");
@@ -197,7 +202,8 @@ pub fn parse_host(file: &Path, source: &str) -> Result<HostFile, Refusal> {
         }
         pools.push(pool);
     }
-    Ok(HostFile { pools, cell: raw.cell.check(file, source)? })
+    let resources = host_resources(file, source, raw.resources)?;
+    Ok(HostFile { pools, cell: raw.cell.check(file, source)?, resources })
 }
 
 struct Reader<'a> {

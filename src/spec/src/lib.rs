@@ -17,6 +17,7 @@ mod limit;
 mod locate;
 mod ram;
 mod refusal;
+mod resources;
 mod size;
 
 pub use address::{PciAddress, PciAddressError};
@@ -29,4 +30,5 @@ pub use hotplug::Hotplug;
 pub use limit::Rate;
 pub use ram::{Pages, Ram};
 pub use refusal::{Location, Refusal};
+pub use resources::{HostResources, ResourceBounds, TenantBounds};
 pub use size::{ByteSize, ByteSizeError};

@@ -7,7 +7,7 @@ use std::{
     time::{Duration, Instant},
 };
 
-use casemate_keep::{Decisions, Paths, Step, try_guest};
+use casemate_keep::{Decisions, OperatorRequest, Paths, Step, operate, try_guest};
 use casemate_policy::{Request, run_cases};
 use casemate_spec::Refusal;
 use serde_json::json;
@@ -31,6 +31,18 @@ pub(crate) fn rehearse(
     } else {
         run::tell(&Step::Admitted { policy: report }, false);
         output::aside("it was only tried: nothing was started or recorded");
+    }
+    Ok(ExitCode::SUCCESS)
+}
+
+/// Has a running guest's bundle read anew.
+pub(crate) fn reload(paths: &Paths, guest: &str, as_json: bool) -> Result<ExitCode, Failure> {
+    let done = operate(paths, guest, &OperatorRequest::ReloadPolicies {})?;
+    if as_json {
+        output::json(&done);
+    } else {
+        let sha256 = done.get("bundle_sha256").and_then(serde_json::Value::as_str).unwrap_or("not known");
+        output::line(&format!("guest {guest}: its bundle was read anew, sha256 {sha256}"));
     }
     Ok(ExitCode::SUCCESS)
 }

@@ -7,7 +7,7 @@ use std::{
 };
 
 use casemate_keep::{Decisions, Paths, Reading};
-use casemate_policy::{Engine, Outcome, PluginRun, Record, Stance, Substitute, Verdict, replay};
+use casemate_policy::{Engine, Operation, Outcome, PluginRun, Record, Stance, Substitute, Verdict, replay};
 use casemate_spec::Refusal;
 use clap::Args;
 use serde_json::json;
@@ -89,10 +89,17 @@ pub(crate) fn explain(paths: &Paths, id: &str, as_json: bool) -> Result<ExitCode
 fn explanation(record: &Record) -> Vec<String> {
     let request = &record.request;
     let guest = &request.guest;
+    let verb = match request.operation {
+        Operation::Create => "start",
+        Operation::Update | Operation::HotPlug => "change",
+        Operation::Resume => "go on",
+        Operation::Migrate => "come",
+    };
+    let change = request.attrs.get("change").map_or_else(String::new, |change| format!(": {change}"));
     let mut lines = vec![
         format!("decision {} of {}", record.id, utc(record.time_seconds)),
         format!(
-            "asked     may guest {} of tenant {} start on {}? (user {} asked)",
+            "asked     may guest {} of tenant {} {verb} on {}{change}? (user {} asked)",
             guest.name, request.tenant.name, request.host.name, record.uid
         ),
         format!(
@@ -187,7 +194,7 @@ pub(crate) fn replay_all(paths: &Paths, options: &Replay, as_json: bool) -> Resu
 }
 
 /// `2026-11-24 08:00:00Z` (days to a date as in Howard Hinnant's "chrono-compatible low-level date algorithms").
-fn utc(seconds: u64) -> String {
+pub(crate) fn utc(seconds: u64) -> String {
     let (days, rest) = (seconds / 86_400, seconds % 86_400);
     let z = days.saturating_add(719_468);
     let (era, day_of_era) = (z / 146_097, z % 146_097);

@@ -1,0 +1,119 @@
+//! A guest that was admitted, and what is asked when something of it is to change while it runs.
+
+use std::{
+    path::{Path, PathBuf},
+    sync::{Arc, Mutex, PoisonError},
+};
+
+use casemate_policy::{GuestSpec, Operation, Outcome, Record, Request, Verdict};
+use casemate_spec::Refusal;
+
+use crate::{
+    Decisions, Paths, PolicyReport, Refusals, admission, beside, facts, policies::Policies,
+    record::now_seconds,
+};
+
+/// What policies know of a guest that runs. It can be shared among threads.
+pub(crate) struct Admitted {
+    paths: Paths,
+    bundle: PathBuf,
+    policies: Arc<Policies>,
+    /// The question that was answered with yes last, with the guest as it is.
+    question: Mutex<Request>,
+}
+
+impl Admitted {
+    pub(crate) fn new(paths: &Paths, bundle: &Path, policies: Arc<Policies>, question: Request) -> Self {
+        Self {
+            paths: paths.clone(),
+            bundle: std::path::absolute(bundle).unwrap_or(bundle.to_owned()),
+            policies,
+            question: Mutex::new(question),
+        }
+    }
+
+    /// What decides.
+    pub(crate) fn policies(&self) -> Arc<Policies> {
+        Arc::clone(&self.policies)
+    }
+
+    /// The guest as it is.
+    pub(crate) fn spec(&self) -> GuestSpec {
+        self.question.lock().unwrap_or_else(PoisonError::into_inner).guest.clone()
+    }
+
+    /// May this be done, and the guest be as `spec` says? `change` tells what is to change, in words: `add disk 1`. The decision is
+    /// kept; after a yes, the guest is so.
+    ///
+    /// # Errors
+    /// The policies' refusals, and `policy-change` when one wants the guest to be otherwise still: a running guest isn't changed
+    /// by a policy.
+    pub(crate) fn ask(
+        &self,
+        operation: Operation,
+        spec: GuestSpec,
+        change: &str,
+    ) -> Result<PolicyReport, Refusals> {
+        let request = self.request(operation, spec, change);
+        let now = request.now_seconds;
+        let engine = self.policies.current();
+        let answer = engine.admit(&request, None);
+        let record = Record {
+            id: admission::new_id(now)?,
+            time_seconds: now,
+            uid: rustix::process::getuid().as_raw(),
+            bundle: self.bundle.to_string_lossy().into_owned(),
+            bundle_sha256: Some(engine.bundle_digest().to_owned()),
+            override_why: None,
+            request,
+            outcome: Outcome::from(&answer),
+        };
+        Decisions::below(&self.paths.state).append(&record)?;
+        let decision = answer.map_err(Refusal::from)?;
+        if let Some(change) = decision.changes.first() {
+            let remedy = "leave this operation out of what the plugin changes, or start the guest so";
+            return Err(Refusal::new(
+                "policy-change",
+                change,
+                "a running guest isn't changed by a policy",
+                remedy,
+            )
+            .into());
+        }
+        let Verdict::Allow { warnings } = &decision.verdict else {
+            return Err(Refusals(decision.refusals()));
+        };
+        let report = PolicyReport {
+            decision: record.id,
+            plugins: decision.plugins.iter().map(|run| (run.name.clone(), run.digest.clone())).collect(),
+            changes: Vec::new(),
+            overridden: Vec::new(),
+            warnings: warnings.iter().map(ToString::to_string).collect(),
+            caveats: Vec::new(),
+            load: std::time::Duration::ZERO,
+            ask: decision.elapsed,
+        };
+        *self.question.lock().unwrap_or_else(PoisonError::into_inner) = record.request;
+        Ok(report)
+    }
+
+    fn request(&self, operation: Operation, spec: GuestSpec, change: &str) -> Request {
+        let before = self.question.lock().unwrap_or_else(PoisonError::into_inner).clone();
+        let beside = beside::read(&self.paths.runtime, &before.guest.name);
+        let mut tenant = before.tenant;
+        tenant.usage = Some(beside::usage(&beside, &tenant.name));
+        let mut attrs = before.attrs;
+        attrs.insert("change".into(), change.to_owned());
+        let changes = matches!(operation, Operation::Update | Operation::HotPlug);
+        Request {
+            operation,
+            old: changes.then_some(before.guest),
+            guest: spec,
+            tenant,
+            host: admission::host_state(facts::host()),
+            beside,
+            now_seconds: now_seconds(),
+            attrs,
+        }
+    }
+}

@@ -1,0 +1,92 @@
+//! The bundle as a keep holds it while its guest runs: read anew when its file has changed or somebody asks, as a whole or not at all.
+
+use std::{
+    os::unix::fs::MetadataExt,
+    path::{Path, PathBuf},
+    sync::{
+        Arc, Mutex, MutexGuard, PoisonError,
+        atomic::{AtomicBool, Ordering},
+    },
+};
+
+use casemate_policy::{Config, Engine, PolicyError};
+
+use crate::{Happening, Paths};
+
+/// What tells whether a file is another one.
+type Stamp = Option<(u64, u64, i64, i64)>;
+
+/// The bundle and the engine that was made of it.
+pub(crate) struct Policies {
+    paths: Paths,
+    bundle: PathBuf,
+    engine: Mutex<Arc<Engine>>,
+    stamp: Mutex<[Stamp; 2]>,
+    asked: Arc<AtomicBool>,
+}
+
+impl Policies {
+    /// Reads the bundle.
+    pub(crate) fn open(paths: &Paths, bundle: &Path) -> Result<Self, PolicyError> {
+        let stamp = Mutex::new(stamps(bundle));
+        let engine = Mutex::new(Arc::new(open(paths, bundle)?));
+        let bundle = bundle.to_owned();
+        Ok(Self { paths: paths.clone(), bundle, engine, stamp, asked: Arc::default() })
+    }
+
+    /// What decides now.
+    pub(crate) fn current(&self) -> Arc<Engine> {
+        Arc::clone(&lock(&self.engine))
+    }
+
+    /// Set to have the bundle read anew at the next look: by a signal or an operator.
+    pub(crate) fn asked(&self) -> Arc<AtomicBool> {
+        Arc::clone(&self.asked)
+    }
+
+    /// Reads the bundle anew when somebody asked, or its file has changed. One that is no good changes nothing.
+    pub(crate) fn reload_if_asked(&self) -> Option<Happening> {
+        let now = stamps(&self.bundle);
+        let changed = std::mem::replace(&mut *lock(&self.stamp), now) != now;
+        if !self.asked.swap(false, Ordering::AcqRel) && !changed {
+            return None;
+        }
+        Some(match self.reload() {
+            Ok(sha256) => {
+                let engine = self.current();
+                let plugins = engine.plugins().iter();
+                let plugins = plugins.map(|plugin| (plugin.name.clone(), plugin.digest.clone())).collect();
+                Happening::BundleRead { sha256, plugins }
+            }
+            Err(error) => Happening::BundleRefused { code: error.code().into(), message: error.to_string() },
+        })
+    }
+
+    /// Reads the bundle anew; gives the SHA-256 of its text. One that is no good changes nothing.
+    pub(crate) fn reload(&self) -> Result<String, PolicyError> {
+        let engine = open(&self.paths, &self.bundle)?;
+        let sha256 = engine.bundle_digest().to_owned();
+        *lock(&self.engine) = Arc::new(engine);
+        Ok(sha256)
+    }
+}
+
+fn open(paths: &Paths, bundle: &Path) -> Result<Engine, PolicyError> {
+    let config =
+        Config { bundle, cache: &paths.cache, compiler: paths.compiler(), key: paths.required_key() };
+    Engine::open(config).map(Engine::suspending)
+}
+
+/// The bundle's, and its signature's.
+fn stamps(bundle: &Path) -> [Stamp; 2] {
+    let mut signature = bundle.as_os_str().to_owned();
+    signature.push(".minisig");
+    [bundle, Path::new(&signature)].map(|path| {
+        let metadata = std::fs::metadata(path).ok()?;
+        Some((metadata.ino(), metadata.size(), metadata.mtime(), metadata.mtime_nsec()))
+    })
+}
+
+fn lock<T>(mutex: &Mutex<T>) -> MutexGuard<'_, T> {
+    mutex.lock().unwrap_or_else(PoisonError::into_inner)
+}

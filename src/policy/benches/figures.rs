@@ -1,0 +1,156 @@
+//! The table of figures in docs/policies.md, measured here and now: `cargo bench -p casemate-policy --bench figures`.
+//!
+//! Beside the time by the clock stands the processor's time (the thread's own, as the kernel counts it): on a machine that others use
+//! too, that is the one to look at. It needs CASEMATE_POLICY_COMPILER.
+
+#![allow(
+    missing_docs,
+    clippy::unwrap_used,
+    clippy::expect_used,
+    clippy::indexing_slicing,
+    clippy::cast_precision_loss,
+    clippy::print_stdout,
+    reason = "a benchmark may panic, and prints"
+)]
+
+#[path = "../tests/common/mod.rs"]
+mod common;
+
+use std::{
+    fs,
+    hint::black_box,
+    time::{Duration, Instant},
+};
+
+use casemate_policy::{Engine, GuestSample, Memory, Samples};
+use common::{deny_all, entry, open, request, root};
+
+const CALLS: usize = 20_000;
+
+/// What many calls took.
+struct Measured {
+    clock: Vec<Duration>,
+    cpu: Duration,
+}
+
+impl Measured {
+    fn of(calls: usize, mut call: impl FnMut()) -> Self {
+        (0..calls / 10 + 1).for_each(|_| call());
+        let begun = cpu_time();
+        let mut clock: Vec<_> = (0..calls)
+            .map(|_| {
+                let start = Instant::now();
+                call();
+                start.elapsed()
+            })
+            .collect();
+        let cpu = cpu_time().saturating_sub(begun);
+        clock.sort_unstable();
+        Self { clock, cpu }
+    }
+
+    fn at(&self, share: f64) -> f64 {
+        let index = ((self.clock.len() - 1) as f64 * share) as usize;
+        micros(self.clock[index])
+    }
+
+    fn cpu_us(&self) -> f64 {
+        micros(self.cpu) / self.clock.len() as f64
+    }
+
+    fn print(&self, what: &str) {
+        let (p50, p99, cpu) = (self.at(0.5), self.at(0.99), self.cpu_us());
+        println!("| {what} | {p50:.1} | {p99:.1} | {cpu:.1} | {:.0} |", 1e6 / cpu);
+    }
+}
+
+fn micros(time: Duration) -> f64 {
+    time.as_secs_f64() * 1e6
+}
+
+/// The processor's time that this thread has had (`/proc/thread-self/schedstat`, in nanoseconds).
+fn cpu_time() -> Duration {
+    let text = fs::read_to_string("/proc/thread-self/schedstat").unwrap();
+    Duration::from_nanos(text.split_whitespace().next().unwrap().parse().unwrap())
+}
+
+fn resident_kib() -> i64 {
+    let status = fs::read_to_string("/proc/self/status").unwrap();
+    let line = status.lines().find_map(|line| line.strip_prefix("VmRSS:")).unwrap();
+    line.split_whitespace().next().unwrap().parse().unwrap()
+}
+
+/// The shipped plugins that admit, so set that the request of the tests is allowed.
+fn shipped() -> Vec<String> {
+    let built = root().join("plugins/built");
+    let plugin = |name: &str, settings: &str| entry(name, &built.join(format!("{name}.wasm")), settings);
+    [
+        ("limits", "max_memory = '32 GiB', max_vcpus = 16, devices = ['8086:', '::01']"),
+        ("quota", "default = { guests = 30, vcpus = 240, memory = '640 GiB', devices = 30 }"),
+        ("devices", "grant = [{ tenants = ['*'], kinds = ['8086:'] }]"),
+        ("images", "folders = ['/boot/', '/srv/']"),
+        ("schedule", "closed = [{ days = ['sun'], from = '12:00', to = '12:01', tenants = ['nobody'] }]"),
+    ]
+    .iter()
+    .map(|(name, settings)| plugin(name, settings))
+    .collect()
+}
+
+fn samples(count: usize) -> Samples {
+    let guest = |number: usize| GuestSample {
+        name: format!("guest-{number:04}"),
+        tenant: "acme".into(),
+        vcpus: 2,
+        memory_bytes: 4 << 30,
+        ..GuestSample::default()
+    };
+    Samples { interval_ms: 1_000, guests: (0..count).map(guest).collect(), ..Samples::default() }
+}
+
+fn main() {
+    let all = shipped();
+    // All of them are compiled before anything is measured.
+    drop(open(&all.concat()).unwrap());
+
+    println!("| what | median, µs | p99, µs | processor, µs | a second and core |\n|---|---|---|---|---|");
+    let one = open(&all[0]).unwrap();
+    Measured::of(CALLS, || drop(black_box(one.admit(&request(), None).unwrap())))
+        .print("one plugin asked, in a new instance");
+    let every = open(&all.concat()).unwrap();
+    assert!(every.admit(&request(), None).unwrap().is_allowed());
+    Measured::of(CALLS, || drop(black_box(every.admit(&request(), None).unwrap())))
+        .print(&format!("{} plugins asked", all.len()));
+
+    let (few, many) = (
+        Measured::of(300, || drop(open(&all[0]).unwrap())),
+        Measured::of(300, || drop(open(&all.concat()).unwrap())),
+    );
+    few.print("a bundle of one opened from the cache");
+    many.print(&format!("a bundle of {} opened from the cache", all.len()));
+    let further = (many.at(0.5) - few.at(0.5)) / (all.len() - 1) as f64;
+    println!("| a further plugin loaded | {further:.1} | | | |");
+
+    let steward = entry("steward", &root().join("plugins/built/tests/steward.wasm"), "how = 'nothing'");
+    let governed = open(&format!("{steward}{}", entry("no", &deny_all(), ""))).unwrap();
+    for count in [10, 100, 1_000] {
+        let samples = samples(count);
+        let mut memory = Memory::new();
+        Measured::of(500, || drop(black_box(governed.tick(&samples, &mut memory))))
+            .print(&format!("{count} guests looked at by a governor"));
+    }
+
+    println!("\n| memory of this process | KiB resident |\n|---|---|");
+    drop((one, every, governed));
+    let mut kept: Vec<Engine> = Vec::new();
+    let mut before = resident_kib();
+    println!("| before a bundle is opened | {before} |");
+    for count in 1..=all.len() {
+        // One engine each, as a process has one; the last one counts.
+        kept.clear();
+        kept.push(open(&all[..count].concat()).unwrap());
+        kept[0].admit(&request(), None).unwrap();
+        let now = resident_kib();
+        println!("| {count} plugins | {now} ({:+}) |", now - before);
+        before = now;
+    }
+}
