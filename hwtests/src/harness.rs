@@ -19,7 +19,7 @@ use std::{process::ExitCode, time::Duration};
 
 pub use context::{Ctx, wait_until};
 pub use failure::Failure;
-pub use guest::{GuestFile, GuestImage};
+pub use guest::{Disk, GuestFile, GuestImage};
 pub use process::{Finished, Running, send_signal};
 pub use tiny::tiny_kernel;
 

@@ -53,6 +53,11 @@ impl Layout {
         self.root.join("guest.cpio")
     }
 
+    /// A read-only ext4 file system with fio, iperf3 and socat, and what they need, for a guest to have as a disk.
+    pub fn guest_tools(&self) -> PathBuf {
+        self.root.join("tools.img")
+    }
+
     /// One log a test: `NAME.log`; one console log a lab run: `console-N.log`.
     pub fn logs(&self) -> PathBuf {
         self.root.join("logs")

@@ -23,6 +23,7 @@ mod layout;
 mod machine;
 mod packages;
 mod prepare;
+mod tools;
 
 pub use cpio::Archive;
 pub use error::LabError;

@@ -9,7 +9,18 @@ use std::{
 use crate::{LabError, command::text_of, kernel::Series};
 
 /// From bookworm itself: what builds and fills the lab.
-const TOOLS: &[&str] = &["busybox-static", "kmod", "pciutils", "xz-utils", "zstd"];
+const TOOLS: &[&str] = &[
+    "busybox-static",
+    "e2fsprogs",
+    "fio",
+    "iperf3",
+    "kmod",
+    "pciutils",
+    "qemu-utils",
+    "socat",
+    "xz-utils",
+    "zstd",
+];
 /// From backports: bookworm's own QEMU 7.2 has no igb and no NVMe SR-IOV.
 const QEMU: &str = "qemu-system-x86";
 const QEMU_MAJOR_MIN: u32 = 10;

@@ -13,6 +13,7 @@ use crate::{
     images::{self, GUEST, HOST, OTHER_GUEST, Recipe},
     kernel::{Kernel, OTHERS},
     packages::Apt,
+    tools,
 };
 
 /// Raised when what the code below makes changes in a way that the recipes' hash does not see.
@@ -52,6 +53,7 @@ pub fn prepare(layout: &Layout, say: &mut dyn FnMut(&str)) -> Result<(), LabErro
         let remedy = format!("name one of {names}, or none");
         return Err(LabError::new(format_args!("CASEMATE_LAB_KERNEL names {name:?}"), remedy));
     }
+    tools(&layout.guest_tools(), say)?;
     shared_disk(&layout.shared_disk())
 }
 
@@ -80,6 +82,15 @@ fn key_of(recipe: &Recipe, kernel: &Kernel) -> String {
     let mut hasher = DefaultHasher::new();
     (RECIPE_VERSION, recipe.init, recipe.directories, recipe.modules, recipe.if_there).hash(&mut hasher);
     format!("{} {:016x}", kernel.release, hasher.finish())
+}
+
+/// Programs for guests.
+fn tools(target: &Path, say: &mut dyn FnMut(&str)) -> Result<(), LabError> {
+    if target.exists() {
+        return Ok(());
+    }
+    say(&format!("builds a disk with {}", tools::PROGRAMS.join(" and ")));
+    tools::build(target, &target.with_extension("scratch"))
 }
 
 /// A small ext2 file system.

@@ -7,7 +7,8 @@ mod compile;
 use std::{env, fs, path::Path, process::exit};
 
 /// The roles whose filters go over that of the building phase, each a file.
-const NARROW: [&str; 9] = ["vcpu", "control", "blk", "net", "device", "console", "intx", "spare", "hotplug"];
+const NARROW: [&str; 10] =
+    ["vcpu", "control", "blk", "net", "vsock", "device", "console", "intx", "spare", "hotplug"];
 
 fn main() {
     println!("cargo::rerun-if-changed=build.rs");

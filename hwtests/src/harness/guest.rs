@@ -60,6 +60,8 @@ pub struct GuestFile {
     disk: Vec<Disk>,
     #[serde(skip_serializing_if = "Vec::is_empty")]
     net: Vec<Net>,
+    #[serde(skip_serializing_if = "Option::is_none")]
+    vsock: Option<Vsock>,
     #[serde(skip_serializing_if = "Vec::is_empty")]
     device: Vec<Device>,
     #[serde(flatten)]
@@ -78,16 +80,35 @@ struct Hotplug {
     slots: u32,
 }
 
-#[derive(Clone, Debug, Serialize)]
-struct Disk {
-    path: PathBuf,
-    read_only: bool,
+/// A table `[[disk]]`.
+#[derive(Clone, Debug, Default, Serialize)]
+pub struct Disk {
+    /// The image.
+    pub path: PathBuf,
+    /// Whether the guest may only read it.
+    pub read_only: bool,
+    /// Queues, when not as many as Casemate chooses.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub queues: Option<u32>,
+    /// `qcow2`, when it is not raw.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub format: Option<&'static str>,
+    /// What lies under a qcow2 image.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub backing: Option<PathBuf>,
 }
 
 #[derive(Clone, Debug, Serialize)]
 struct Net {
     tap: String,
     host_address: String,
+    #[serde(skip_serializing_if = "std::ops::Not::not")]
+    vhost: bool,
+}
+
+#[derive(Clone, Debug, Serialize)]
+struct Vsock {
+    socket: PathBuf,
 }
 
 #[derive(Clone, Debug, Serialize)]
@@ -112,6 +133,7 @@ impl GuestFile {
             hotplug: None,
             disk: Vec::new(),
             net: Vec::new(),
+            vsock: None,
             device: Vec::new(),
             tables: toml::Table::new(),
         }
@@ -160,15 +182,35 @@ impl GuestFile {
 
     /// Adds an emulated disk over a file of the host's.
     #[must_use]
-    pub fn disk(mut self, path: &Path, read_only: bool) -> Self {
-        self.disk.push(Disk { path: path.to_owned(), read_only });
+    pub fn disk(self, path: &Path, read_only: bool) -> Self {
+        self.disk_of(Disk { path: path.to_owned(), read_only, ..Disk::default() })
+    }
+
+    /// Adds an emulated disk of any kind.
+    #[must_use]
+    pub fn disk_of(mut self, disk: Disk) -> Self {
+        self.disk.push(disk);
         self
     }
 
     /// Adds an emulated network card on a tap whose host end has this address, as in `192.0.2.1/24`.
     #[must_use]
     pub fn net(mut self, tap: &str, host_address: &str) -> Self {
-        self.net.push(Net { tap: tap.to_owned(), host_address: host_address.to_owned() });
+        self.net.push(Net { tap: tap.to_owned(), host_address: host_address.to_owned(), vhost: false });
+        self
+    }
+
+    /// Has the host's kernel carry the frames of all cards so far.
+    #[must_use]
+    pub fn vhost(mut self, vhost: bool) -> Self {
+        self.net.iter_mut().for_each(|net| net.vhost = vhost);
+        self
+    }
+
+    /// Adds the socket device, with this socket on the host.
+    #[must_use]
+    pub fn vsock(mut self, socket: &Path) -> Self {
+        self.vsock = Some(Vsock { socket: socket.to_owned() });
         self
     }
 

@@ -11,16 +11,19 @@ mod cell;
 mod console;
 mod control;
 mod devices;
+mod disks;
 mod documents;
 mod endings;
 mod governors;
 mod host_state;
 mod hotplug;
 mod lab;
+mod network;
 mod passthrough;
 mod pools;
 mod processors;
 mod refusals;
+mod sockets;
 mod virtio;
 mod virtual_functions;
 
@@ -66,7 +69,13 @@ const TESTS: &[LabTest] = &[
     LabTest::new("disk-is-read-and-written", virtio::disk_is_read_and_written),
     LabTest::new("disk-discards", virtio::disk_discards),
     LabTest::new("read-only-disk-stays", virtio::read_only_disk_stays),
+    LabTest::new("raw-disks-keep-what-is-written", disks::raw_disks_keep_what_is_written)
+        .deadline_seconds(400),
+    LabTest::new("qcow2-disks-keep-what-is-written", disks::qcow2_disks_keep_what_is_written)
+        .deadline_seconds(400),
     LabTest::new("network-carries-both-ways", virtio::network_carries_both_ways),
+    LabTest::new("cards-carry-long-frames", network::cards_carry_long_frames).deadline_seconds(300),
+    LabTest::new("sockets-reach-both-ways", sockets::sockets_reach_both_ways).deadline_seconds(240),
     LabTest::new("free-memory-goes-back", virtio::free_memory_goes_back),
     LabTest::new("entropy-is-there", virtio::entropy_is_there),
     // Hot-plug

@@ -37,6 +37,7 @@ const ARGUMENTS_32_BIT: &[(&str, u8)] = &[
     ("seccomp", 1),
     ("sendmsg", 2),
     ("statx", 2),
+    ("io_uring_register", 1),
     ("tgkill", 0),
     ("tgkill", 2),
 ];

@@ -3,7 +3,7 @@
 /// The value of the constant of this name.
 pub(crate) fn value(name: &str) -> Option<u64> {
     let ioctl = IOCTLS.iter().find(|(known, _)| *known == name).map(|(_, value)| u64::from(*value));
-    ioctl.or_else(|| OTHERS.iter().find(|(known, _)| *known == name).map(|(_, value)| *value))
+    ioctl.or_else(|| OTHERS.iter().chain(RINGS).find(|(known, _)| *known == name).map(|(_, value)| *value))
 }
 
 /// The requests of ioctl(2), as `linux/kvm.h`, `vfio.h`, `if_tun.h`, `fs.h` and `vhost.h` compute them.
@@ -129,6 +129,14 @@ pub(crate) const IOCTLS: &[(&str, u32)] = &[
     ("VHOST_NET_SET_BACKEND", 0x4008af30),
     ("VHOST_VSOCK_SET_GUEST_CID", 0x4008af60),
     ("VHOST_VSOCK_SET_RUNNING", 0x4004af61),
+];
+
+/// Commands of io_uring_register(2), `linux/io_uring.h`.
+const RINGS: &[(&str, u64)] = &[
+    ("IORING_REGISTER_FILES", 2),
+    ("IORING_REGISTER_RESTRICTIONS", 11),
+    ("IORING_REGISTER_ENABLE_RINGS", 12),
+    ("IORING_REGISTER_IOWQ_MAX_WORKERS", 19),
 ];
 
 /// Names a constant once: `table!(A, B)` is `[("A", libc::A as u64), …]`, 32-bit ones without sign extension.

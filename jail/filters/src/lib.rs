@@ -40,6 +40,8 @@ pub enum Role {
     Blk,
     /// The thread of a virtio network card.
     Net,
+    /// The thread of the virtio socket device.
+    Vsock,
     /// The thread of any other virtio device: entropy, balloon.
     Device,
     /// The thread that types at the guest's serial port.
@@ -56,12 +58,13 @@ pub enum Role {
 
 impl Role {
     /// All roles; those of the VMM in the order in which their filters are put on.
-    pub const ALL: [Self; 11] = [
+    pub const ALL: [Self; 12] = [
         Self::Build,
         Self::Vcpu,
         Self::Control,
         Self::Blk,
         Self::Net,
+        Self::Vsock,
         Self::Device,
         Self::Console,
         Self::Intx,
@@ -71,11 +74,12 @@ impl Role {
     ];
 
     /// The roles of a VMM's threads once its guest runs.
-    pub const NARROW: [Self; 9] = [
+    pub const NARROW: [Self; 10] = [
         Self::Vcpu,
         Self::Control,
         Self::Blk,
         Self::Net,
+        Self::Vsock,
         Self::Device,
         Self::Console,
         Self::Intx,
@@ -91,6 +95,7 @@ impl Role {
             Self::Control => "control",
             Self::Blk => "blk",
             Self::Net => "net",
+            Self::Vsock => "vsock",
             Self::Device => "device",
             Self::Console => "console",
             Self::Intx => "intx",
@@ -118,6 +123,7 @@ impl Role {
             Self::Control => (&CONTROL_PROGRAM, CONTROL_RULES),
             Self::Blk => (&BLK_PROGRAM, BLK_RULES),
             Self::Net => (&NET_PROGRAM, NET_RULES),
+            Self::Vsock => (&VSOCK_PROGRAM, VSOCK_RULES),
             Self::Device => (&DEVICE_PROGRAM, DEVICE_RULES),
             Self::Console => (&CONSOLE_PROGRAM, CONSOLE_RULES),
             Self::Intx => (&INTX_PROGRAM, INTX_RULES),

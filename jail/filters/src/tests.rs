@@ -148,9 +148,6 @@ fn no_role_has_executable_memory_paths_sockets_or_processes() {
             "mount",
             "unshare",
             "setns",
-            "io_uring_setup",
-            "io_uring_enter",
-            "io_uring_register",
             "bpf",
             "perf_event_open",
             "userfaultfd",
@@ -166,6 +163,17 @@ fn no_role_has_executable_memory_paths_sockets_or_processes() {
             "open_by_handle_at",
         ] {
             assert!(rules(role).iter().all(|rule| rule.call != never), "{role}: {never}");
+        }
+    }
+}
+
+/// A ring is made and bound while the machine is built, and then only used.
+#[test]
+fn rings_are_made_before_the_guest_runs() {
+    for (call, expected) in [("io_uring_setup", Role::Build), ("io_uring_register", Role::Build)] {
+        for role in Role::ALL {
+            let has = rules(role).iter().any(|rule| rule.call == call);
+            assert_eq!(has, role == expected, "{role}: {call}");
         }
     }
 }
@@ -195,6 +203,16 @@ fn narrow_roles_of(request: &str) -> &'static [Role] {
         | "KVM_SET_USER_MEMORY_REGION"
         | "VFIO_DEVICE_SET_IRQS"
         | "VFIO_DEVICE_RESET" => &[Role::Control],
+        "TUNSETOFFLOAD" => &[Role::Net, Role::Spare],
+        "VHOST_SET_FEATURES"
+        | "VHOST_SET_MEM_TABLE"
+        | "VHOST_SET_VRING_NUM"
+        | "VHOST_SET_VRING_BASE"
+        | "VHOST_SET_VRING_ADDR"
+        | "VHOST_SET_VRING_KICK"
+        | "VHOST_SET_VRING_CALL"
+        | "VHOST_SET_VRING_ERR"
+        | "VHOST_NET_SET_BACKEND" => &[Role::Net],
         _ => &[],
     }
 }

@@ -13,8 +13,8 @@ pub(crate) enum Command {
     /// List the system calls that a cell's threads may make, each with its reason.
     Show {
         /// Which threads: all of a VMM while the machine is built (build), and once the guest runs: those that run processors
-        /// (vcpu), the one that changes the machine (control), those of disks (blk), network cards (net) and other devices
-        /// (device), that of the console's input (console), those of INTx (intx); or the policy compiler's (compiler).
+        /// (vcpu), the one that changes the machine (control), those of disks (blk), network cards (net), sockets (vsock)
+        /// and other devices (device), that of the console's input (console), those of INTx (intx); or the policy compiler's (compiler).
         #[arg(long, value_parser = PossibleValuesParser::new(Role::ALL.map(Role::name)))]
         thread: Option<String>,
     },

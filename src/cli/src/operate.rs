@@ -208,6 +208,7 @@ fn name(device: &DeviceStatistics) -> String {
         DeviceKind::Disk => "disk",
         DeviceKind::Net => "net",
         DeviceKind::Balloon => "balloon",
+        DeviceKind::Vsock => "vsock",
     };
     format!("{kind} {}", device.number)
 }

@@ -22,8 +22,10 @@ const SECTOR_BYTES: u64 = 512;
 pub struct Image {
     /// Carries the lock, if any: it is free when the last copy is closed.
     pub fd: OwnedFd,
-    /// Size of the file or block device.
+    /// Size of what is in it: of the disk, or of the file.
     pub size_bytes: u64,
+    /// Size of the file or block device itself.
+    pub file_bytes: u64,
     /// The file that was opened, as the kernel names it: absolute, without links. What the caller's path leads to by now
     /// may be another.
     pub path: PathBuf,
@@ -40,18 +42,7 @@ fn path_of(file: &File) -> io::Result<PathBuf> {
 /// # Errors
 /// `disk-unreadable`, `disk-not-a-disk`, `disk-empty`, `disk-size`, `disk-in-use`.
 pub fn open_image(path: &Path, read_only: bool) -> Result<Image, Refusal> {
-    let what = What { name: "disk", writes: !read_only };
-    let (file, kind) = what.open(path)?;
-    if kind == Kind::Other {
-        let remedy = "name a raw image file or a block device";
-        return Err(Refusal::new(
-            "disk-not-a-disk",
-            path.display(),
-            "this is neither a file nor a block device",
-            remedy,
-        ));
-    }
-    let size_bytes = size(&file).map_err(|error| what.unreadable(path, error))?;
+    let (file, size_bytes) = open_disk(path, read_only)?;
     if size_bytes == 0 {
         return Err(Refusal::new(
             "disk-empty",
@@ -62,9 +53,59 @@ pub fn open_image(path: &Path, read_only: bool) -> Result<Image, Refusal> {
     }
     if size_bytes % SECTOR_BYTES != 0 {
         let cause = format!("its size, {size_bytes} bytes, is not a multiple of {SECTOR_BYTES}");
-        let remedy = "raw images only: convert others with qemu-img convert -O raw, or pad the file";
+        let remedy = "say what it is, if it is not raw (format = \"qcow2\"), or pad the file";
         return Err(Refusal::new("disk-size", path.display(), cause, remedy));
     }
+    lock_disk(file, path, read_only, size_bytes)
+}
+
+/// Opens a qcow2 disk, as [`open_image`] does a raw one. Of its content no more is looked at than the magic number and the
+/// size of the disk, for nobody outside the guest's cell parses what the guest may have written.
+///
+/// # Errors
+/// `disk-unreadable`, `disk-not-a-disk`, `disk-format`, `disk-size`, `disk-in-use`.
+pub fn open_qcow2(path: &Path, read_only: bool) -> Result<Image, Refusal> {
+    const MAGIC: [u8; 4] = *b"QFI\xfb";
+    let (file, _) = open_disk(path, read_only)?;
+    let mut start = [0; 32];
+    let what = What { name: "disk", writes: !read_only };
+    read_start(&file, &mut start).map_err(|error| what.unreadable(path, error))?;
+    let [m0, m1, m2, m3, .., s0, s1, s2, s3, s4, s5, s6, s7] = start;
+    if [m0, m1, m2, m3] != MAGIC {
+        let remedy = "take format = \"qcow2\" out, or make such an image: qemu-img convert -O qcow2";
+        return Err(Refusal::new("disk-format", path.display(), "this is no qcow2 image", remedy));
+    }
+    let size_bytes = u64::from_be_bytes([s0, s1, s2, s3, s4, s5, s6, s7]);
+    if size_bytes == 0 || size_bytes % SECTOR_BYTES != 0 || size_bytes > QCOW2_DISK_MAX_BYTES {
+        let cause = format!("it says that it holds a disk of {size_bytes} bytes");
+        let remedy = "use an image of whole sectors of 512 bytes, up to 64 TiB";
+        return Err(Refusal::new("disk-size", path.display(), cause, remedy));
+    }
+    lock_disk(file, path, read_only, size_bytes)
+}
+
+/// What a first-level table of 1 MiB can map with clusters of 64 KiB.
+const QCOW2_DISK_MAX_BYTES: u64 = 64 << 40;
+
+/// A file or block device, and its size.
+fn open_disk(path: &Path, read_only: bool) -> Result<(File, u64), Refusal> {
+    let what = What { name: "disk", writes: !read_only };
+    let (file, kind) = what.open(path)?;
+    if kind == Kind::Other {
+        let remedy = "name an image file or a block device";
+        return Err(Refusal::new(
+            "disk-not-a-disk",
+            path.display(),
+            "this is neither a file nor a block device",
+            remedy,
+        ));
+    }
+    let size_bytes = size(&file).map_err(|error| what.unreadable(path, error))?;
+    Ok((file, size_bytes))
+}
+
+fn lock_disk(file: File, path: &Path, read_only: bool, size_bytes: u64) -> Result<Image, Refusal> {
+    let what = What { name: "disk", writes: !read_only };
     let lock = if read_only {
         FlockOperation::NonBlockingLockShared
     } else {
@@ -75,7 +116,8 @@ pub fn open_image(path: &Path, read_only: bool) -> Result<Image, Refusal> {
         _ => what.unreadable(path, format!("it cannot be locked: {error}")),
     })?;
     let opened = path_of(&file).map_err(|error| what.unreadable(path, error))?;
-    Ok(Image { fd: file.into(), size_bytes, path: opened })
+    let file_bytes = size(&file).map_err(|error| what.unreadable(path, error))?;
+    Ok(Image { fd: file.into(), size_bytes, file_bytes, path: opened })
 }
 
 /// Opens a guest kernel: an ELF file for x86-64 (`vmlinux`), or a bzImage (`vmlinuz`).
@@ -124,7 +166,7 @@ fn open_file(name: &'static str, path: &Path) -> Result<Image, Refusal> {
     }
     let size_bytes = size(&file).map_err(|error| what.unreadable(path, error))?;
     let opened = path_of(&file).map_err(|error| what.unreadable(path, error))?;
-    Ok(Image { fd: file.into(), size_bytes, path: opened })
+    Ok(Image { fd: file.into(), size_bytes, file_bytes: size_bytes, path: opened })
 }
 
 /// What is opened, for messages.
@@ -271,6 +313,22 @@ mod tests {
         assert_eq!(open_image(&directory.path().join("none"), true).unwrap_err().code, "disk-unreadable");
         assert_eq!(open_image(directory.path(), true).unwrap_err().code, "disk-not-a-disk");
         assert_eq!(open_image(Path::new("/dev/null"), true).unwrap_err().code, "disk-not-a-disk");
+    }
+
+    #[test]
+    fn qcow2_is_opened_by_its_magic_and_size() {
+        let directory = tempfile::tempdir().unwrap();
+        let image = |magic: &[u8], size: u64| {
+            let bytes = [magic, &[0; 20], &size.to_be_bytes(), &[0; 7]].concat();
+            open_qcow2(&file(&directory, &bytes), false)
+        };
+        let opened = image(b"QFI\xfb", 1 << 40).unwrap();
+        assert_eq!((opened.size_bytes, opened.file_bytes), (1 << 40, 39));
+        drop(opened);
+        assert_eq!(image(b"QFI\xfc", 512).unwrap_err().code, "disk-format");
+        for size in [0, 100, u64::MAX] {
+            assert_eq!(image(b"QFI\xfb", size).unwrap_err().code, "disk-size");
+        }
     }
 
     #[test]

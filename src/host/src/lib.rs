@@ -63,7 +63,7 @@ pub use doctor::{Check, CheckState, doctor};
 pub use function::{Bar, BarKind, PciFunction};
 pub use give_back::Returned;
 pub use host::{Deadlines, Host};
-pub use image::{Image, open_image, open_initrd, open_kernel};
+pub use image::{Image, open_image, open_initrd, open_kernel, open_qcow2};
 pub use judge::assignable;
 pub use ledger::{Ledger, Owner, Quarantined};
 pub use life::{DeviceState, Life, MOVES, Move};

@@ -13,7 +13,7 @@ use casemate_policy::{
     Attrs, Change, Device, Disk, Field, File, GuestSpec, HostState, Needs, Neighbour, Net, Operation,
     Outcome, Record, Request, Tenant, Value, Verdict,
 };
-use casemate_spec::{ByteSize, CellPart, Guest, Located, Location, Refusal};
+use casemate_spec::{ByteSize, CellPart, DiskFormat, Guest, Located, Location, Refusal};
 
 use crate::{
     Decisions, Paths, PolicyReport, Refusals, admitted::Admitted, beside, digest, facts, policies::Policies,
@@ -24,6 +24,8 @@ pub(crate) struct Images {
     pub(crate) kernel: Image,
     pub(crate) initrd: Option<Image>,
     pub(crate) disks: Vec<Image>,
+    /// What lies under each of the disks.
+    pub(crate) backings: Vec<Option<Image>>,
 }
 
 impl Images {
@@ -33,12 +35,19 @@ impl Images {
             let fd = image.fd.try_clone().map_err(|error| {
                 Refusal::new("keep-failed", guest, format_args!("a descriptor: {error}"), "try again")
             })?;
-            Ok(Image { fd, size_bytes: image.size_bytes, path: image.path.clone() })
+            Ok(Image {
+                fd,
+                size_bytes: image.size_bytes,
+                file_bytes: image.file_bytes,
+                path: image.path.clone(),
+            })
         };
         Ok(Self {
             kernel: copy(&self.kernel)?,
             initrd: self.initrd.as_ref().map(copy).transpose()?,
             disks: self.disks.iter().map(copy).collect::<Result<_, Refusal>>()?,
+            backings: (self.backings.iter().map(|backing| backing.as_ref().map(copy).transpose()))
+                .collect::<Result<_, Refusal>>()?,
         })
     }
 }
@@ -309,6 +318,14 @@ impl Digests {
     }
 }
 
+/// The format of a disk that is not raw, and the file under it, which the guest reads too.
+fn disk_attrs(disk: &casemate_spec::Disk, backing: Option<&Image>) -> Attrs {
+    let format =
+        (disk.format != DiskFormat::Raw).then(|| ("format".to_owned(), disk.format.name().to_owned()));
+    let backing = backing.map(|image| ("backing".to_owned(), text(image.path.clone())));
+    format.into_iter().chain(backing).collect()
+}
+
 fn request(
     located: &Located,
     images: &Images,
@@ -325,21 +342,24 @@ fn request(
         attrs: Attrs::new(),
     };
     let mut disk_digests = digests.disks.into_iter();
-    let disks = guest.disks.iter().zip(&images.disks).map(|(disk, image)| Disk {
+    let disks = guest.disks.iter().zip(&images.disks).zip(&images.backings);
+    let disks = disks.map(|((disk, image), backing)| Disk {
         path: text(image.path.clone()),
         size_bytes: image.size_bytes,
         read_only: disk.read_only,
         sha256: disk_digests.next().flatten(),
-        attrs: Attrs::new(),
+        attrs: disk_attrs(disk, backing.as_ref()),
     });
     let nets = guest.nets.iter().map(|net| Net {
         tap: net.tap.clone(),
         mac: net.mac.map(|mac| mac.map(|byte| format!("{byte:02x}")).join(":")),
-        attrs: net
-            .host_address
-            .map(|(address, length)| ("host-address".to_owned(), format!("{address}/{length}")))
-            .into_iter()
-            .collect(),
+        attrs: [
+            ("vhost", net.vhost.then(|| "true".to_owned())),
+            ("host-address", net.host_address.map(|(address, length)| format!("{address}/{length}"))),
+        ]
+        .into_iter()
+        .filter_map(|(name, value)| Some((name.to_owned(), value?)))
+        .collect(),
     });
     let devices = guest.devices.iter().filter_map(|device| {
         let function = inventory.functions.iter().find(|function| function.address == device.address);

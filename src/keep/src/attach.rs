@@ -10,7 +10,7 @@ use std::{
 };
 
 use casemate_host::{Host, Image, Tap, TapRequest, open_image};
-use casemate_spec::{CellPart, Disk, LIMITS, Located, Net, Refusal};
+use casemate_spec::{CellPart, Disk, DiskFormat, LIMITS, Located, Net, Refusal};
 use casemate_wire::{Answer, Ask, Card, Slot};
 use serde::{Deserialize, Serialize};
 use serde_json::{Value, json};
@@ -101,10 +101,13 @@ impl Attaching {
                 size_bytes: image.size_bytes,
                 read_only: *read_only,
                 serial: format!("slot{slot}"),
+                queues: 1,
+                format: casemate_wire::Format::Raw,
             }),
             _ => Card::Net(casemate_wire::Net {
                 tap: Slot(0),
                 mac: mac(operator.guest(), LIMITS.nets + usize::from(slot)),
+                vhost: None,
             }),
         };
         let (fd, size_bytes) = match fd {
@@ -178,14 +181,19 @@ impl Attaching {
                 )
             })?,
             size_bytes: image.size_bytes,
+            file_bytes: image.file_bytes,
             path: image.path.clone(),
         };
-        state.located.guest.disks.push(Disk { path: path.to_owned(), read_only });
+        let disk =
+            Disk { path: path.to_owned(), format: DiskFormat::Raw, backing: None, read_only, queues: None };
+        state.located.guest.disks.push(disk);
+        state.images.backings.push(None);
         // With it the lock stays until the disk was detached, whatever the cell does.
         state.images.disks.push(copy);
         let allowed = self.judge(state);
         if allowed.is_err() {
             state.images.disks.pop();
+            state.images.backings.pop();
             state.located.guest.disks.pop();
         }
         allowed.map(|()| Opened::Disk(image))
@@ -197,7 +205,7 @@ impl Attaching {
         tap: &str,
         host_address: Option<(Ipv4Addr, u8)>,
     ) -> Result<Opened, Refusal> {
-        state.located.guest.nets.push(Net { tap: tap.to_owned(), host_address, mac: None });
+        state.located.guest.nets.push(Net { tap: tap.to_owned(), host_address, mac: None, vhost: false });
         let made = self.judge(state).and_then(|()| {
             let host_address = host_address.map(|(address, length)| (address.into(), length));
             Tap::create(&TapRequest { name: tap.to_owned(), host_address, bridge: None })
@@ -264,6 +272,9 @@ impl State {
                     guest.disks.remove(place);
                     if place < self.images.disks.len() {
                         self.images.disks.remove(place);
+                    }
+                    if place < self.images.backings.len() {
+                        self.images.backings.remove(place);
                     }
                 }
             }

@@ -11,10 +11,10 @@ use std::{
 
 use casemate_host::{Claim, DmaNeeds, Host, Image, Tap};
 use casemate_jail::{Cell, CellPlan, CgroupPlan, IoPlan, Program, Rlimits};
-use casemate_spec::{CellPart, CellRules, CpuList, CpuModel, Guest, Pages, Ram, Refusal};
+use casemate_spec::{CellPart, CellRules, CpuList, CpuModel, DiskFormat, Guest, Pages, Ram, Refusal};
 use casemate_wire::{
-    self as wire, Assigned, Channel, Cpu, CpuRange, Disk, FromCell, Hotplug, Machine, Model, Net, Slot,
-    ToCell, VERSION,
+    self as wire, Assigned, Below, Channel, Cpu, CpuRange, Disk, Format, FromCell, Hotplug, Machine, Model,
+    Net, Slot, ToCell, VERSION, Vsock,
 };
 use rustix::{
     fs::{FlockOperation, flock},
@@ -167,6 +167,8 @@ pub(crate) struct Started {
 pub(crate) struct Resources<'a> {
     pub(crate) images: &'a Images,
     pub(crate) taps: &'a [Tap],
+    /// The cell's end of the way on which streams for the guest's sockets come.
+    pub(crate) streams: Option<BorrowedFd<'a>>,
     pub(crate) claim: Option<&'a Claim>,
     /// Whether the guest's console has input.
     pub(crate) input: bool,
@@ -279,11 +281,21 @@ fn control_socket(path: &PathBuf) -> Result<(OwnedFd, OwnedFd), Errno> {
     Ok((listener, peer))
 }
 
-/// Threads of the VMM, and the kernel's own on its behalf (KVM's page recovery, VFIO's).
+/// Queues of a disk: as its file says, or one a virtual processor, up to 4.
+fn queues(guest: &Guest, disk: &casemate_spec::Disk) -> u8 {
+    disk.queues.unwrap_or_else(|| guest.vcpus.min(4))
+}
+
+/// Threads that the kernel makes for a disk's io_uring at most, for what would block.
+const RING_THREADS: usize = 5;
+
+/// Threads of the VMM, and the kernel's own on its behalf (KVM's page recovery, VFIO's,
+/// those of rings, vhost's).
 fn threads(guest: &Guest) -> u64 {
     let slots = usize::from(guest.hotplug.slots);
+    let disks = guest.disks.len() * (1 + RING_THREADS);
     // A thread for each slot, and the one that puts devices into them.
-    let devices = guest.disks.len() + guest.nets.len() + guest.devices.len() + 4 + slots + slots.min(1);
+    let devices = disks + guest.nets.len() * 2 + guest.devices.len() + 5 + slots + slots.min(1);
     u64::from(guest.vcpus) * 2 + devices as u64 + 8
 }
 
@@ -309,11 +321,27 @@ fn rlimits(guest: &Guest, resources: &Resources<'_>) -> Rlimits {
     let pinned = if resources.claim.is_some() { guest.memory.bytes() } else { 0 };
     Rlimits {
         memlock_bytes: pinned + LOCKED_OVERHEAD_BYTES,
-        // An event for each vector (up to 2048 a function, twice: here and at the device), and what each device has.
-        descriptors_max: 512 + 4096 * guest.devices.len() as u64,
+        // An event for each vector (up to 2048 a function, twice: here and at the device), and what each device has: for
+        // a queue two of its interrupt's and two of its doorbell's.
+        descriptors_max: 512 + 32 * guest.disks.len() as u64 + 4096 * guest.devices.len() as u64,
         threads_max: threads(guest),
-        file_size_bytes_max: resources.images.disks.iter().map(|image| image.size_bytes).max().unwrap_or(0),
+        file_size_bytes_max: file_size_bytes_max(guest, resources.images),
     }
+}
+
+/// The longest that a file of the guest's may become.
+fn file_size_bytes_max(guest: &Guest, images: &Images) -> u64 {
+    let of = |(disk, image): (&casemate_spec::Disk, &Image)| match disk.format {
+        DiskFormat::Raw => image.size_bytes,
+        DiskFormat::Qcow2 => qcow2_bytes_max(image),
+    };
+    guest.disks.iter().zip(&images.disks).map(of).max().unwrap_or(0)
+}
+
+/// A qcow2 file of a disk: its bytes, what maps and counts them (with clusters of 4 KiB or more less than a part in 300),
+/// and room for what a crash left.
+fn qcow2_bytes_max(image: &Image) -> u64 {
+    image.file_bytes.max(image.size_bytes + image.size_bytes / 64 + (64 << 20))
 }
 
 /// Descriptors to be sent, each named by its slot.
@@ -345,6 +373,7 @@ fn send_machine(
             "load kvm_amd or kvm_intel, or turn virtualisation on in the firmware; see `casemate doctor`";
         Refusal::new("kvm-missing", "/dev/kvm", format_args!("it cannot be opened: {error}"), remedy)
     })?;
+    let vhosts = guest.nets.iter().map(open_vhost).collect::<Result<Vec<_>, _>>()?;
     let mut fds = Descriptors::default();
     let claim = resources.claim;
     let machine = Machine {
@@ -358,20 +387,19 @@ fn send_machine(
         initrd: resources.images.initrd.as_ref().map(|image| fds.add(image.fd.as_fd())),
         console: fds.add(console.output),
         console_input: console.input.map(|input| fds.add(input)),
-        disks: (guest.disks.iter().zip(&resources.images.disks).enumerate())
-            .map(|(number, (disk, image))| Disk {
-                image: fds.add(image.fd.as_fd()),
-                size_bytes: image.size_bytes,
-                read_only: disk.read_only,
-                serial: format!("disk{number}"),
-            })
-            .collect(),
+        disks: disks(guest, resources.images, &mut fds),
         nets: (guest.nets.iter().zip(resources.taps).enumerate())
             .map(|(number, (net, tap))| Net {
                 tap: fds.add(tap.fd.as_fd()),
+                vhost: vhosts.get(number).and_then(Option::as_ref).map(|file| fds.add(file.as_fd())),
                 mac: net.mac.unwrap_or_else(|| mac(guest.name.as_str(), number)),
             })
             .collect(),
+        vsock: guest
+            .vsock
+            .as_ref()
+            .zip(resources.streams)
+            .map(|(vsock, streams)| Vsock { cid: vsock.cid, socket: fds.add(streams) }),
         container: claim.map(|claim| fds.add(claim.container.as_fd())),
         groups: claim.iter().flat_map(|claim| &claim.groups).map(|group| fds.add(group.fd.as_fd())).collect(),
         devices: (claim.iter().flat_map(|claim| &claim.devices))
@@ -425,6 +453,39 @@ fn ram(guest: &Guest) -> wire::Ram {
         Pages::Huge1Gib => wire::Pages::Huge1Gib,
     };
     wire::Ram { pages, prefault, numa_node }
+}
+
+/// The kernel's side of a card, when it is to serve the card's queues.
+fn open_vhost(net: &casemate_spec::Net) -> Result<Option<File>, Refusal> {
+    let open = || File::options().read(true).write(true).open("/dev/vhost-net");
+    net.vhost.then(open).transpose().map_err(|error| {
+        let cause = format_args!("it cannot be opened for {}: {error}", net.tap);
+        Refusal::new("vhost-missing", "/dev/vhost-net", cause, "modprobe vhost_net, or take vhost = true out")
+    })
+}
+
+fn disks<'a>(guest: &Guest, images: &'a Images, fds: &mut Descriptors<'a>) -> Vec<Disk> {
+    let disks = guest.disks.iter().zip(&images.disks).zip(&images.backings).enumerate();
+    disks
+        .map(|(number, ((disk, image), backing))| Disk {
+            image: fds.add(image.fd.as_fd()),
+            size_bytes: image.size_bytes,
+            read_only: disk.read_only,
+            serial: format!("disk{number}"),
+            queues: queues(guest, disk),
+            format: match disk.format {
+                DiskFormat::Raw => Format::Raw,
+                DiskFormat::Qcow2 => Format::Qcow2 {
+                    file_bytes_max: qcow2_bytes_max(image),
+                    below: disk.backing.as_ref().zip(backing.as_ref()).map(|(spec, image)| Below {
+                        image: fds.add(image.fd.as_fd()),
+                        size_bytes: image.size_bytes,
+                        is_qcow2: spec.format == DiskFormat::Qcow2,
+                    }),
+                },
+            },
+        })
+        .collect()
 }
 
 /// A MAC address that stays the same for a guest's card: locally administered, made from name and slot (FNV-1a).

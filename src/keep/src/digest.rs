@@ -54,7 +54,7 @@ pub(crate) fn seal(what: &str, image: &mut Image) -> Result<String, Refusal> {
 
 /// The digest of a disk that the guest only reads; none when it's larger than is read.
 pub(crate) fn disk(image: &Image) -> Result<Option<String>, Refusal> {
-    if image.size_bytes > MOST_DISK_BYTES {
+    if image.file_bytes > MOST_DISK_BYTES {
         return Ok(None);
     }
     let mut hash = Sha256::new();
@@ -112,7 +112,8 @@ mod tests {
         let folder = tempfile::tempdir().unwrap();
         let path = folder.path().join("kernel");
         fs::write(&path, "kernel").unwrap();
-        let mut image = Image { fd: File::open(&path).unwrap().into(), size_bytes: 6, path: path.clone() };
+        let mut image =
+            Image { fd: File::open(&path).unwrap().into(), size_bytes: 6, file_bytes: 6, path: path.clone() };
         assert_eq!(disk(&image).unwrap().unwrap(), sum(b"kernel"));
         assert_eq!(seal("boot.kernel", &mut image).unwrap(), sum(b"kernel"));
         fs::write(&path, "virus!").unwrap();
@@ -134,9 +135,9 @@ mod tests {
         let file = File::create(&path).unwrap();
         file.set_len(MOST_BYTES + 1).unwrap();
         let fd = File::open(&path).unwrap().into();
-        let mut image = Image { fd, size_bytes: MOST_BYTES + 1, path: path.clone() };
+        let mut image = Image { fd, size_bytes: MOST_BYTES + 1, file_bytes: 0, path: path.clone() };
         assert_eq!(seal("boot.kernel", &mut image).unwrap_err().code, "image-digest");
         let fd = File::open(&path).unwrap().into();
-        assert_eq!(disk(&Image { fd, size_bytes: MOST_DISK_BYTES + 1, path }).unwrap(), None);
+        assert_eq!(disk(&Image { fd, size_bytes: 0, file_bytes: MOST_DISK_BYTES + 1, path }).unwrap(), None);
     }
 }

@@ -6,7 +6,7 @@ use std::{
     sync::{Mutex, PoisonError},
 };
 
-use casemate_spec::{Guest, Refusal};
+use casemate_spec::{DiskFormat, Guest, Refusal};
 use casemate_wire::Ask;
 use rustix::process::{Pid, Resource, Rlimit, prlimit};
 
@@ -20,6 +20,8 @@ const SECTOR_BYTES: u64 = 512;
 pub(crate) struct Disks {
     paths: Option<Paths>,
     files: Vec<File>,
+    /// Which of them are raw: the size of another is in its image, which is the cell's to write.
+    raw: Vec<bool>,
     cell: Option<Pid>,
     /// The largest file that the cell may write; held while a disk is resized.
     most_bytes: Mutex<u64>,
@@ -38,9 +40,10 @@ impl Disks {
             let cause = format_args!("its disks cannot be kept open: {error}");
             Refusal::new("keep-failed", &guest.name, cause, "try again")
         })?;
+        let raw = guest.disks.iter().map(|disk| disk.format == DiskFormat::Raw).collect();
         let cell = i32::try_from(started.cell.pid()).ok().and_then(Pid::from_raw);
         let most_bytes = Mutex::new(started.rlimits.file_size_bytes_max);
-        Ok(Self { paths: Some(paths.clone()), files, cell, most_bytes })
+        Ok(Self { paths: Some(paths.clone()), files, raw, cell, most_bytes })
     }
 
     /// Makes the file of disk `number` as large as `wanted`, or leaves it as it is by now, and tells the guest. Returns
@@ -68,6 +71,10 @@ impl Disks {
         let Some(mut file) = self.files.get(usize::from(number)) else {
             return Err(refuse(&"the guest has no such disk", "count from 0, in the order of its file"));
         };
+        if self.raw.get(usize::from(number)) == Some(&false) {
+            let cause = "only a raw disk can be resized while its guest runs";
+            return Err(refuse(&cause, "stop the guest; then: qemu-img resize FILE SIZE"));
+        }
         let mut most_bytes = self.most_bytes.lock().unwrap_or_else(PoisonError::into_inner);
         let now = file.seek(SeekFrom::End(0)).map_err(failed)?;
         let size_bytes = wanted.unwrap_or(now);

@@ -33,6 +33,7 @@ mod policies;
 mod record;
 mod report;
 mod run;
+mod vsock;
 mod watch;
 
 // What a cell tells, by its word.

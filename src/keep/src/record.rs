@@ -176,7 +176,8 @@ impl GuestRecord {
         let Facts { located, spec_sha256, uid, policy, resources, started } = *facts;
         let guest = &located.guest;
         let images = resources.images;
-        let files = [&images.kernel].into_iter().chain(&images.initrd).chain(&images.disks);
+        let backings = images.backings.iter().flatten();
+        let files = [&images.kernel].into_iter().chain(&images.initrd).chain(&images.disks).chain(backings);
         let devices = resources.claim.iter().flat_map(|claim| &claim.devices);
         let Landlock { abi, filesystem, network, scopes } = started.cell.landlock();
         let (rlimits, cgroup) = (started.rlimits, &started.cgroup);

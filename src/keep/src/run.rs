@@ -4,6 +4,7 @@ use std::{
     fmt,
     fs::File,
     io::{Read, Write},
+    os::fd::{AsFd, OwnedFd},
     path::Path,
     sync::Arc,
     time::Duration,
@@ -11,12 +12,13 @@ use std::{
 
 use casemate_filters::{Role, calls_of};
 use casemate_host::{
-    Choice, Claim, ClaimRequest, Host, Ledger, Owner, PciFunction, Pools, Tap, TapRequest, VfNetwork,
+    Choice, Claim, ClaimRequest, Host, Image, Ledger, Owner, PciFunction, Pools, Tap, TapRequest, VfNetwork,
     assignable, claim, judge_dma, leave_virtual_functions, make_virtual_functions, open_image, open_initrd,
-    open_kernel, placeable, set_vf_network,
+    open_kernel, open_qcow2, placeable, set_vf_network,
 };
 use casemate_spec::{
-    CellPart, CellRules, LIMITS, Located, PciAddress, Pool, Refusal, ResourceBounds, parse_guest,
+    Backing, CellPart, CellRules, DiskFormat, LIMITS, Located, PciAddress, Pool, Refusal, ResourceBounds,
+    Vsock, parse_guest,
 };
 use signal_hook::consts::SIGUSR1;
 
@@ -32,6 +34,7 @@ use crate::{
     operator,
     operator_socket::{OperatorSocket, Reach},
     record::{self, Facts},
+    vsock::GuestSocket,
     watch::{self, StopSignals, Watching},
 };
 
@@ -311,9 +314,11 @@ impl Prepared<'_> {
     ) -> Result<Report, Refusal> {
         let guest = &self.located.guest;
         let taps = make_taps(self.located)?;
+        let (socket, streams) = self.open_socket()?.unzip();
         let resources = Resources {
             images: self.images,
             taps: &taps,
+            streams: streams.as_ref().map(AsFd::as_fd),
             claim,
             input: self.options.input != Input::None,
             rules: self.rules,
@@ -358,7 +363,8 @@ impl Prepared<'_> {
         let reach = Reach { disks, attaching, admitted: Some(Arc::clone(&self.admitted)) };
         let _socket = OperatorSocket::open(self.paths, operator, reach)?;
         // The cell has its own; a tap is gone with its last descriptor.
-        drop(taps);
+        drop((taps, streams));
+        let _socket = socket;
         let seen = {
             let watching = Watching { guest, options: &self.options, signals: &self.signals, orders };
             watch::until_end(started, watching, console, tell)?
@@ -381,6 +387,13 @@ impl Prepared<'_> {
             },
             devices: Vec::new(),
         })
+    }
+
+    /// The guest's socket on the host, and the cell's way to it.
+    fn open_socket(&self) -> Result<Option<(GuestSocket, OwnedFd)>, Refusal> {
+        let open = |vsock: &Vsock| GuestSocket::open(&self.located.resolve(&vsock.socket));
+        let opened = self.located.guest.vsock.as_ref().map(open).transpose();
+        opened.map_err(|refusal| refusal.at(self.located.location("vsock.socket")))
     }
 }
 
@@ -443,10 +456,28 @@ fn open_images(located: &Located) -> Result<Images, Refusal> {
         .as_deref()
         .map(|path| open_initrd(&located.resolve(path)).map_err(|refusal| refusal.at(at("boot.initrd"))));
     let disks = guest.disks.iter().enumerate().map(|(index, disk)| {
-        open_image(&located.resolve(&disk.path), disk.read_only)
+        open_disk(located, &disk.path, disk.format, disk.read_only)
             .map_err(|refusal| refusal.at(at(&format!("disk[{index}].path"))))
     });
-    Ok(Images { kernel, initrd: initrd.transpose()?, disks: disks.collect::<Result<_, _>>()? })
+    let disks = disks.collect::<Result<_, _>>()?;
+    let backings = guest.disks.iter().enumerate().map(|(index, disk)| {
+        let open = |backing: &Backing| open_disk(located, &backing.path, backing.format, true);
+        disk.backing
+            .as_ref()
+            .map(open)
+            .transpose()
+            .map_err(|refusal| refusal.at(at(&format!("disk[{index}].backing"))))
+    });
+    let backings = backings.collect::<Result<_, _>>()?;
+    Ok(Images { kernel, initrd: initrd.transpose()?, disks, backings })
+}
+
+fn open_disk(located: &Located, path: &Path, format: DiskFormat, read_only: bool) -> Result<Image, Refusal> {
+    let path = located.resolve(path);
+    match format {
+        DiskFormat::Raw => open_image(&path, read_only),
+        DiskFormat::Qcow2 => open_qcow2(&path, read_only),
+    }
 }
 
 fn judge_placement(paths: &Paths, located: &Located, host: &Host) -> Result<(), Refusal> {

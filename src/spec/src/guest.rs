@@ -14,10 +14,12 @@ use crate::{
     ByteSize, Cpu, DevicePin, Hotplug, Location, PciAddress, Ram, Refusal,
     cpu::RawCpu,
     device::{RawDevice, Wanted},
+    disk::{Disk, RawDisk},
     hotplug::RawHotplug,
     locate::locate,
     ram::RawRam,
     resources::{RawResources, ResourceBounds},
+    vsock::{RawVsock, Vsock},
 };
 
 /// What a guest file may ask for at most. The host may have less: that is for admission to say.
@@ -59,9 +61,9 @@ pub const LIMITS: Limits = Limits {
     hotplug_slots: 8,
 };
 
-// All of them, the host bridge, the entropy source, the balloon and the root ports (functions of one device) sit on one bus
+// All of them, the host bridge, the entropy source, the sockets, the balloon and the root ports (functions of one device) sit on one bus
 // of 32 devices.
-const _: () = assert!(LIMITS.disks + LIMITS.nets + LIMITS.devices + 4 <= 32 && LIMITS.hotplug_slots <= 8);
+const _: () = assert!(LIMITS.disks + LIMITS.nets + LIMITS.devices + 5 <= 32 && LIMITS.hotplug_slots <= 8);
 
 /// A name of a guest or a tenant: 1 to 32 of `a-z`, `0-9` and `-`, beginning with a letter.
 #[derive(Clone, Debug, PartialEq, Eq, PartialOrd, Ord, Hash)]
@@ -108,6 +110,8 @@ pub struct Guest {
     pub disks: Vec<Disk>,
     /// Emulated network cards, in the order of their slots.
     pub nets: Vec<Net>,
+    /// The socket device.
+    pub vsock: Option<Vsock>,
     /// Assigned PCI functions, in the order of their slots.
     pub devices: Vec<Assigned>,
     /// Functions that are still to be chosen from pools; each becomes one of `devices`.
@@ -140,15 +144,6 @@ pub struct Boot {
     pub command_line: String,
 }
 
-/// An emulated disk.
-#[derive(Clone, Debug, PartialEq, Eq)]
-pub struct Disk {
-    /// A raw image or a block device.
-    pub path: PathBuf,
-    /// Whether the guest may only read it.
-    pub read_only: bool,
-}
-
 /// An emulated network card on a tap that lives as long as the guest.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub struct Net {
@@ -158,6 +153,8 @@ pub struct Net {
     pub host_address: Option<(Ipv4Addr, u8)>,
     /// The card's MAC address; made from guest's name and slot when absent.
     pub mac: Option<[u8; 6]>,
+    /// Whether the host's kernel serves the card's queues.
+    pub vhost: bool,
 }
 
 /// A physical PCI function to be assigned.
@@ -236,6 +233,7 @@ struct RawGuest {
     disk: Vec<RawDisk>,
     #[serde(default)]
     net: Vec<RawNet>,
+    vsock: Option<RawVsock>,
     #[serde(default)]
     device: Vec<RawDevice>,
     #[serde(default)]
@@ -253,18 +251,12 @@ struct RawBoot {
 
 #[derive(Deserialize)]
 #[serde(deny_unknown_fields)]
-struct RawDisk {
-    path: Spanned<String>,
-    #[serde(default)]
-    read_only: bool,
-}
-
-#[derive(Deserialize)]
-#[serde(deny_unknown_fields)]
 struct RawNet {
     tap: Spanned<String>,
     host_address: Option<Spanned<String>>,
     mac: Option<Spanned<String>>,
+    #[serde(default)]
+    vhost: bool,
 }
 
 /// Reads a guest file's text.
@@ -327,6 +319,7 @@ impl Reader<'_> {
         self.count("device", raw.device.len(), LIMITS.devices)?;
         let disks = raw.disk.into_iter().map(|disk| self.disk(disk)).collect::<Result<_, _>>()?;
         let nets = raw.net.into_iter().map(|net| self.net(net)).collect::<Result<_, _>>()?;
+        let vsock = raw.vsock.map(|vsock| self.vsock(vsock)).transpose()?;
         let mut devices: Vec<Assigned> = Vec::new();
         let mut pooled = Vec::new();
         for (table, raw) in raw.device.into_iter().enumerate() {
@@ -360,6 +353,7 @@ impl Reader<'_> {
             boot,
             disks,
             nets,
+            vsock,
             devices,
             pooled,
             hotplug,
@@ -406,7 +400,7 @@ impl Reader<'_> {
         Ok(size)
     }
 
-    fn path(&mut self, raw: &Spanned<String>) -> Result<PathBuf, Refusal> {
+    pub(crate) fn path(&mut self, raw: &Spanned<String>) -> Result<PathBuf, Refusal> {
         let location = self.note(raw);
         let text = raw.get_ref();
         if text.is_empty() || text.len() > 4095 || text.contains('\0') {
@@ -440,10 +434,6 @@ impl Reader<'_> {
         Err(Refusal::new("bad-command-line", "", cause, remedy).at(Some(location)))
     }
 
-    fn disk(&mut self, raw: RawDisk) -> Result<Disk, Refusal> {
-        Ok(Disk { path: self.path(&raw.path)?, read_only: raw.read_only })
-    }
-
     fn net(&mut self, raw: RawNet) -> Result<Net, Refusal> {
         let location = self.note(&raw.tap);
         let tap = raw.tap.into_inner();
@@ -474,7 +464,7 @@ impl Reader<'_> {
                 .at(Some(location))
             })
         });
-        Ok(Net { tap, host_address: host_address.transpose()?, mac: mac.transpose()? })
+        Ok(Net { tap, host_address: host_address.transpose()?, mac: mac.transpose()?, vhost: raw.vhost })
     }
 
     fn count(&self, table: &str, count: usize, most: usize) -> Result<(), Refusal> {
@@ -566,6 +556,11 @@ address = "0000:03:00.0"
     fn refuses_by_code() {
         for (from, to, code) in [
             ("path = \"web.img\"", "path = \"web.img\"\nsize = 0", "unknown-key"),
+            ("path = \"web.img\"", "path = \"web.img\"\nqueues = 9", "bad-queues"),
+            ("path = \"web.img\"", "path = \"web.img\"\nformat = \"vmdk\"", "bad-disk-format"),
+            ("path = \"web.img\"", "path = \"web.img\"\nbacking = \"base.img\"", "bad-backing"),
+            ("path = \"web.img\"", "path = \"web.img\"\nbacking_format = \"raw\"", "bad-backing"),
+            ("path = \"web.img\"", "path = \"web.img\"\nqueues = 0", "bad-queues"),
             ("tenant = \"acme\"\n", "", "missing-key"),
             ("name = \"web\"", "name = \"Web Server\"", "bad-name"),
             ("memory = \"512 MiB\"", "memory = \"513 KiB\"", "bad-memory"),
@@ -577,6 +572,7 @@ address = "0000:03:00.0"
             ("192.0.2.1/24", "192.0.2.1", "bad-address"),
             ("02:00", "01:00", "bad-mac"),
             ("0000:03:00.0", "nvme0", "bad-pci-address"),
+            ("[boot]", "[vsock]\nsocket = \"web.vsock\"\ncid = 2\n[boot]", "bad-cid"),
             ("[boot]", "[boot", "bad-toml"),
         ] {
             let text = refused(from, to);

@@ -10,19 +10,46 @@ use crate::{
     device::{Fault, Progress},
     interrupt::Interrupt,
     request::Request,
+    vhost::RingPlace,
 };
 
 /// Guest memory, as the VMM shares it with each device.
 pub type Memory = Arc<GuestMemoryMmap>;
 
+/// What a device did with a request that it was handed.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Handled {
+    /// It is done, and so many bytes were written.
+    Done(u32),
+    /// It is taken; [`Active::finish`] will tell.
+    Taken,
+    /// It stays in the queue for another time, with all that follow.
+    Left,
+}
+
 /// The memory, queues and interrupts of an active device. There is none while the device is inactive.
 #[derive(Debug)]
 pub struct Active {
     memory: Memory,
-    queues: Vec<Option<Queue>>,
+    queues: Vec<Option<Place>>,
     interrupt: Interrupt,
     features: u64,
     counters: Arc<Counters>,
+}
+
+#[derive(Debug)]
+struct Place {
+    queue: Queue,
+    /// Something was given back since the driver was last told.
+    news: bool,
+}
+
+impl Place {
+    fn give_back(&mut self, memory: &Memory, head: u16, written: u32) -> Result<(), Fault> {
+        self.queue.add_used(&**memory, head, written)?;
+        self.news = true;
+        Ok(())
+    }
 }
 
 impl Active {
@@ -34,6 +61,8 @@ impl Active {
         features: u64,
         counters: Arc<Counters>,
     ) -> Self {
+        let place = |queue| Place { queue, news: false };
+        let queues = queues.into_iter().map(|queue| queue.map(place)).collect();
         Self { memory, queues, interrupt, features, counters }
     }
 
@@ -42,13 +71,20 @@ impl Active {
         self.features.checked_shr(bit).is_some_and(|features| features & 1 == 1)
     }
 
-    pub(crate) fn memory(&self) -> &Memory {
-        &self.memory
+    /// What was negotiated.
+    pub(crate) fn features(&self) -> u64 {
+        self.features
     }
 
-    /// What the device has done, to be counted on.
-    pub fn counters(&self) -> &Arc<Counters> {
-        &self.counters
+    /// Where queue `index` is, for who serves it in this device's place.
+    pub(crate) fn place(&self, index: usize) -> Option<RingPlace> {
+        let queue = &self.queues.get(index)?.as_ref()?.queue;
+        Some(RingPlace {
+            size: queue.size(),
+            descriptors: queue.desc_table(),
+            available: queue.avail_ring(),
+            used: queue.used_ring(),
+        })
     }
 
     /// Number of queues, enabled or not.
@@ -58,6 +94,15 @@ impl Active {
 
     pub(crate) fn interrupt(&self) -> &Interrupt {
         &self.interrupt
+    }
+
+    pub(crate) fn memory(&self) -> &Memory {
+        &self.memory
+    }
+
+    /// What the device has done, to be counted on.
+    pub fn counters(&self) -> &Arc<Counters> {
+        &self.counters
     }
 
     /// Hands the requests of queue `index` to `handle`, at most `budget` of them, and interrupts the driver where it
@@ -72,30 +117,154 @@ impl Active {
         budget: usize,
         mut handle: impl FnMut(&Request<'_>) -> Result<Option<u32>, Fault>,
     ) -> Result<Progress, Fault> {
-        let memory = &*self.memory;
-        let Some(Some(queue)) = self.queues.get_mut(index) else { return Ok(Progress::Idle) };
-        let mut left = budget;
+        self.hand_out(index, budget, |request| Ok(handle(request)?.map_or(Handled::Left, Handled::Done)))
+    }
+
+    /// As [`Active::serve`], for a device that may take a request now and do it later. The driver is interrupted once,
+    /// after the last.
+    ///
+    /// # Errors
+    /// As for [`Active::serve`].
+    pub fn hand_out(
+        &mut self,
+        index: usize,
+        budget: usize,
+        handle: impl FnMut(&Request<'_>) -> Result<Handled, Fault>,
+    ) -> Result<Progress, Fault> {
+        let Some(Some(place)) = self.queues.get_mut(index) else { return Ok(Progress::Idle) };
+        let progress = turn(place, &self.memory, &self.counters, budget, handle)?;
+        self.tell(index)?;
+        Ok(progress)
+    }
+
+    /// As [`Active::serve`], for a device that puts something into as many requests as it takes: `handle` is given requests
+    /// that have room for `room_bytes` together, as far as that is to be had (less comes only when half of the queue has no
+    /// more), and returns how many bytes it wrote, from the first on. Those without any stay in the queue.
+    ///
+    /// # Errors
+    /// As for [`Active::serve`].
+    pub fn serve_together(
+        &mut self,
+        index: usize,
+        budget: usize,
+        room_bytes: usize,
+        handle: impl FnMut(&[Request<'_>]) -> Result<Option<usize>, Fault>,
+    ) -> Result<Progress, Fault> {
+        let Some(Some(place)) = self.queues.get_mut(index) else { return Ok(Progress::Idle) };
+        let progress = turn_together(place, &self.memory, &self.counters, (budget, room_bytes), handle)?;
+        self.tell(index)?;
+        Ok(progress)
+    }
+
+    /// Gives a request that was taken from queue `index` back to the driver, who is told by [`Active::tell`]: `read` bytes were
+    /// the driver's, `written` are the device's.
+    ///
+    /// # Errors
+    /// When the driver broke the ring.
+    pub fn finish(&mut self, index: usize, head: u16, read: u64, written: u32) -> Result<(), Fault> {
+        let Some(Some(place)) = self.queues.get_mut(index) else { return Ok(()) };
+        self.counters.request(read, written.into());
+        place.give_back(&self.memory, head, written)
+    }
+
+    /// Interrupts the driver if something was given back to queue `index` since it was last told, and it wants to know.
+    ///
+    /// # Errors
+    /// When the driver broke the ring.
+    pub fn tell(&mut self, index: usize) -> Result<(), Fault> {
+        let Some(Some(place)) = self.queues.get_mut(index) else { return Ok(()) };
+        if std::mem::take(&mut place.news) && place.queue.needs_notification(&*self.memory)? {
+            self.interrupt.signal_queue(index);
+        }
+        Ok(())
+    }
+}
+
+/// One turn of a queue.
+fn turn(
+    place: &mut Place,
+    memory: &Memory,
+    counters: &Counters,
+    budget: usize,
+    mut handle: impl FnMut(&Request<'_>) -> Result<Handled, Fault>,
+) -> Result<Progress, Fault> {
+    let mut left = budget;
+    loop {
+        place.queue.disable_notification(&**memory)?;
         loop {
-            queue.disable_notification(memory)?;
-            loop {
-                // Also spent on a look in vain, so that an index that runs to and fro cannot hold the thread.
-                let Some(less) = left.checked_sub(1) else { return Ok(Progress::More) };
-                left = less;
-                let Some(chain) = queue.iter(memory)?.next() else { break };
-                let request = Request::read(chain, memory, queue.size())?;
-                let Some(written) = handle(&request)? else {
-                    queue.go_to_previous_position();
+            // Also spent on a look in vain, so that an index that runs to and fro cannot hold the thread.
+            let Some(less) = left.checked_sub(1) else { return Ok(Progress::More) };
+            left = less;
+            let Some(chain) = place.queue.iter(&**memory)?.next() else { break };
+            let request = Request::read(chain, memory, place.queue.size())?;
+            match handle(&request)? {
+                Handled::Done(written) => {
+                    counters.request(request.readable.bytes() as u64, written.into());
+                    place.give_back(memory, request.head(), written)?;
+                }
+                Handled::Taken => {}
+                Handled::Left => {
+                    place.queue.go_to_previous_position();
                     return Ok(Progress::Idle);
-                };
-                self.counters.request(request.readable.bytes() as u64, written.into());
-                queue.add_used(memory, request.head(), written)?;
-                if queue.needs_notification(memory)? {
-                    self.interrupt.signal_queue(index);
                 }
             }
-            if !queue.enable_notification(memory)? {
-                return Ok(Progress::Idle);
-            }
+        }
+        if !place.queue.enable_notification(&**memory)? {
+            return Ok(Progress::Idle);
         }
     }
+}
+
+/// One turn of a queue whose requests are filled together.
+fn turn_together(
+    place: &mut Place,
+    memory: &Memory,
+    counters: &Counters,
+    (budget, room_bytes): (usize, usize),
+    mut handle: impl FnMut(&[Request<'_>]) -> Result<Option<usize>, Fault>,
+) -> Result<Progress, Fault> {
+    let mut held: Vec<Request<'_>> = Vec::new();
+    let mut looks = budget.saturating_add(usize::from(place.queue.size()));
+    place.queue.disable_notification(&**memory)?;
+    let mut progress = Progress::More;
+    'frames: for _ in 0..budget {
+        let mut room: usize = held.iter().map(|request| request.writable.bytes()).sum();
+        while room < room_bytes {
+            // As in `turn`: a chain costs a look, and so does one in vain.
+            let Some(less) = looks.checked_sub(1) else { break 'frames };
+            looks = less;
+            let chain = place.queue.iter(&**memory)?.next();
+            if let Some(chain) = chain {
+                let request = Request::read(chain, memory, place.queue.size())?;
+                room = room.saturating_add(request.writable.bytes());
+                held.push(request);
+            } else if place.queue.enable_notification(&**memory)? {
+                place.queue.disable_notification(&**memory)?;
+            } else {
+                break;
+            }
+        }
+        // The driver was asked above to tell of the next.
+        let few = room < room_bytes && held.len() < usize::from(place.queue.size() / 2).max(1);
+        let written = if few { None } else { handle(&held)? };
+        let Some(mut left) = written else {
+            progress = Progress::Idle;
+            break;
+        };
+        counters.request(0, left as u64);
+        let mut used = 0;
+        for request in &held {
+            let share = left.min(request.writable.bytes());
+            place.give_back(memory, request.head(), u32::try_from(share).unwrap_or(0))?;
+            (left, used) = (left - share, used + 1);
+            if left == 0 {
+                break;
+            }
+        }
+        held.drain(..used);
+    }
+    for _ in held {
+        place.queue.go_to_previous_position();
+    }
+    Ok(progress)
 }

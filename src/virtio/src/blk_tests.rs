@@ -1,11 +1,24 @@
-use std::{fs, io::Write};
+use std::{
+    fs,
+    io::Write,
+    sync::Arc,
+    thread,
+    time::{Duration, Instant},
+};
 
 use proptest::prelude::*;
+use virtio_bindings::virtio_blk::{
+    VIRTIO_BLK_T_DISCARD, VIRTIO_BLK_T_FLUSH, VIRTIO_BLK_T_GET_ID, VIRTIO_BLK_T_IN, VIRTIO_BLK_T_OUT,
+    VIRTIO_BLK_T_WRITE_ZEROES, VIRTIO_BLK_WRITE_ZEROES_FLAG_UNMAP,
+};
 
 use super::*;
-use crate::testing::{
-    INDIRECT, MEMORY_BYTES, NEXT, Part, Ring, WRITE, active, attack, bytes, descriptor, fill, memory, run,
-    signals,
+use crate::{
+    qcow2,
+    testing::{
+        INDIRECT, MEMORY_BYTES, NEXT, Part, Ring, WRITE, active, attack, bytes, descriptor, fill, memory,
+        run, signals,
+    },
 };
 
 const SIZE: u64 = 64 * SECTOR_BYTES;
@@ -14,17 +27,42 @@ const DATA: u64 = 0x10000;
 const STATUS: u64 = 0x9000;
 const FLUSH: u64 = 1 << VIRTIO_BLK_F_FLUSH;
 
-fn disk(read_only: bool) -> (Blk, tempfile::NamedTempFile) {
+/// With a ring, and without.
+const ENGINES: [bool; 2] = [true, false];
+
+/// Where the kernel has no ring for this process, as in many containers, there are two disks without; the lab's kernel
+/// has one.
+fn made(ring: bool, file: OwnedFd, read_only: bool, queues: u16) -> Blk {
+    let serial = "disk-7".into();
+    let format = Format::Raw;
+    let backend = BlkBackend { file, format, size_bytes: SIZE, read_only, serial, queues };
+    if ring {
+        let disk = Blk::new(backend).unwrap();
+        if let Some(error) = disk.without_ring() {
+            eprintln!("not tested with a ring: {error}");
+        }
+        disk
+    } else {
+        Blk::with(backend, None).unwrap()
+    }
+}
+
+fn disk_by(ring: bool, read_only: bool) -> (Blk, tempfile::NamedTempFile) {
     let mut file = tempfile::NamedTempFile::new().unwrap();
     let content: Vec<u8> = (0..SIZE).map(|at| (at / SECTOR_BYTES) as u8).collect();
     file.write_all(&content).unwrap();
-    let backend = BlkBackend {
-        file: file.reopen().unwrap().into(),
-        size_bytes: SIZE,
-        read_only,
-        serial: "disk-7".into(),
-    };
-    (Blk::new(backend).unwrap(), file)
+    (made(ring, file.reopen().unwrap().into(), read_only, 1), file)
+}
+
+/// Gives the disk turns until `done` says that it has done enough.
+fn wait(disk: &mut Blk, active: &mut Active, mut done: impl FnMut() -> bool) -> Result<(), Fault> {
+    let end = Instant::now() + Duration::from_secs(20);
+    while !done() {
+        assert!(Instant::now() < end, "the disk does not answer");
+        disk.backend_ready(active)?;
+        thread::yield_now();
+    }
+    Ok(())
 }
 
 /// Sends one request through a queue of its own; returns status and bytes written, or the fault.
@@ -43,14 +81,19 @@ fn ask(
     let head = ring.offer(&parts);
     let (mut active, events) = active(memory, &[&ring], FLUSH);
     run(disk, &mut active, 0)?;
-    let (used, written) = ring.take().expect("the request comes back");
+    let mut taken = None;
+    wait(disk, &mut active, || {
+        taken = taken.or_else(|| ring.take());
+        taken.is_some()
+    })?;
+    let (used, written) = taken.unwrap();
     assert_eq!((used, signals(&events[0])), (head, 1));
     Ok((bytes(memory, STATUS, 1)[0], written))
 }
 
 #[test]
 fn describes_itself() {
-    let (disk, _file) = disk(true);
+    let (disk, _file) = disk_by(true, true);
     assert_eq!(disk.config()[..8], 64u64.to_le_bytes());
     assert_eq!(disk.config()[20..24], 512u32.to_le_bytes());
     assert_ne!(disk.features() & 1 << VIRTIO_BLK_F_RO, 0);
@@ -59,16 +102,27 @@ fn describes_itself() {
     let word = |at: usize| u32::from_le_bytes(disk.config()[at..at + 4].try_into().unwrap());
     assert_eq!([36, 40, 44, 48, 52, 56].map(word), [RANGE_MAX_SECTORS, 32, 1, RANGE_MAX_SECTORS, 32, 1]);
     assert_eq!(disk.config().len(), 60);
-    for size_bytes in [0, 511, 513] {
+    assert_eq!((disk.config()[34], disk.features() & 1 << VIRTIO_BLK_F_MQ), (1, 0));
+    let many = made(false, tempfile::tempfile().unwrap().into(), false, 4);
+    assert_eq!((many.config()[34], many.queue_sizes().len()), (4, 4));
+    assert_ne!(many.features() & 1 << VIRTIO_BLK_F_MQ, 0);
+    for (size_bytes, queues) in [(0, 1), (511, 1), (513, 1), (512, 0), (512, 9)] {
         let file = tempfile::tempfile().unwrap().into();
-        assert!(Blk::new(BlkBackend { file, size_bytes, read_only: false, serial: String::new() }).is_err());
+        let serial = String::new();
+        let format = Format::Raw;
+        let backend = BlkBackend { file, format, size_bytes, read_only: false, serial, queues };
+        assert!(Blk::new(backend).is_err());
     }
 }
 
 #[test]
 fn reads_writes_flushes_and_tells_its_serial() {
+    ENGINES.into_iter().for_each(reads_writes_flushes_and_tells_its_serial_by);
+}
+
+fn reads_writes_flushes_and_tells_its_serial_by(ring: bool) {
     let memory = memory();
-    let (mut disk, file) = disk(false);
+    let (mut disk, file) = disk_by(ring, false);
     // Over the border of the two memory regions, in parts of odd lengths.
     let border = MEMORY_BYTES as u64 / 2;
     let parts = [(border - 100, 500, true), (DATA, 524, true)];
@@ -88,9 +142,13 @@ fn reads_writes_flushes_and_tells_its_serial() {
 
 #[test]
 fn refuses_with_a_status_what_cannot_be_done() {
+    ENGINES.into_iter().for_each(refuses_with_a_status_what_cannot_be_done_by);
+}
+
+fn refuses_with_a_status_what_cannot_be_done_by(ring: bool) {
     let memory = memory();
-    let (mut writable, _keep) = disk(false);
-    let (mut read_only, file) = disk(true);
+    let (mut writable, _keep) = disk_by(ring, false);
+    let (mut read_only, file) = disk_by(ring, true);
     const IOERR: u8 = VIRTIO_BLK_S_IOERR as u8;
     let data = |length, write| [(DATA, length, write)];
     let status =
@@ -115,8 +173,12 @@ fn range(sector: u64, sectors: u32, flags: u32) -> Vec<u8> {
 
 #[test]
 fn discards_and_writes_zeroes() {
+    ENGINES.into_iter().for_each(discards_and_writes_zeroes_by);
+}
+
+fn discards_and_writes_zeroes_by(ring: bool) {
     let memory = memory();
-    let (mut disk, file) = disk(false);
+    let (mut disk, file) = disk_by(ring, false);
     let mut clear = |kind, ranges: &[Vec<u8>]| {
         let data = ranges.concat();
         fill(&memory, DATA, &data);
@@ -138,8 +200,12 @@ fn discards_and_writes_zeroes() {
 
 #[test]
 fn clears_all_ranges_or_none() {
+    ENGINES.into_iter().for_each(clears_all_ranges_or_none_by);
+}
+
+fn clears_all_ranges_or_none_by(ring: bool) {
     let memory = memory();
-    let (mut disk, file) = disk(false);
+    let (mut disk, file) = disk_by(ring, false);
     let before = fs::read(file.path()).unwrap();
     let (io, unsupported) = (VIRTIO_BLK_S_IOERR as u8, VIRTIO_BLK_S_UNSUPP as u8);
     let mut odd = range(1, 1, 0);
@@ -164,8 +230,59 @@ fn clears_all_ranges_or_none() {
     assert_eq!(fs::read(file.path()).unwrap(), before);
 }
 
+/// Over a raw image of two sectors of 0xbe.
+fn qcow2_disk() -> (Blk, tempfile::NamedTempFile) {
+    let mut file = tempfile::NamedTempFile::new().unwrap();
+    file.write_all(&qcow2::tests::empty(3, true)).unwrap();
+    let mut below = tempfile::tempfile().unwrap();
+    below.write_all(&[0xbe; 1024]).unwrap();
+    let below = Below { file: below.into(), size_bytes: 1024, format: Format::Raw };
+    let backend = BlkBackend {
+        file: file.reopen().unwrap().into(),
+        format: Format::Qcow2 { file_bytes_max: 8 << 20, below: Some(Box::new(below)) },
+        size_bytes: qcow2::tests::SIZE as u64,
+        read_only: false,
+        serial: String::new(),
+        queues: 1,
+    };
+    (Blk::new(backend).unwrap(), file)
+}
+
+#[test]
+fn a_qcow2_image_is_a_disk() {
+    let memory = memory();
+    let (mut disk, file) = qcow2_disk();
+    assert!(disk.holds_back() && disk.without_ring().is_none());
+    let sectors = qcow2::tests::SIZE as u64 / SECTOR_BYTES;
+    fill(&memory, DATA, &[0xab; 1024]);
+    let out = [(DATA, 512, false), (DATA + 512, 512, false)];
+    assert_eq!(ask(&mut disk, &memory, VIRTIO_BLK_T_OUT, 1, &out).unwrap().0, 0);
+    assert_eq!(ask(&mut disk, &memory, VIRTIO_BLK_T_OUT, sectors - 1, &out[..1]).unwrap().0, 0);
+    assert_eq!(ask(&mut disk, &memory, VIRTIO_BLK_T_OUT, sectors, &out[..1]).unwrap().0, 1, "the end");
+    // From the image below, from this one, and from neither.
+    assert_eq!(ask(&mut disk, &memory, VIRTIO_BLK_T_IN, 0, &[(DATA, 2048, true)]).unwrap(), (0, 2049));
+    let expected = [[0xbe; 512], [0xab; 512], [0xab; 512], [0; 512]].concat();
+    assert_eq!(bytes(&memory, DATA, 2048), expected);
+    // The first cluster, after which the image below must not show through.
+    fill(&memory, DATA, &range(0, 8, 0));
+    assert_eq!(ask(&mut disk, &memory, VIRTIO_BLK_T_DISCARD, 0, &[(DATA, 16, false)]).unwrap().0, 0);
+    // Within the last.
+    fill(&memory, DATA, &range(sectors - 1, 1, 0));
+    assert_eq!(ask(&mut disk, &memory, VIRTIO_BLK_T_WRITE_ZEROES, 0, &[(DATA, 16, false)]).unwrap().0, 0);
+    for sector in [0, sectors - 1] {
+        assert_eq!(ask(&mut disk, &memory, VIRTIO_BLK_T_IN, sector, &[(DATA, 512, true)]).unwrap().0, 0);
+        assert_eq!(bytes(&memory, DATA, 512), [0; 512]);
+    }
+    assert_eq!(ask(&mut disk, &memory, VIRTIO_BLK_T_FLUSH, 0, &[]).unwrap().0, 0);
+    qcow2::tests::check(&fs::read(file.path()).unwrap());
+}
+
 #[test]
 fn a_broken_chain_stops_the_device() {
+    ENGINES.into_iter().for_each(a_broken_chain_stops_the_device_by);
+}
+
+fn a_broken_chain_stops_the_device_by(ring: bool) {
     let memory = memory();
     let header = (HEADER, 16);
     let table = 0x20000;
@@ -203,57 +320,145 @@ fn a_broken_chain_stops_the_device() {
         ("leads out of its table", |ring, _, table| ring.describe(ring.base, 0, (table, 8), INDIRECT, 0)),
     ];
     for (expected, make) in cases {
-        let (mut disk, _file) = disk(false);
+        let (mut disk, _file) = disk_by(ring, false);
         fill(&memory, 0x1000, &[0; 0x3000]);
-        let mut ring = Ring::new(&memory, 0x1000, 16);
-        make(&ring, header, table);
-        ring.make_available(0);
-        let (mut active, _events) = active(&memory, &[&ring], FLUSH);
+        let mut queue = Ring::new(&memory, 0x1000, 16);
+        make(&queue, header, table);
+        queue.make_available(0);
+        let (mut active, _events) = active(&memory, &[&queue], FLUSH);
         let fault = run(&mut disk, &mut active, 0).unwrap_err().to_string();
         assert!(fault.contains(expected), "{fault} is not: {expected}");
-        assert_eq!(ring.take(), None);
+        assert_eq!(queue.take(), None);
     }
 }
 
 #[test]
 fn indirect_descriptors_work() {
+    ENGINES.into_iter().for_each(indirect_descriptors_work_by);
+}
+
+fn indirect_descriptors_work_by(ring: bool) {
     let memory = memory();
-    let (mut disk, _file) = disk(false);
-    let mut ring = Ring::new(&memory, 0x1000, 16);
+    let (mut disk, _file) = disk_by(ring, false);
+    let mut queue = Ring::new(&memory, 0x1000, 16);
     let table = 0x20000;
     fill(&memory, HEADER, &[0; 16]);
     fill(&memory, HEADER + 8, &[5]);
-    ring.describe(table, 0, (HEADER, 16), NEXT, 2);
-    ring.describe(table, 2, (DATA, 512), WRITE | NEXT, 1);
-    ring.describe(table, 1, (STATUS, 1), WRITE, 0);
-    ring.describe(ring.base, 7, (table, 48), INDIRECT, 0);
-    ring.make_available(7);
-    let (mut active, _events) = active(&memory, &[&ring], FLUSH);
+    queue.describe(table, 0, (HEADER, 16), NEXT, 2);
+    queue.describe(table, 2, (DATA, 512), WRITE | NEXT, 1);
+    queue.describe(table, 1, (STATUS, 1), WRITE, 0);
+    queue.describe(queue.base, 7, (table, 48), INDIRECT, 0);
+    queue.make_available(7);
+    let (mut active, _events) = active(&memory, &[&queue], FLUSH);
     run(&mut disk, &mut active, 0).unwrap();
-    assert_eq!(ring.take(), Some((7, 513)));
+    let mut taken = None;
+    wait(&mut disk, &mut active, || {
+        taken = taken.or_else(|| queue.take());
+        taken.is_some()
+    })
+    .unwrap();
+    assert_eq!(taken, Some((7, 513)));
     assert_eq!(bytes(&memory, DATA, 512), [5; 512]);
 }
 
 #[test]
 fn a_full_queue_is_served_in_turns() {
     let memory = memory();
-    let (mut disk, _file) = disk(false);
+    let (mut disk, _file) = disk_by(false, false);
     let mut ring = Ring::new(&memory, 0x1000, 128);
     fill(&memory, HEADER, &VIRTIO_BLK_T_FLUSH.to_le_bytes());
     for _ in 0..64 {
         ring.offer(&[(HEADER, 16, false), (STATUS, 1, true)]);
     }
-    let (mut active, _events) = active(&memory, &[&ring], FLUSH);
+    let (mut active, events) = active(&memory, &[&ring], FLUSH);
     assert_eq!(disk.queue_ready(&mut active, 0).unwrap(), Progress::More);
-    assert_eq!(std::iter::from_fn(|| ring.take()).count(), BUDGET);
+    assert_eq!(std::iter::from_fn(|| ring.take()).count(), sync::BUDGET);
+    assert_eq!(signals(&events[0]), 1, "once for all of a turn");
     run(&mut disk, &mut active, 0).unwrap();
-    assert_eq!(std::iter::from_fn(|| ring.take()).count(), 64 - BUDGET);
+    assert_eq!(std::iter::from_fn(|| ring.take()).count(), 64 - sync::BUDGET);
+}
+
+#[test]
+fn more_than_a_ring_holds_waits_in_the_queues() {
+    let memory = memory();
+    let file = tempfile::tempfile().unwrap();
+    file.set_len(SIZE).unwrap();
+    let mut disk = made(true, file.into(), false, 3);
+    let bases = [0x20000, 0x28000, 0x30000];
+    let mut rings: Vec<Ring> = bases.iter().map(|base| Ring::new(&memory, *base, 256)).collect();
+    fill(&memory, HEADER, &VIRTIO_BLK_T_IN.to_le_bytes());
+    for ring in &mut rings {
+        for _ in 0..85 {
+            ring.offer(&[(HEADER, 16, false), (DATA, 512, true), (STATUS, 1, true)]);
+        }
+    }
+    let (mut active, _events) = active(&memory, &rings.iter().collect::<Vec<_>>(), FLUSH);
+    for index in 0..3 {
+        run(&mut disk, &mut active, index).unwrap();
+    }
+    let mut count = 0;
+    wait(&mut disk, &mut active, || {
+        count += rings.iter_mut().flat_map(Ring::take).count();
+        count == 3 * 85
+    })
+    .unwrap();
+}
+
+/// A disk whose reads last until somebody writes to the other end.
+fn slow_disk() -> Option<(Blk, io::PipeWriter)> {
+    let (file, end) = io::pipe().unwrap();
+    let disk = made(true, file.into(), false, 1);
+    disk.without_ring().is_none().then_some((disk, end))
+}
+
+#[test]
+fn a_reset_waits_for_what_the_kernel_still_does() {
+    let memory = memory();
+    let Some((mut disk, mut end)) = slow_disk() else { return };
+    let mut ring = Ring::new(&memory, 0x1000, 16);
+    fill(&memory, HEADER, &VIRTIO_BLK_T_IN.to_le_bytes());
+    ring.offer(&[(HEADER, 16, false), (DATA, 512, true), (STATUS, 1, true)]);
+    let (mut active, _events) = active(&memory, &[&ring], FLUSH);
+    run(&mut disk, &mut active, 0).unwrap();
+    let writer = thread::spawn(move || {
+        thread::sleep(Duration::from_millis(100));
+        end.write_all(&[7; 512]).unwrap();
+        end
+    });
+    disk.quiesce();
+    // What the kernel wrote is there now, so nothing comes later; and the driver is not told.
+    assert_eq!((bytes(&memory, DATA, 512), ring.take()), (vec![7; 512], None));
+    drop(writer.join().unwrap());
+    drop((active, ring));
+    assert!(Arc::try_unwrap(memory).is_ok(), "the disk still holds the memory");
+}
+
+#[test]
+fn what_comes_in_pieces_is_put_together() {
+    let memory = memory();
+    let Some((mut disk, mut end)) = slow_disk() else { return };
+    let mut ring = Ring::new(&memory, 0x1000, 16);
+    fill(&memory, HEADER, &VIRTIO_BLK_T_IN.to_le_bytes());
+    ring.offer(&[(HEADER, 16, false), (DATA, 300, true), (DATA + 4096, 212, true), (STATUS, 1, true)]);
+    let (mut active, _events) = active(&memory, &[&ring], FLUSH);
+    run(&mut disk, &mut active, 0).unwrap();
+    for (bytes, byte) in [(100, 1), (200, 2), (200, 3), (12, 4)] {
+        assert_eq!(ring.take(), None);
+        end.write_all(&vec![byte; bytes]).unwrap();
+        let soon = Instant::now() + Duration::from_millis(50);
+        while Instant::now() < soon {
+            disk.backend_ready(&mut active).unwrap();
+        }
+    }
+    assert_eq!(ring.take(), Some((0, 513)));
+    assert_eq!(bytes(&memory, DATA, 300), [[1; 100].to_vec(), vec![2; 200]].concat());
+    assert_eq!(bytes(&memory, DATA + 4096, 212), [[3; 200].to_vec(), vec![4; 12]].concat());
 }
 
 #[test]
 fn an_available_index_too_far_ahead_stops_the_device() {
     let memory = memory();
-    let (mut disk, _file) = disk(false);
+    let (mut disk, _file) = disk_by(true, false);
     let ring = Ring::new(&memory, 0x1000, 16);
     fill(&memory, 0x2002, &17u16.to_le_bytes());
     let (mut active, _events) = active(&memory, &[&ring], FLUSH);
@@ -267,9 +472,11 @@ proptest! {
         heads in prop::collection::vec(0u16..18, 1..16),
         kind in 0u32..14,
         read_only: bool,
+        ring: bool,
     ) {
-        let (mut disk, file) = disk(read_only);
+        let (mut disk, file) = disk_by(ring, read_only);
         attack(&mut disk, &table, &heads, kind);
+        drop(disk);
         prop_assert_eq!(file.as_file().metadata().unwrap().len(), SIZE);
     }
 }

@@ -2,8 +2,11 @@
 
 use std::{os::fd::BorrowedFd, sync::Arc};
 
-use virtio_bindings::virtio_ids::{VIRTIO_ID_BALLOON, VIRTIO_ID_BLOCK, VIRTIO_ID_NET, VIRTIO_ID_RNG};
+use virtio_bindings::virtio_ids::{
+    VIRTIO_ID_BALLOON, VIRTIO_ID_BLOCK, VIRTIO_ID_NET, VIRTIO_ID_RNG, VIRTIO_ID_VSOCK,
+};
 use vm_memory::GuestMemoryError;
+use vmm_sys_util::eventfd::EventFd;
 
 use crate::{active::Active, device_config::DeviceConfig};
 
@@ -18,6 +21,8 @@ pub enum Kind {
     Entropy,
     /// Memory balloon.
     Balloon,
+    /// Sockets.
+    Vsock,
 }
 
 impl Kind {
@@ -28,6 +33,7 @@ impl Kind {
             Self::Block => VIRTIO_ID_BLOCK,
             Self::Entropy => VIRTIO_ID_RNG,
             Self::Balloon => VIRTIO_ID_BALLOON,
+            Self::Vsock => VIRTIO_ID_VSOCK,
         };
         // All ids are small.
         id as u16
@@ -39,6 +45,8 @@ impl Kind {
             Self::Net => 0x02_00_00,
             Self::Block => 0x01_80_00,
             Self::Entropy | Self::Balloon => 0xff_00_00,
+            // As QEMU has it: another kind of communication.
+            Self::Vsock => 0x07_80_00,
         }
     }
 
@@ -49,6 +57,7 @@ impl Kind {
             Self::Block => "virtio-blk",
             Self::Entropy => "virtio-rng",
             Self::Balloon => "virtio-balloon",
+            Self::Vsock => "virtio-vsock",
         }
     }
 }
@@ -78,11 +87,37 @@ pub trait Device: Send {
     /// afterwards.
     fn resize(&mut self, _size_bytes: u64) {}
 
+    /// Takes the doorbells, one a queue, when somebody else is to hear them: [`Device::queue_ready`] is then not called,
+    /// and true returned. Asked once, before its thread starts.
+    fn take_doorbells(&mut self, _doorbells: &Arc<[EventFd]>) -> bool {
+        false
+    }
+
+    /// The driver has made the device active.
+    ///
+    /// # Errors
+    /// When the device cannot be what was negotiated.
+    fn activate(&mut self, _active: &mut Active) -> Result<(), Fault> {
+        Ok(())
+    }
+
     /// The driver made buffers available in queue `index`, perhaps.
     ///
     /// # Errors
     /// When the driver broke the rules; the device is then stopped until reset.
     fn queue_ready(&mut self, active: &mut Active, index: usize) -> Result<Progress, Fault>;
+
+    /// Whether some of what the driver was told is done is only in this process's memory, until [`Device::finish`].
+    fn holds_back(&self) -> bool {
+        false
+    }
+
+    /// Writes what it holds back.
+    fn finish(&mut self) {}
+
+    /// Ends, one way or the other, all that the device still does with the driver's memory; returns when that is so.
+    /// Called before the memory is taken away.
+    fn quiesce(&mut self) {}
 
     /// The backend has something to read, perhaps.
     ///
@@ -120,6 +155,9 @@ pub enum Fault {
     /// A queue that was enabled with a size or addresses that cannot be.
     #[error("queue {0} lies outside memory, or is not aligned")]
     Queue(usize),
+    /// The host's part of the device.
+    #[error("the host cannot go on with the device: {0}")]
+    Host(std::io::Error),
     /// The worker's thread is not there.
     #[error("the device's thread has ended")]
     Worker,
@@ -131,4 +169,10 @@ pub enum DeviceError {
     /// A disk that cannot be told in sectors.
     #[error("a disk of {0} bytes; the size must be a multiple of 512 and not 0")]
     DiskSize(u64),
+    /// More or fewer queues than a disk can have.
+    #[error("a disk with {0} queues; it has 1 to {most}", most = crate::blk::QUEUES_MAX)]
+    DiskQueues(u16),
+    /// An image that cannot be a disk.
+    #[error(transparent)]
+    DiskFormat(#[from] crate::qcow2::FormatError),
 }

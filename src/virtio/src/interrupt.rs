@@ -74,6 +74,11 @@ impl Interrupt {
         self.0.queues.get(index).map_or(NO_VECTOR, |vector| vector.load(Ordering::Acquire))
     }
 
+    /// What is written to interrupt for queue `index`, as its vector is now.
+    pub(crate) fn queue_event(&self, index: usize) -> Option<&EventFd> {
+        self.0.events.get(usize::from(self.queue_vector(index)))
+    }
+
     pub(crate) fn set_config_vector(&self, vector: u16) {
         self.0.config.store(self.known(vector), Ordering::Release);
     }

@@ -13,7 +13,7 @@
 //! - Nothing is known of KVM: a doorbell in and an interrupt out are eventfds, which the VMM ties to ioeventfd and
 //!   irqfd.
 //!
-//! Unsafe code stands in `vectored` alone: system calls that reach guest memory directly, for which the safe
+//! Unsafe code stands in `vectored`, `uring` and `vhost` alone: system calls that reach guest memory directly, for which the safe
 //! wrappers would need references to memory that the guest changes.
 
 mod active;
@@ -23,28 +23,35 @@ mod common;
 mod counters;
 mod device;
 mod device_config;
+#[cfg(any(test, feature = "hostile"))]
+pub mod hostile;
 mod interrupt;
 mod limit;
 mod net;
+pub mod qcow2;
 mod request;
 mod rng;
 mod transport;
+mod uring;
 mod vectored;
+mod vhost;
+mod vsock;
 mod worker;
 
 #[cfg(test)]
 mod testing;
 
-pub use active::{Active, Memory};
+pub use active::{Active, Handled, Memory};
 pub use balloon::{BALLOON_PAGE_BYTES, Balloon, BalloonControl, GuestMemoryTold};
-pub use blk::{Blk, BlkBackend};
+pub use blk::{Below as BlkBelow, Blk, BlkBackend, Format as BlkFormat, QUEUES_MAX as DISK_QUEUES_MAX};
 pub use counters::{Counted, Counters};
 pub use device::{Device, DeviceError, Fault, Kind, Progress};
 pub use device_config::DeviceConfig;
 pub use interrupt::Interrupt;
 pub use limit::{Limiter, Limits, Rate};
-pub use net::Net;
+pub use net::{KernelNet, Net};
 pub use request::{Buffers, Request};
 pub use rng::Rng;
 pub use transport::{Doorbell, PciParts, PciTransport, SetupError, vector_count};
-pub use worker::{Worker, WorkerControl};
+pub use vsock::{Arrival, Vsock, VsockHost};
+pub use worker::{Finisher, Worker, WorkerControl};

@@ -3,7 +3,7 @@ use std::os::unix::net::UnixDatagram;
 use proptest::prelude::*;
 
 use super::*;
-use crate::testing::{Ring, active, attack, bytes, descriptor, fill, memory, run, signals};
+use crate::testing::{Ring, active, attack_with, bytes, descriptor, fill, memory, run, signals};
 
 const MAC: [u8; 6] = [2, 0, 0, 0, 0, 7];
 const BUFFER: u64 = 0x20000;
@@ -24,7 +24,8 @@ fn frame(content: &[u8]) -> Vec<u8> {
 fn describes_itself() {
     let (net, _wire) = card();
     assert_eq!(net.config(), [2, 0, 0, 0, 0, 7, 1, 0]);
-    assert_eq!(net.features(), 1 << 5 | 1 << 16);
+    let bits = [0, 1, 5, 7, 8, 11, 12, 15, 16];
+    assert_eq!(net.features(), bits.iter().map(|bit| 1u64 << bit).sum::<u64>());
 }
 
 #[test]
@@ -32,7 +33,8 @@ fn sends_frames_under_a_header_of_its_own() {
     let memory = memory();
     let (mut net, wire) = card();
     let (receive, mut transmit) = (Ring::new(&memory, 0x1000, 16), Ring::new(&memory, 0x8000, 16));
-    fill(&memory, BUFFER, &[0xff; HEADER_BYTES]);
+    // num_buffers means nothing here.
+    fill(&memory, BUFFER + 10, &[0xff; 2]);
     fill(&memory, BUFFER + 12, b"first ");
     fill(&memory, BUFFER + 100, b"frame");
     let head = transmit.offer(&[(BUFFER, 18, false), (BUFFER + 100, 5, false)]);
@@ -42,6 +44,68 @@ fn sends_frames_under_a_header_of_its_own() {
     let length = wire.recv(&mut got).unwrap();
     assert_eq!(got[..length], frame(b"first frame"));
     assert_eq!((transmit.take(), signals(&events[TRANSMIT])), (Some((head, 0)), 1));
+}
+
+#[test]
+fn leaves_to_the_host_what_was_negotiated() {
+    let segment = [1, 1, 54, 0, 0xb4, 5, 34, 0, 16, 0, 0, 0];
+    let memory = memory();
+    fill(&memory, BUFFER, &segment);
+    fill(&memory, BUFFER + 12, &[5; 4000]);
+    for (features, sent) in
+        [(1 << VIRTIO_NET_F_CSUM | 1 << VIRTIO_NET_F_HOST_TSO4, true), (1 << VIRTIO_NET_F_CSUM, false)]
+    {
+        fill(&memory, 0x1000, &[0; 0xa000]);
+        let (mut net, wire) = card();
+        let (receive, mut transmit) = (Ring::new(&memory, 0x1000, 16), Ring::new(&memory, 0x8000, 16));
+        let head = transmit.offer(&[(BUFFER, 4012, false)]);
+        let (mut active, _events) = active(&memory, &[&receive, &transmit], features);
+        run(&mut net, &mut active, TRANSMIT).unwrap();
+        let mut got = [0; 5000];
+        let length = wire.recv(&mut got).unwrap_or(0);
+        let expected = if sent { [&segment[..], &[5; 4000]].concat() } else { vec![] };
+        assert_eq!(got[..length], expected);
+        assert_eq!(transmit.take(), Some((head, 0)));
+    }
+}
+
+#[test]
+fn a_long_frame_takes_several_buffers() {
+    const FEATURES: u64 =
+        1 << VIRTIO_NET_F_MRG_RXBUF | 1 << VIRTIO_NET_F_GUEST_CSUM | 1 << VIRTIO_NET_F_GUEST_TSO4;
+    let memory = memory();
+    let (mut net, wire) = card();
+    let (mut receive, transmit) = (Ring::new(&memory, 0x1000, 16), Ring::new(&memory, 0x8000, 16));
+    let (mut active, events) = active(&memory, &[&receive, &transmit], FEATURES);
+    let content: Vec<u8> = (0..4000u32).map(|n| n as u8).collect();
+    let header = [1, 1, 54, 0, 0xb4, 5, 34, 0, 16, 0, 0, 0];
+    wire.send(&[&header[..], &content].concat()).unwrap();
+    wire.send(&frame(b"short")).unwrap();
+    // Few buffers might not be enough for what comes, so it waits for more.
+    let mut heads: Vec<u16> = (0..3).map(|n| receive.offer(&[(BUFFER + n * 2048, 1526, true)])).collect();
+    run(&mut net, &mut active, RECEIVE).unwrap();
+    assert_eq!(receive.take(), None);
+    heads.extend((3..8).map(|n| receive.offer(&[(BUFFER + n * 2048, 1526, true)])));
+    run(&mut net, &mut active, RECEIVE).unwrap();
+    let taken: Vec<_> = std::iter::from_fn(|| receive.take()).collect();
+    assert_eq!(taken, [(heads[0], 1526), (heads[1], 1526), (heads[2], 960)], "and the short one waits again");
+    assert_eq!(bytes(&memory, BUFFER, 12), [&header[..10], &[3, 0]].concat());
+    let parts = [
+        bytes(&memory, BUFFER + 12, 1514),
+        bytes(&memory, BUFFER + 2048, 1526),
+        bytes(&memory, BUFFER + 4096, 960),
+    ];
+    assert_eq!(parts.concat(), content);
+    assert_eq!(signals(&events[RECEIVE]), 1);
+    heads.extend((8..11).map(|n| receive.offer(&[(BUFFER + n * 2048, 1526, true)])));
+    run(&mut net, &mut active, RECEIVE).unwrap();
+    assert_eq!((receive.take(), receive.take()), (Some((heads[3], 17)), None));
+    assert_eq!(bytes(&memory, BUFFER + 3 * 2048 + 10, 7), [&[1, 0][..], b"short"].concat());
+    // A frame that fills all that there is may have been longer.
+    wire.send(&frame(&[9; 8 * 1526])).unwrap();
+    heads.extend((11..12).map(|n| receive.offer(&[(BUFFER + n * 2048, 1526, true)])));
+    run(&mut net, &mut active, RECEIVE).unwrap();
+    assert_eq!(receive.take(), None);
 }
 
 #[test]
@@ -128,11 +192,12 @@ proptest! {
     fn survives_any_driver(
         table in prop::collection::vec(descriptor(), 16),
         heads in prop::collection::vec(0u16..18, 1..16),
+        features: u64,
     ) {
         let (mut net, wire) = card();
         for _ in 0..4 {
             wire.send(&frame(&[7; 1514])).unwrap();
         }
-        attack(&mut net, &table, &heads, 0);
+        attack_with(&mut net, &table, &heads, 0, features);
     }
 }

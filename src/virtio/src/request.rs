@@ -3,19 +3,36 @@
 use std::ops::Range;
 
 use virtio_queue::{DescriptorChain, desc::split::Descriptor};
-use vm_memory::{Bytes, GuestMemory, GuestMemoryMmap, Permissions, VolatileSlice};
+use vm_memory::{Address, Bytes, GuestAddress, GuestMemory, GuestMemoryMmap, Permissions, VolatileSlice};
 
-use crate::device::Fault;
+use crate::{active::Memory, device::Fault};
 
 /// Buffers in guest memory, one behind the other. The guest can change their bytes at any time, so what is read is
 /// read once; it cannot change where they lie.
-#[derive(Debug, Default)]
+#[derive(Debug)]
 pub struct Buffers<'m> {
+    memory: &'m Memory,
+    /// Parts of `memory`, and of no other.
     slices: Vec<VolatileSlice<'m>>,
     bytes: usize,
+    last: GuestAddress,
 }
 
 impl<'m> Buffers<'m> {
+    fn new(memory: &'m Memory) -> Self {
+        Self { memory, slices: Vec::new(), bytes: 0, last: GuestAddress(0) }
+    }
+
+    /// The memory that they lie in.
+    pub(crate) fn memory(&self) -> &'m Memory {
+        self.memory
+    }
+
+    /// Where their last byte is; `None` when there are none.
+    pub(crate) fn last(&self) -> Option<GuestAddress> {
+        (self.bytes > 0).then_some(self.last)
+    }
+
     /// Their length in bytes.
     pub fn bytes(&self) -> usize {
         self.bytes
@@ -49,6 +66,23 @@ impl<'m> Buffers<'m> {
         rest.is_empty()
     }
 
+    /// Fills bytes `range` of them with zeros; false, with an unknown part written, when they are too short.
+    #[must_use]
+    pub fn zero(&self, range: Range<usize>) -> bool {
+        const ZEROS: [u8; 4096] = [0; 4096];
+        let mut left = range.len();
+        for slice in self.range(range) {
+            for at in (0..slice.len()).step_by(ZEROS.len()) {
+                let part = ZEROS.get(..slice.len() - at).unwrap_or(&ZEROS);
+                if slice.write_slice(part, at).is_err() {
+                    return false;
+                }
+            }
+            left = left.saturating_sub(slice.len());
+        }
+        left == 0
+    }
+
     /// The parts of memory that bytes `range` are, as far as there are such bytes.
     pub fn range(&self, range: Range<usize>) -> impl Iterator<Item = VolatileSlice<'m>> + '_ {
         let mut at = 0usize;
@@ -60,19 +94,14 @@ impl<'m> Buffers<'m> {
         })
     }
 
-    fn push(
-        &mut self,
-        memory: &'m GuestMemoryMmap,
-        descriptor: &Descriptor,
-        access: Permissions,
-    ) -> Result<(), Fault> {
+    fn push(&mut self, descriptor: &Descriptor, access: Permissions) -> Result<(), Fault> {
         let length = descriptor.len() as usize;
-        if length == 0 {
-            return Ok(());
-        }
-        for slice in memory.get_slices(descriptor.addr(), length, access)? {
+        let Some(to_last) = u64::from(descriptor.len()).checked_sub(1) else { return Ok(()) };
+        for slice in self.memory.get_slices(descriptor.addr(), length, access)? {
             self.slices.push(slice?);
         }
+        // In memory, so the sum exists.
+        self.last = descriptor.addr().unchecked_add(to_last);
         // The chain iterator keeps the sum below 4 GiB.
         self.bytes = self.bytes.saturating_add(length);
         Ok(())
@@ -97,11 +126,11 @@ impl<'m> Request<'m> {
     /// writable one, or names anything outside memory (virtio 1.3, 2.7.4 and 2.7.5).
     pub fn read(
         chain: DescriptorChain<&'m GuestMemoryMmap>,
-        memory: &'m GuestMemoryMmap,
+        memory: &'m Memory,
         descriptors_max: u16,
     ) -> Result<Self, Fault> {
         let head = chain.head_index();
-        let mut request = Self { head, readable: Buffers::default(), writable: Buffers::default() };
+        let mut request = Self { head, readable: Buffers::new(memory), writable: Buffers::new(memory) };
         // The iterator ends without a word at a broken link, so it is complete only after a last descriptor.
         let mut complete = false;
         let mut count = 0;
@@ -111,9 +140,9 @@ impl<'m> Request<'m> {
                 return Err(Fault::Chain("is longer than its queue"));
             }
             if descriptor.is_write_only() {
-                request.writable.push(memory, &descriptor, Permissions::Write)?;
+                request.writable.push(&descriptor, Permissions::Write)?;
             } else if request.writable.slices.is_empty() {
-                request.readable.push(memory, &descriptor, Permissions::Read)?;
+                request.readable.push(&descriptor, Permissions::Read)?;
             } else {
                 return Err(Fault::Chain("has a readable descriptor behind a writable one"));
             }

@@ -5,7 +5,7 @@ use proptest::prelude::*;
 
 use super::*;
 use crate::{
-    Blk, BlkBackend, Rng,
+    Blk, BlkBackend, BlkFormat, Rng,
     device::{Kind, Progress},
     testing::{MEMORY_BYTES, Ring, fill, memory},
 };
@@ -306,7 +306,15 @@ fn parts_must_fit_each_other() {
 fn blk() -> Box<dyn Device> {
     let file = tempfile::tempfile().unwrap();
     file.set_len(1 << 16).unwrap();
-    let backend = BlkBackend { file: file.into(), size_bytes: 1 << 16, read_only: false, serial: "x".into() };
+    let serial = "x".into();
+    let backend = BlkBackend {
+        file: file.into(),
+        format: BlkFormat::Raw,
+        size_bytes: 1 << 16,
+        read_only: false,
+        serial,
+        queues: 2,
+    };
     Box::new(Blk::new(backend).unwrap())
 }
 

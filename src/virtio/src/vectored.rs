@@ -13,7 +13,7 @@ use std::{
 use libc::{c_int, iovec, off64_t};
 use vm_memory::VolatileSlice;
 
-use crate::request::Buffers;
+use crate::{active::Memory, request::Buffers};
 
 /// Parts that one call takes: the kernel's UIO_MAXIOV.
 const PARTS_MAX: usize = 1024;
@@ -36,6 +36,30 @@ pub(crate) fn read_at(
     })
 }
 
+/// As [`read_at`], up to the end of the file; returns the number of bytes.
+///
+/// # Errors
+/// What the kernel says.
+pub(crate) fn read_at_most(
+    file: BorrowedFd<'_>,
+    buffers: &Buffers<'_>,
+    range: Range<usize>,
+    offset: u64,
+) -> io::Result<usize> {
+    let mut read = 0;
+    let result = transfer(range, offset, io::ErrorKind::UnexpectedEof, |range, offset| {
+        let parts = parts(buffers, range);
+        // SAFETY: as in `read_at`.
+        let moved = unsafe { libc::preadv64(file.as_raw_fd(), parts.as_ptr(), parts.len() as c_int, offset) };
+        read += usize::try_from(moved).unwrap_or(0);
+        moved
+    });
+    match result {
+        Err(error) if error.kind() != io::ErrorKind::UnexpectedEof => Err(error),
+        _ => Ok(read),
+    }
+}
+
 /// Writes bytes `range` of `buffers` to `file`, from byte `offset` of it on.
 ///
 /// # Errors
@@ -54,12 +78,82 @@ pub(crate) fn write_at(
     })
 }
 
-/// Receives one message from `file` into `buffers`; returns its length, cut to what they hold.
+/// Parts of guest memory for a call that ends later: they stay mapped as long as this lives.
+#[derive(Debug)]
+pub(crate) struct Transfer {
+    parts: Vec<iovec>,
+    /// Parts that are done.
+    done: usize,
+    bytes: usize,
+    _memory: Memory,
+}
+
+// SAFETY: what `parts` point to is guest memory, a mapping that `_memory` keeps and that any thread may use; it is never
+// read or written through them here, but by the kernel alone.
+unsafe impl Send for Transfer {}
+
+impl Transfer {
+    /// Bytes `range` of `buffers`.
+    pub(crate) fn new(buffers: &Buffers<'_>, range: Range<usize>) -> Self {
+        let parts: Vec<iovec> = buffers.range(range).map(part).collect();
+        let bytes = parts.iter().map(|part| part.iov_len).sum();
+        Self { parts, done: 0, bytes, _memory: Memory::clone(buffers.memory()) }
+    }
+
+    /// Bytes that are left.
+    pub(crate) fn bytes(&self) -> usize {
+        self.bytes
+    }
+
+    /// The parts that are left, as many as one call takes. They stay where they are when this is moved.
+    pub(crate) fn parts(&self) -> &[iovec] {
+        let rest = self.parts.get(self.done..).unwrap_or(&[]);
+        rest.get(..PARTS_MAX).unwrap_or(rest)
+    }
+
+    /// The first `bytes` of what was left are done.
+    pub(crate) fn advance(&mut self, mut bytes: usize) {
+        self.bytes = self.bytes.saturating_sub(bytes);
+        while let Some(part) = self.parts.get_mut(self.done) {
+            let step = bytes.min(part.iov_len);
+            // Within the part, or one past its end.
+            part.iov_base = part.iov_base.wrapping_byte_add(step);
+            part.iov_len -= step;
+            bytes -= step;
+            if part.iov_len > 0 {
+                return;
+            }
+            self.done += 1;
+        }
+    }
+}
+
+/// Receives one message from `file` into the buffers, one after the other; returns its length, cut to what they hold.
 ///
 /// # Errors
 /// What the kernel says; [`io::ErrorKind::WouldBlock`] when there is none.
-pub(crate) fn receive(file: BorrowedFd<'_>, buffers: &Buffers<'_>) -> io::Result<usize> {
-    let parts = parts(buffers, 0..buffers.bytes());
+pub(crate) fn receive<'a, 'm: 'a>(
+    file: BorrowedFd<'_>,
+    buffers: impl Iterator<Item = &'a Buffers<'m>>,
+) -> io::Result<usize> {
+    let all = buffers.flat_map(|buffers| buffers.range(0..buffers.bytes()));
+    let parts: Vec<iovec> = all.take(PARTS_MAX).map(part).collect();
+    retry(|| {
+        // SAFETY: as in `read_at`.
+        unsafe { libc::readv(file.as_raw_fd(), parts.as_ptr(), parts.len() as c_int) }
+    })
+}
+
+/// Receives bytes from `file`, a stream, into bytes `range` of `buffers`; returns how many.
+///
+/// # Errors
+/// What the kernel says; [`io::ErrorKind::WouldBlock`] when there are none.
+pub(crate) fn receive_range(
+    file: BorrowedFd<'_>,
+    buffers: &Buffers<'_>,
+    range: Range<usize>,
+) -> io::Result<usize> {
+    let parts = parts(buffers, range);
     retry(|| {
         // SAFETY: as in `read_at`.
         unsafe { libc::readv(file.as_raw_fd(), parts.as_ptr(), parts.len() as c_int) }
@@ -83,6 +177,19 @@ pub(crate) fn send(
         // SAFETY: the first part is `header`, the others are as in `write_at`; `writev` only reads them.
         unsafe { libc::writev(file.as_raw_fd(), all.as_ptr(), all.len() as c_int) }
     })
+}
+
+/// Sets what a tap may leave to who reads it (TUNSETOFFLOAD, `linux/if_tun.h`).
+///
+/// # Errors
+/// What the kernel says.
+pub(crate) fn set_offloads(tap: BorrowedFd<'_>, flags: u32) -> io::Result<()> {
+    const TUNSETOFFLOAD: libc::c_ulong = 0x4004_54d0;
+    // SAFETY: the call takes a number.
+    match unsafe { libc::ioctl(tap.as_raw_fd(), TUNSETOFFLOAD, libc::c_ulong::from(flags)) } {
+        0 => Ok(()),
+        _ => Err(io::Error::last_os_error()),
+    }
 }
 
 /// Gives the whole pages in `buffers` back to the host; they read as zeros, and take memory again when touched. A page
@@ -138,9 +245,9 @@ fn retry(mut call: impl FnMut() -> isize) -> io::Result<usize> {
 
 /// The first parts of bytes `range` of `buffers`, as the kernel takes them.
 fn parts(buffers: &Buffers<'_>, range: Range<usize>) -> Vec<iovec> {
-    let part = |slice: VolatileSlice<'_>| iovec {
-        iov_base: slice.ptr_guard_mut().as_ptr().cast(),
-        iov_len: slice.len(),
-    };
     buffers.range(range).take(PARTS_MAX).map(part).collect()
+}
+
+fn part(slice: VolatileSlice<'_>) -> iovec {
+    iovec { iov_base: slice.ptr_guard_mut().as_ptr().cast(), iov_len: slice.len() }
 }

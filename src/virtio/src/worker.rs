@@ -35,6 +35,8 @@ pub(crate) const QUEUES_MAX: usize = 62;
 enum Command {
     Activate(Box<Active>),
     Deactivate(Sender<()>),
+    Finish(Sender<()>),
+    End,
 }
 
 /// The thread of one device: [`Worker::run`] is all that it does.
@@ -53,6 +55,7 @@ pub struct Worker {
     config: Arc<DeviceConfig>,
     epoll: Epoll,
     commands: Receiver<Command>,
+    finisher: Option<Sender<Command>>,
     // Held open for the epoll set.
     _doorbells: Arc<[EventFd]>,
 }
@@ -86,6 +89,23 @@ impl WorkerControl {
     }
 }
 
+/// A way to have a device write what it holds back, from any thread.
+pub struct Finisher {
+    commands: Sender<Command>,
+    wake: Arc<EventFd>,
+}
+
+impl Finisher {
+    /// Returns when the device holds nothing back any more, or its thread is gone, or after this time.
+    pub fn finish(&self, within: Duration) {
+        let (done, wait) = mpsc::channel();
+        if self.commands.send(Command::Finish(done)).is_ok() {
+            let _ = self.wake.write(1);
+            let _ = wait.recv_timeout(within);
+        }
+    }
+}
+
 /// The transport's side of a worker.
 pub(crate) struct Remote {
     commands: Option<Sender<Command>>,
@@ -95,7 +115,7 @@ pub(crate) struct Remote {
 impl Worker {
     /// A worker of `device`, rung by `doorbells`, one a queue.
     pub(crate) fn new(
-        device: Box<dyn Device>,
+        mut device: Box<dyn Device>,
         doorbells: Arc<[EventFd]>,
         counters: Arc<Counters>,
         config: Arc<DeviceConfig>,
@@ -108,13 +128,15 @@ impl Worker {
             epoll.ctl(ControlOperation::Add, fd, event)
         };
         add(wake.as_raw_fd(), COMMAND)?;
-        for (number, doorbell) in (0..).zip(doorbells.iter()) {
+        let heard: &[EventFd] = if device.take_doorbells(&doorbells) { &[] } else { &doorbells };
+        for (number, doorbell) in (0..).zip(heard) {
             add(doorbell.as_raw_fd(), number)?;
         }
         if let Some(backend) = device.backend() {
             add(backend.as_raw_fd(), BACKEND)?;
         }
         let (sender, commands) = mpsc::channel();
+        let finisher = device.holds_back().then(|| sender.clone());
         let control = WorkerControl { limiter: Arc::default(), size_bytes: Arc::default(), wake };
         let remote = Remote { commands: Some(sender), control: control.clone() };
         let worker = Self {
@@ -127,6 +149,7 @@ impl Worker {
             config,
             epoll,
             commands,
+            finisher,
             _doorbells: doorbells,
         };
         Ok((worker, remote))
@@ -135,6 +158,11 @@ impl Worker {
     /// What its device is, which says what its thread has to do.
     pub fn kind(&self) -> Kind {
         self.device.kind()
+    }
+
+    /// For a device that holds something back; to be asked for before the thread runs.
+    pub fn finisher(&self) -> Option<Finisher> {
+        self.finisher.clone().map(|commands| Finisher { commands, wake: Arc::clone(&self.control.wake) })
     }
 
     /// A name for the thread.
@@ -210,17 +238,29 @@ impl Worker {
         self.take_size();
         loop {
             match self.commands.try_recv() {
-                Ok(Command::Activate(active)) => {
+                Ok(Command::Activate(mut active)) => {
                     // Whatever happened before counts as an event: edges may have been missed.
                     self.due |= (1 << BACKEND) | ((1 << active.queue_count()) - 1);
-                    self.active = Some(active);
+                    match self.device.activate(&mut active) {
+                        Ok(()) => self.active = Some(active),
+                        Err(fault) => {
+                            active.counters().error();
+                            active.interrupt().set_fault(fault);
+                        }
+                    }
                 }
                 Ok(Command::Deactivate(done)) => {
+                    self.device.quiesce();
                     self.active = None;
                     self.held = None;
                     // A transport that no longer waits is one that is gone.
                     let _ = done.send(());
                 }
+                Ok(Command::Finish(done)) => {
+                    self.device.finish();
+                    let _ = done.send(());
+                }
+                Ok(Command::End) => return None,
                 Err(TryRecvError::Empty) => return Some(()),
                 Err(TryRecvError::Disconnected) => return None,
             }
@@ -270,6 +310,7 @@ impl Worker {
     /// Gives the memory up and tells the driver.
     fn stop(&mut self, fault: Fault) {
         self.due = 0;
+        self.device.quiesce();
         if let Some(active) = self.active.take() {
             active.counters().error();
             active.interrupt().set_fault(fault);
@@ -310,7 +351,9 @@ impl Remote {
 
 impl Drop for Remote {
     fn drop(&mut self) {
-        self.commands = None;
+        if let Some(commands) = self.commands.take() {
+            let _ = commands.send(Command::End);
+        }
         self.control.wake();
     }
 }

@@ -4,7 +4,7 @@
 
 use std::time::{Duration, Instant};
 
-use casemate_virtio::{BALLOON_PAGE_BYTES, BalloonControl, BlkBackend, Kind};
+use casemate_virtio::{BALLOON_PAGE_BYTES, BalloonControl, BlkBackend, BlkFormat, Kind};
 use casemate_wire::{
     Answer, Ask, BalloonStatistics, Descriptors, DeviceKind, DeviceStatistics, Limits, Rate, Refused,
     Statistics, WireError,
@@ -139,6 +139,8 @@ fn take_order(id: u32, ask: &Ask, descriptors: &mut Descriptors) -> Result<Optio
                     size_bytes: disk.size_bytes,
                     read_only: disk.read_only,
                     serial: disk.serial.clone(),
+                    queues: disk.queues.into(),
+                    format: BlkFormat::Raw,
                 }),
                 casemate_wire::Card::Net(net) => Card::Net { tap: descriptors.take(net.tap)?, mac: net.mac },
             };
@@ -198,7 +200,7 @@ fn limit(running: &Running, kind: DeviceKind, number: u16, limits: Limits) -> Re
     let wanted = match kind {
         DeviceKind::Disk => Kind::Block,
         DeviceKind::Net => Kind::Net,
-        DeviceKind::Entropy | DeviceKind::Balloon => {
+        DeviceKind::Entropy | DeviceKind::Balloon | DeviceKind::Vsock => {
             return refuse("ask-no-device", "only disks and network cards can be limited".into());
         }
     };
@@ -232,13 +234,14 @@ fn balloon_statistics(balloon: &BalloonControl, memory_bytes: u64) -> BalloonSta
 }
 
 fn statistics(running: &Running) -> Statistics {
-    let mut numbers = [0_u16; 4];
+    let mut numbers = [0_u16; 5];
     let devices = running.devices.iter().map(|device| {
         let (kind, place) = match device.kind {
             Kind::Entropy => (DeviceKind::Entropy, 0),
             Kind::Block => (DeviceKind::Disk, 1),
             Kind::Net => (DeviceKind::Net, 2),
             Kind::Balloon => (DeviceKind::Balloon, 3),
+            Kind::Vsock => (DeviceKind::Vsock, 4),
         };
         let counted = device.counters.read();
         let next = numbers.get_mut(place).map(|next| std::mem::replace(next, next.saturating_add(1)));

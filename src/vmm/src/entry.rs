@@ -5,7 +5,7 @@ use std::{
     fs::File,
     os::fd::{AsFd, AsRawFd, BorrowedFd, FromRawFd, OwnedFd},
     process::ExitCode,
-    time::Duration,
+    time::{Duration, Instant},
 };
 
 use casemate_filters::Role;
@@ -140,6 +140,9 @@ struct Control {
 /// When a press of the power button that found the IOAPIC in use is tried again.
 const BUTTON_AGAIN: Duration = Duration::from_millis(10);
 
+/// For disks to write what they hold back, when the guest has ended.
+const FINISH_WITHIN: Duration = Duration::from_secs(10);
+
 /// What woke the control thread.
 const REQUEST: u64 = 0;
 const KEEP: u64 = 1;
@@ -255,8 +258,12 @@ impl Control {
     }
 
     /// Tells the keep how the guest ended, and ends the process. Nothing is taken down first: the other threads still
-    /// use all of it, and the kernel takes it back in an order that is safe.
+    /// use all of it, and the kernel takes it back in an order that is safe. Only what a disk holds back is written.
     fn end(self, end: End) -> ! {
+        let deadline = Instant::now() + FINISH_WITHIN;
+        for finisher in &self.running.finishers {
+            finisher.finish(deadline.saturating_duration_since(Instant::now()));
+        }
         let end = match end {
             End::Fault(text) => End::Fault(bounded(text)),
             end => end,

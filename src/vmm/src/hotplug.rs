@@ -256,7 +256,7 @@ impl Hotplug {
             return Err(Refusal("hotplug-no-slot", cause));
         }
         let device: Box<dyn Device> = match card {
-            Card::Disk(backend) => Box::new(Blk::new(backend).map_err(Refusal::device)?),
+            Card::Disk(backend) => Box::new(Blk::ringless(backend).map_err(Refusal::device)?),
             Card::Net { tap, mac } => Box::new(Net::new(tap, mac)),
         };
         self.add_virtio(slot, device)

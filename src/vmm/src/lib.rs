@@ -31,5 +31,6 @@ mod maps;
 mod memory;
 mod platform;
 mod root;
+mod vsock;
 
 pub use entry::enter;

@@ -12,10 +12,10 @@ use casemate_filters::Role;
 use casemate_passthrough::{AssignedFunction, Container, Probe, VfioDevice};
 use casemate_pci::{Function, HostBridge, RootPort};
 use casemate_virtio::{
-    Balloon, BalloonControl, Blk, BlkBackend, Counters, Device, Interrupt, Kind, Net, PciParts, PciTransport,
-    Rng, Worker, WorkerControl, vector_count,
+    Balloon, BalloonControl, Blk, BlkBackend, BlkBelow, BlkFormat, Counters, Device, Finisher, Interrupt,
+    KernelNet, Kind, Net, PciParts, PciTransport, Rng, Vsock, Worker, WorkerControl, vector_count,
 };
-use casemate_wire::{CpuRange, Descriptors, End, Machine, Pages};
+use casemate_wire::{CpuRange, Descriptors, End, Format, Machine, Pages};
 use kvm_ioctls::{DeviceFd, VcpuFd, VmFd};
 use rustix::rand::GetRandomFlags;
 use vm_memory::{GuestMemoryBackend, GuestMemoryMmap};
@@ -36,6 +36,7 @@ use crate::{
     memory,
     platform::{Platform, Processor},
     root::{Body, BusParts, Place, PortWindows, RootBus},
+    vsock::KeepStreams,
 };
 
 /// A machine whose parts are all there, before the first instruction.
@@ -84,6 +85,8 @@ pub(crate) struct Running {
     pub(crate) platform: Arc<Platform>,
     /// Who puts cards into its slots.
     pub(crate) hotplug: Option<Orders>,
+    /// Of the devices that hold something back, which is to be written before the process ends.
+    pub(crate) finishers: Vec<Finisher>,
     /// What it stands on.
     pub(crate) _held: Held,
 }
@@ -144,17 +147,39 @@ impl Built {
         parts.add_virtio(Box::new(Rng::new()), Own::Nothing)?;
         for disk in machine.disks {
             let file = descriptors.take(disk.image)?;
+            let format = format(disk.format, &mut descriptors)?;
             let backend = BlkBackend {
                 file,
+                format,
                 size_bytes: disk.size_bytes,
                 read_only: disk.read_only,
                 serial: disk.serial,
+                queues: disk.queues.into(),
             };
-            let disk = Blk::new(backend).map_err(|error| Error::device("disk", error))?;
+            let name = backend.serial.clone();
+            let disk = Blk::new(backend).map_err(|error| Error::device(&name, error))?;
+            if let Some(error) = disk.without_ring() {
+                eprintln!(
+                    "casemate-vmm: {name} does one request at a time, since io_uring cannot be used: {error}"
+                );
+            }
             parts.add_virtio(Box::new(disk), Own::Nothing)?;
         }
         for net in machine.nets {
-            parts.add_virtio(Box::new(Net::new(descriptors.take(net.tap)?, net.mac)), Own::Nothing)?;
+            let tap = descriptors.take(net.tap)?;
+            let card: Box<dyn Device> = match net.vhost {
+                Some(vhost) => {
+                    let card = KernelNet::new(tap, descriptors.take(vhost)?, net.mac);
+                    Box::new(card.map_err(|error| Error::device("/dev/vhost-net", error))?)
+                }
+                None => Box::new(Net::new(tap, net.mac)),
+            };
+            parts.add_virtio(card, Own::Nothing)?;
+        }
+        if let Some(vsock) = machine.vsock {
+            let streams = KeepStreams::new(descriptors.take(vsock.socket)?);
+            let device = Vsock::new(vsock.cid, Box::new(streams)).during("making an epoll set")?;
+            parts.add_virtio(Box::new(device), Own::Nothing)?;
         }
         // What an assigned device reaches by DMA is pinned, and must not be given back. Pages that were set aside for this
         // guest would go to another.
@@ -238,6 +263,7 @@ impl Built {
     pub(crate) fn start(self) -> Result<Running, Error> {
         let Self { vcpus, pins, workers, intx, devices, control, platform, console_input, hotplug, held } =
             self;
+        let finishers = workers.iter().filter_map(Worker::finisher).collect();
         // Every thread passes here with its narrow filter on before the first guest instruction.
         let slots: usize = hotplug.iter().map(|slots| slots.spares.len() + 1).sum();
         let threads = vcpus.len() + workers.len() + intx.len() + console_input.iter().count() + slots;
@@ -284,7 +310,7 @@ impl Built {
         narrow(Role::Control);
         ready.wait();
         let memory_bytes = held.memory.iter().map(vm_memory::GuestMemoryRegion::len).sum();
-        Ok(Running { control, memory_bytes, devices, platform, hotplug, _held: held })
+        Ok(Running { control, memory_bytes, devices, platform, hotplug, finishers, _held: held })
     }
 }
 
@@ -416,6 +442,25 @@ impl Parts {
     }
 }
 
+/// A disk's format, with the descriptors that it names.
+fn format(format: Format, descriptors: &mut Descriptors) -> Result<BlkFormat, Error> {
+    let (file_bytes_max, below) = match format {
+        Format::Raw => return Ok(BlkFormat::Raw),
+        Format::Qcow2 { file_bytes_max, below } => (file_bytes_max, below),
+    };
+    let below = below.map(|below| {
+        // Only read, so it gets no longer.
+        let qcow2 = BlkFormat::Qcow2 { file_bytes_max: 0, below: None };
+        let format = if below.is_qcow2 { qcow2 } else { BlkFormat::Raw };
+        Ok::<_, Error>(BlkBelow {
+            file: descriptors.take(below.image)?,
+            size_bytes: below.size_bytes,
+            format,
+        })
+    });
+    Ok(BlkFormat::Qcow2 { file_bytes_max, below: below.transpose()?.map(Box::new) })
+}
+
 fn spawn(name: String, body: impl FnOnce() + Send + 'static) -> Result<(), Error> {
     thread::Builder::new().name(name).spawn(body).map(drop).during("making a thread")
 }
@@ -433,6 +478,7 @@ fn role_of(kind: Kind) -> Role {
     match kind {
         Kind::Block => Role::Blk,
         Kind::Net => Role::Net,
+        Kind::Vsock => Role::Vsock,
         Kind::Entropy | Kind::Balloon => Role::Device,
     }
 }

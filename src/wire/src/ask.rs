@@ -187,4 +187,6 @@ pub enum DeviceKind {
     Net,
     /// Memory balloon.
     Balloon,
+    /// Sockets between guest and host.
+    Vsock,
 }

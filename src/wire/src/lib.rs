@@ -22,6 +22,7 @@ pub use ask::{
 pub use channel::{Channel, Descriptors, WireError};
 pub use credentials::peer_is_listener;
 pub use message::{
-    Assigned, Counters, Cpu, CpuRange, DESCRIPTORS, Disk, End, FromCell, Hotplug, MESSAGE_BYTES, Machine,
-    Model, Net, Pages, RAM_LOW_MOST, Ram, Slot, TEXT_BYTES, ToCell, VERSION, ram,
+    Assigned, Below, Counters, Cpu, CpuRange, DESCRIPTORS, Disk, End, Format, FromCell, FromVsock, Hotplug,
+    MESSAGE_BYTES, Machine, Model, Net, Pages, RAM_LOW_MOST, Ram, Slot, TEXT_BYTES, ToCell, ToVsock, VERSION,
+    Vsock, ram,
 };

@@ -82,6 +82,8 @@ pub struct Machine {
     pub disks: Vec<Disk>,
     /// Emulated network cards.
     pub nets: Vec<Net>,
+    /// The socket device.
+    pub vsock: Option<Vsock>,
     /// The VFIO container with an IOMMU set, when devices are assigned.
     pub container: Option<Slot>,
     /// The VFIO groups in that container.
@@ -163,7 +165,7 @@ pub enum Pages {
 /// An emulated disk.
 #[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
 pub struct Disk {
-    /// A raw image or a block device.
+    /// An image or a block device.
     pub image: Slot,
     /// Its size, a multiple of 512.
     pub size_bytes: u64,
@@ -171,6 +173,35 @@ pub struct Disk {
     pub read_only: bool,
     /// What the guest reads as the disk's serial number; at most 20 bytes.
     pub serial: String,
+    /// Queues, 1 to 8.
+    pub queues: u8,
+    /// The image's format.
+    pub format: Format,
+}
+
+/// What an image is written in.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+pub enum Format {
+    /// The disk's bytes, from the first to the last.
+    Raw,
+    /// qcow2.
+    Qcow2 {
+        /// The file may become so long.
+        file_bytes_max: u64,
+        /// The image under it, which is only read.
+        below: Option<Below>,
+    },
+}
+
+/// An image under another.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+pub struct Below {
+    /// The image or block device.
+    pub image: Slot,
+    /// Size of the disk in it.
+    pub size_bytes: u64,
+    /// Whether it is qcow2, and not raw.
+    pub is_qcow2: bool,
 }
 
 /// An emulated network card.
@@ -180,6 +211,48 @@ pub struct Net {
     pub tap: Slot,
     /// The card's MAC address.
     pub mac: [u8; 6],
+    /// `/dev/vhost-net`, when the kernel is to serve the card's queues.
+    pub vhost: Option<Slot>,
+}
+
+/// The socket device.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+pub struct Vsock {
+    /// What the guest is known by.
+    pub cid: u32,
+    /// The cell's end of a `SOCK_SEQPACKET` pair, not blocking: [`FromVsock`] goes out, [`ToVsock`] comes in.
+    pub socket: Slot,
+}
+
+/// From the keep to a cell's socket device. Streams do not block.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+pub enum ToVsock {
+    /// Somebody wants to speak with a port of the guest's.
+    Stream {
+        /// The port.
+        port: u32,
+        /// The way to who does.
+        stream: Slot,
+    },
+    /// The answer to [`FromVsock::Connect`].
+    Answer {
+        /// As it was asked.
+        number: u64,
+        /// The way to who listens; `None` when nobody does.
+        stream: Option<Slot>,
+    },
+}
+
+/// From a cell's socket device to the keep.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+pub enum FromVsock {
+    /// The guest wants to speak with a port of the host's.
+    Connect {
+        /// For the answer.
+        number: u64,
+        /// The port.
+        port: u32,
+    },
 }
 
 /// An assigned PCI function.

@@ -52,7 +52,7 @@ pub(crate) const ROOMS: &[Room] = &[
         "casemate",
         &["casemate-filters", "casemate-host", "casemate-keep", "casemate-policy", "casemate-spec"],
     ),
-    room("casemate-fuzz", &["casemate-passthrough", "casemate-pci", "casemate-spec"]),
+    room("casemate-fuzz", &["casemate-passthrough", "casemate-pci", "casemate-spec", "casemate-virtio"]),
     room("casemate-hwtests", &["casemate-jail"]),
     room("xtask", &["casemate-hwtests"]),
 ];

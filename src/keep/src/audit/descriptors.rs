@@ -30,7 +30,10 @@ pub(super) fn line(descriptors: &[Descriptor], record: &GuestRecord) -> AuditLin
         ("vfio-group", groups.len()),
         ("vfio-device", record.devices.len()),
         ("tap", nets),
+        ("vhost", nets),
         ("image", record.files.len()),
+        // Of disks, which are fewer than files.
+        ("ring", record.files.len()),
     ] {
         if count(kind) > most {
             faults.push(format!("{} of kind {kind}, at most {most}", count(kind)));
@@ -49,6 +52,7 @@ fn kind(target: &str, record: &GuestRecord) -> Option<&'static str> {
     match anonymous {
         Some("eventfd") => return Some("eventfd"),
         Some("eventpoll") => return Some("epoll"),
+        Some("io_uring") => return Some("ring"),
         Some("kvm-vm") => return Some("kvm-vm"),
         Some("kvm-vfio") => return Some("kvm-vfio"),
         Some("vfio-device") => return Some("vfio-device"),
@@ -60,6 +64,7 @@ fn kind(target: &str, record: &GuestRecord) -> Option<&'static str> {
         "/dev/null" => Some("null"),
         "/dev/kvm" => Some("kvm"),
         "/dev/net/tun" => Some("tap"),
+        "/dev/vhost-net" => Some("vhost"),
         "/dev/vfio/vfio" => Some("vfio-container"),
         _ if target.starts_with("/dev/vfio/") => Some("vfio-group"),
         _ if target.starts_with("pipe:[") => Some("pipe"),
@@ -96,6 +101,7 @@ mod tests {
             "anon_inode:[eventfd]",
             "anon_inode:[eventfd]",
             "anon_inode:[eventpoll]",
+            "anon_inode:[io_uring]",
             "/images/disk (deleted)",
         ]);
         assert!(line.passed, "{line:?}");
@@ -108,11 +114,11 @@ mod tests {
             "/",
             "/etc/passwd",
             "/images/disk2",
-            "anon_inode:[io_uring]",
             "anon_inode:bpf-map",
             "/memfd:x (deleted)",
             "/dev/vfio/7",
             "/dev/net/tun",
+            "/dev/vhost-net",
             "anon_inode:[vfio-device]",
             "anon_inode:kvm-vfio",
             "anon_inode:[pidfd]",

@@ -1,0 +1,49 @@
+//! What network cards leave to the host, and who carries their frames.
+
+use std::{fs, time::Duration};
+
+use casemate_hwtests::{
+    expect,
+    harness::{Ctx, Failure},
+};
+
+use crate::{
+    disks::{WITH_TOOLS, with_tools},
+    endings::cell_of,
+};
+
+const LONG: Duration = Duration::from_secs(120);
+
+pub(crate) fn cards_carry_long_frames(ctx: &mut Ctx) -> Result<(), Failure> {
+    let script = format!(
+        "{WITH_TOOLS}
+        ip addr add 192.0.2.2/24 dev eth0; ip link set eth0 up
+        count() {{ cat /sys/class/net/eth0/statistics/$1; }}
+        tools iperf3 -c 192.0.2.1 -p 7011 -n 24M && echo up is good
+        packets=$(count rx_packets); bytes=$(count rx_bytes)
+        tools iperf3 -c 192.0.2.1 -p 7012 -n 24M -R && echo down is good
+        echo frame: $(( ($(count rx_bytes) - bytes) / ($(count rx_packets) - packets) ))
+        ifconfig eth0 down; ip link set eth0 up; ping -c 1 -W 5 192.0.2.1 && echo up again"
+    );
+    ctx.shell("modprobe vhost_net")?;
+    for vhost in [false, true] {
+        let servers = ["7011", "7012"].map(|port| ctx.start(["iperf3", "-s", "-1", "-p", port]));
+        let guest = with_tools(ctx, ctx.guest(&script)?).net("cmtest0", "192.0.2.1/24").vhost(vhost);
+        let running = ctx.start_guest(&guest)?;
+        running.wait_for_text("CASEMATE-INIT", LONG)?;
+        let (pid, _) = cell_of(&running)?;
+        let descriptors = fs::read_dir(format!("/proc/{pid}/fd"))?.flatten();
+        let targets = descriptors.filter_map(|entry| fs::read_link(entry.path()).ok());
+        let has_vhost = targets.filter(|to| to.as_os_str() == "/dev/vhost-net").count() > 0;
+        expect!(has_vhost == vhost, "the cell has vhost: {has_vhost}, and the file says {vhost}");
+        let run = running.wait(LONG)?;
+        run.success()?.printed("up is good")?.printed("down is good")?.printed("up again")?;
+        let frame: u32 = run.value("frame:")?.parse().unwrap_or(0);
+        // A segment of an MTU of 1500 is no longer than 1514.
+        expect!(frame > 2000, "with vhost {vhost} the guest received frames of {frame} bytes, on average");
+        for server in servers {
+            server?.wait(Duration::from_secs(10))?.success()?;
+        }
+    }
+    Ok(())
+}

@@ -1,0 +1,263 @@
+//! A disk's requests by io_uring: those of a turn are started together, and told to the driver together as they end.
+
+use std::{
+    io,
+    os::fd::{AsFd, BorrowedFd},
+    sync::Arc,
+};
+
+use rustix::io::Errno;
+use virtio_bindings::virtio_blk::VIRTIO_BLK_S_OK;
+use vm_memory::{Bytes, GuestAddress};
+
+use super::{
+    Disk, Failure,
+    command::{Command, status_place},
+};
+use crate::{
+    active::{Active, Handled},
+    counters::Counters,
+    device::{Fault, Progress},
+    request::Request,
+    uring::{Operation, Ring},
+    vectored::Transfer,
+};
+
+/// Operations at once. What is more waits in the guest's queues.
+const ENTRIES: u16 = 128;
+/// Requests taken from one queue before the others have their turn.
+const BUDGET: usize = 64;
+
+/// The ring, and what waits for it.
+pub(super) struct RingEngine {
+    ring: Ring<Ticket>,
+    /// Queues, a bit each, that may hold requests which found the ring full.
+    waiting: u64,
+}
+
+/// A request that was taken.
+struct Ticket {
+    queue: usize,
+    head: u16,
+    status_at: GuestAddress,
+    /// Bytes of the request.
+    read: u64,
+    /// Bytes of data that the driver is told of when all goes well.
+    bytes: u32,
+    /// What is to be done after the present operation, the last first.
+    rest: Vec<Operation>,
+}
+
+impl RingEngine {
+    /// A ring on `file`.
+    ///
+    /// # Errors
+    /// As for [`Ring::new`].
+    pub(super) fn new(file: BorrowedFd<'_>) -> io::Result<Self> {
+        Ok(Self { ring: Ring::new(file, ENTRIES)?, waiting: 0 })
+    }
+
+    /// Becomes readable when something ends.
+    pub(super) fn events(&self) -> BorrowedFd<'_> {
+        self.ring.as_fd()
+    }
+
+    /// Takes what is in the queues, `queues` having a bit for each to look into, and tells what has ended.
+    pub(super) fn turn(
+        &mut self,
+        disk: &Disk,
+        active: &mut Active,
+        queues: u64,
+        write_through: bool,
+    ) -> Result<Progress, Fault> {
+        self.settle(active)?;
+        let counters = Arc::clone(active.counters());
+        let mut more = false;
+        let due = std::mem::take(&mut self.waiting) | queues;
+        for index in (0..active.queue_count()).filter(|index| due >> index & 1 == 1) {
+            let progress = active.hand_out(index, BUDGET, |request| {
+                self.take(index, request, disk, write_through, &counters)
+            })?;
+            if progress == Progress::More {
+                // Who calls comes again for a queue that was asked for, as its limits let it.
+                let asked = queues >> index & 1 == 1;
+                more |= asked;
+                self.waiting |= u64::from(!asked) << index;
+            }
+        }
+        self.settle(active)?;
+        // With a full ring, the end of an operation is the next event.
+        let again = more || self.waiting != 0 && !self.ring.is_full() || self.ring.has_pushed();
+        Ok(if again { Progress::More } else { Progress::Idle })
+    }
+
+    /// Waits for all that was taken, and tells nobody.
+    pub(super) fn quiesce(&mut self) {
+        self.ring.drain();
+        self.waiting = 0;
+    }
+
+    fn take(
+        &mut self,
+        queue: usize,
+        request: &Request<'_>,
+        disk: &Disk,
+        write_through: bool,
+        counters: &Counters,
+    ) -> Result<Handled, Fault> {
+        if self.ring.is_full() {
+            self.waiting |= 1 << queue;
+            return Ok(Handled::Left);
+        }
+        let status_at = status_place(request)?;
+        let read = request.readable.bytes() as u64;
+        let mut ticket = Ticket { queue, head: request.head(), status_at, read, bytes: 0, rest: Vec::new() };
+        let failure = match Command::read(request, disk)? {
+            Ok(Command::Identify { bytes }) => match disk.identify(request, bytes) {
+                Ok(bytes) => return answer(request, VIRTIO_BLK_S_OK as u8, bytes),
+                Err(failure) => failure,
+            },
+            Ok(command) => {
+                ticket.plan(command, request, write_through);
+                let Some(first) = ticket.rest.pop() else {
+                    return answer(request, VIRTIO_BLK_S_OK as u8, 0);
+                };
+                // It is not full.
+                let _ = self.ring.start(first, ticket);
+                return Ok(Handled::Taken);
+            }
+            Err(failure) => failure,
+        };
+        counters.error();
+        answer(request, failure.status(), 0)
+    }
+
+    /// Starts what was taken and tells what has ended, until nothing more has.
+    fn settle(&mut self, active: &mut Active) -> Result<(), Fault> {
+        let mut told = 0u64;
+        loop {
+            self.ring.submit().map_err(Fault::Host)?;
+            let mut continued = false;
+            while let Some((operation, ticket, result)) = self.ring.ended() {
+                let (queue, head, read) = (ticket.queue, ticket.head, ticket.read);
+                match go_on(operation, ticket, result) {
+                    Next::Start(operation, ticket) => {
+                        // A place was just given back.
+                        let _ = self.ring.start(operation, ticket);
+                        continued = true;
+                    }
+                    Next::Tell { status_at, status, written } => {
+                        active.memory().write_obj(status, status_at)?;
+                        if status != VIRTIO_BLK_S_OK as u8 {
+                            active.counters().error();
+                        }
+                        active.finish(queue, head, read, written)?;
+                        told |= 1 << queue;
+                    }
+                }
+            }
+            if !continued {
+                break;
+            }
+        }
+        for queue in (0..active.queue_count()).filter(|queue| told >> queue & 1 == 1) {
+            active.tell(queue)?;
+        }
+        Ok(())
+    }
+}
+
+impl Ticket {
+    /// What is to be done for `command`.
+    fn plan(&mut self, command: Command, request: &Request<'_>, write_through: bool) {
+        match command {
+            Command::Read { offset, bytes } => {
+                self.bytes = u32::try_from(bytes).unwrap_or(0);
+                if bytes > 0 {
+                    let transfer = Transfer::new(&request.writable, 0..bytes);
+                    self.rest.push(Operation::Read { transfer, offset });
+                }
+            }
+            Command::Write { offset, data } => {
+                if !data.is_empty() {
+                    let transfer = Transfer::new(&request.readable, data);
+                    self.rest.push(Operation::Write { transfer, offset, durable: write_through });
+                }
+            }
+            Command::Flush => self.rest.push(Operation::Sync),
+            Command::Clear(ranges) => {
+                if write_through {
+                    self.rest.push(Operation::Sync);
+                }
+                self.rest.extend(ranges.into_iter().rev().map(|range| Operation::Allocate {
+                    mode: range.mode(),
+                    offset: range.offset,
+                    length: range.length,
+                }));
+            }
+            Command::Identify { .. } => {}
+        }
+    }
+}
+
+/// What follows the end of an operation.
+enum Next {
+    Start(Operation, Ticket),
+    Tell { status_at: GuestAddress, status: u8, written: u32 },
+}
+
+fn go_on(operation: Operation, mut ticket: Ticket, result: io::Result<usize>) -> Next {
+    let end = match result {
+        Ok(moved) => rest_of(operation, moved),
+        // Where room can't be given back, or not in such parts, the driver is to do without.
+        Err(error) if matches!(operation, Operation::Allocate { .. }) => {
+            Err(Errno::from_io_error(&error).map_or(Failure::Io, Failure::from))
+        }
+        Err(error) => Err(error.into()),
+    };
+    let status_at = ticket.status_at;
+    match end {
+        Ok(Some(operation)) => Next::Start(operation, ticket),
+        Ok(None) => match ticket.rest.pop() {
+            Some(operation) => Next::Start(operation, ticket),
+            None => {
+                let written = ticket.bytes.saturating_add(1);
+                Next::Tell { status_at, status: VIRTIO_BLK_S_OK as u8, written }
+            }
+        },
+        Err(failure) => {
+            let failure: Failure = failure;
+            Next::Tell { status_at, status: failure.status(), written: 1 }
+        }
+    }
+}
+
+/// What is left of `operation` after `moved` bytes of a transfer.
+fn rest_of(operation: Operation, moved: usize) -> Result<Option<Operation>, Failure> {
+    let left = |mut transfer: Transfer, offset: u64| {
+        // The end of the file, or a device that takes nothing: it would go on for ever.
+        if moved == 0 {
+            return Err(Failure::Io);
+        }
+        transfer.advance(moved);
+        Ok((transfer.bytes() > 0).then(|| (transfer, offset.saturating_add(moved as u64))))
+    };
+    Ok(match operation {
+        Operation::Read { transfer, offset } => {
+            left(transfer, offset)?.map(|(transfer, offset)| Operation::Read { transfer, offset })
+        }
+        Operation::Write { transfer, offset, durable } => {
+            left(transfer, offset)?.map(|(transfer, offset)| Operation::Write { transfer, offset, durable })
+        }
+        Operation::Sync | Operation::Allocate { .. } => None,
+    })
+}
+
+/// Answers a request at once; `bytes` of data were written.
+fn answer(request: &Request<'_>, status: u8, bytes: usize) -> Result<Handled, Fault> {
+    let at = request.writable.bytes().saturating_sub(1);
+    if !request.writable.write(at, &[status]) {
+        return Err(Fault::Request("has no room for its status"));
+    }
+    Ok(Handled::Done(u32::try_from(bytes).unwrap_or(0).saturating_add(1)))
+}
