@@ -12,7 +12,7 @@ use std::{
     time::{Duration, SystemTime, UNIX_EPOCH},
 };
 
-use casemate_policy::{Action, Reason};
+use casemate_policy::Action;
 use casemate_spec::Refusal;
 use serde::{Deserialize, Serialize};
 
@@ -97,15 +97,6 @@ pub enum Happening {
         /// All of the message.
         message: String,
     },
-    /// A device came back, and policies were asked about it.
-    Released {
-        /// Where it sits.
-        address: String,
-        /// Why policies put it into quarantine; empty when they didn't.
-        quarantine: Vec<Reason>,
-        /// What they remarked.
-        warnings: Vec<Reason>,
-    },
 }
 
 impl std::fmt::Display for Happening {
@@ -135,13 +126,6 @@ impl std::fmt::Display for Happening {
             }
             Self::BundleRefused { message, .. } => {
                 write!(f, "the bundle was read anew and refused, the one before goes on: {message}")
-            }
-            Self::Released { address, quarantine, .. } if quarantine.is_empty() => {
-                write!(f, "{address} came back, and policies let the host have it")
-            }
-            Self::Released { address, quarantine, .. } => {
-                let why: Vec<_> = quarantine.iter().map(ToString::to_string).collect();
-                write!(f, "{address} came back, and policies want it in quarantine: {}", why.join(" | "))
             }
         }
     }
