@@ -23,6 +23,10 @@ pub use guest::{Disk, GuestFile, GuestImage};
 pub use process::{Finished, Running, send_signal};
 pub use tiny::tiny_kernel;
 
+/// By how much all waits are longer than a quick machine needs: how fast a processor is emulated differs several times
+/// between machines, and a wait that is too long costs only a test that fails.
+const PATIENCE: u32 = 3;
+
 /// One test of the table.
 #[derive(Clone, Copy, Debug)]
 pub struct LabTest {

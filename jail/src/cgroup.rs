@@ -108,10 +108,10 @@ fn hierarchy(parent: &Path) -> Result<Vec<PathBuf>, Refusal> {
     Ok(directories)
 }
 
-/// Whether cgroups below the nearest of `parent`'s ancestors that exists can have this controller.
+/// Whether cgroups below `parent` can have this controller: the hierarchy's root has it, and hands it down when it is asked to.
 pub(crate) fn has_controller(parent: &Path, controller: &str) -> bool {
     let lists = parent.ancestors().map(|directory| directory.join("cgroup.controllers"));
-    let list = lists.filter_map(|path| fs::read_to_string(path).ok()).next().unwrap_or_default();
+    let list = lists.filter_map(|path| fs::read_to_string(path).ok()).last().unwrap_or_default();
     list.split_whitespace().any(|known| known == controller)
 }
 
@@ -231,6 +231,16 @@ mod tests {
             assert!(refusal.to_string().contains("not in a cgroup v2 hierarchy"), "{refusal}");
             assert!(!parent.join("g").exists());
         }
+    }
+
+    #[test]
+    fn a_controller_that_was_not_handed_down_yet_can_be_had() {
+        let directory = tempfile::tempdir().unwrap();
+        let parent = directory.path().join("casemate");
+        fs::create_dir(&parent).unwrap();
+        fs::write(directory.path().join("cgroup.controllers"), "cpu io memory\n").unwrap();
+        fs::write(parent.join("cgroup.controllers"), "cpu memory\n").unwrap();
+        assert!(has_controller(&parent, IO) && !has_controller(&parent, "pids"));
     }
 
     #[test]

@@ -9,7 +9,7 @@ use std::{
     time::{Duration, Instant},
 };
 
-use super::{Failure, Finished, GuestFile, GuestImage, Running, protocol::PROGRAMS};
+use super::{Failure, Finished, GuestFile, GuestImage, PATIENCE, Running, protocol::PROGRAMS};
 use crate::{Layout, layout::workspace};
 
 /// How long a host program other than a guest's run may take.
@@ -130,6 +130,7 @@ impl Ctx {
 
 /// Waits until `condition` holds; fails, naming `what`, when it doesn't within `timeout`.
 pub fn wait_until(what: &str, timeout: Duration, mut condition: impl FnMut() -> bool) -> Result<(), Failure> {
+    let timeout = timeout * PATIENCE;
     let deadline = Instant::now() + timeout;
     while !condition() {
         if Instant::now() > deadline {

@@ -123,7 +123,7 @@ impl GuestFile {
         Self {
             name: name.chars().take(32).collect(),
             tenant: "demo".to_owned(),
-            vcpus: 2,
+            vcpus: 1,
             memory: "256 MiB".to_owned(),
             boot: Boot {
                 kernel: kernel.to_owned(),

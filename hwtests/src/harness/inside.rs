@@ -11,7 +11,7 @@ use std::{
 };
 
 use super::{
-    Ctx, Failure, LabTest,
+    Ctx, Failure, LabTest, PATIENCE,
     protocol::{EVENTS, Event, ONE, Outcome, SHARE},
 };
 
@@ -72,18 +72,19 @@ fn run_process(test: &LabTest) -> io::Result<Outcome> {
     Cgroup::root().enter()?;
     let mut child = spawned?;
     let start = Instant::now();
+    let deadline = test.deadline * PATIENCE;
     let status = loop {
         if let Some(status) = child.try_wait()? {
             break Some(status);
         }
-        if start.elapsed() > test.deadline {
+        if start.elapsed() > deadline {
             break None;
         }
-        thread::sleep(Duration::from_millis(10));
+        thread::sleep(Duration::from_millis(30));
     };
     let mut outcome = match status {
         Some(status) => told_outcome(status),
-        None => Outcome::Failed(format!("did not end within {} s", test.deadline.as_secs())),
+        None => Outcome::Failed(format!("did not end within {} s", deadline.as_secs())),
     };
     let left = if status.is_some() { cgroup.processes_after(GRACE) } else { Vec::new() };
     cgroup.kill();

@@ -6,7 +6,7 @@ use std::{
     io::{Read, Seek, SeekFrom},
     path::{Path, PathBuf},
     process::ExitCode,
-    sync::{Arc, Mutex, PoisonError},
+    sync::{Arc, Condvar, Mutex, PoisonError},
     thread,
     time::{Duration, Instant},
 };
@@ -14,7 +14,7 @@ use std::{
 use libtest_mimic::{Arguments, Completion, Failed, Trial};
 
 use super::{
-    LabTest,
+    LabTest, PATIENCE,
     protocol::{ALL, EVENTS, Event, LONG, Outcome, PROGRAMS},
 };
 use crate::{Lab, LabEnd, LabError, Layout, RunningLab, prepare};
@@ -23,34 +23,89 @@ use crate::{Lab, LabEnd, LabError, Layout, RunningLab, prepare};
 const BOOT_LIMIT: Duration = Duration::from_secs(240);
 /// What a test may exceed its deadline by before the lab itself counts as hung: the harness inside ends tests on time.
 const SLACK: Duration = Duration::from_secs(60);
+/// As many labs may run beside each other.
+const LABS_MAX: usize = 2;
+/// So many tests are worth another lab, which takes a while to start.
+const LAB_PAYS_FROM: usize = 4;
 /// How many labs may die before the rest of the tests are given up.
 const DEATHS_MAX: u32 = 4;
 
 pub(crate) fn run(tests: &'static [LabTest]) -> ExitCode {
     let mut arguments = Arguments::from_args();
-    // The lab runs them one after another; so are they told.
+    // A lab runs them one after another; they are told in the table's order.
     arguments.test_threads = Some(1);
     let long = std::env::var_os(LONG).is_some_and(|value| value == "1");
-    let session = Arc::new(Mutex::new(Session::new(Layout::of_workspace())));
+    let board = Arc::new(Board::default());
     let mut wanted = Vec::new();
     let mut trials = Vec::new();
-    for test in tests {
-        let session = Arc::clone(&session);
+    // The runner takes one filter; here it may be several, with commas between.
+    let filters = arguments.filter.take_if(|filter| filter.contains(',')).unwrap_or_default();
+    let named = |name: &str| filters.is_empty() || filters.split(',').any(|part| name.contains(part));
+    for test in tests.iter().filter(|test| named(test.name)) {
+        let board = Arc::clone(&board);
         let skip = test.long.filter(|_| !long).map(|reason| format!("long ({reason}); {LONG}=1 runs it"));
         let runs = skip.is_none();
         let trial = Trial::ignorable_test(test.name, move || match skip {
             Some(reason) => Ok(Completion::ignored_with(reason)),
-            None => completion(session.lock().unwrap_or_else(PoisonError::into_inner).outcome_of(test)),
+            None => completion(board.outcome_of(test.name)),
         });
         if runs && !arguments.list && !arguments.is_filtered_out(&trial) {
             wanted.push(*test);
         }
         trials.push(trial);
     }
-    session.lock().unwrap_or_else(PoisonError::into_inner).wanted = wanted;
+    let start = Instant::now();
+    let sessions = share_out(&wanted).into_iter().enumerate().map(|(number, wanted)| {
+        let session = Session::new(Layout::of_workspace(), number, wanted, Arc::clone(&board));
+        thread::spawn(move || session.run())
+    });
+    let sessions: Vec<_> = sessions.collect();
     let conclusion = libtest_mimic::run(&arguments, trials);
-    session.lock().unwrap_or_else(PoisonError::into_inner).close();
+    let sessions: Vec<Session> = sessions.into_iter().filter_map(|session| session.join().ok()).collect();
+    if !sessions.is_empty() {
+        println!(
+            "lab: {} tests in {} lab runs ({} froze), {:.0} s; logs in {}\n",
+            wanted.len(),
+            sessions.iter().map(|session| session.labs).sum::<u32>(),
+            sessions.iter().map(|session| session.frozen.len()).sum::<usize>(),
+            start.elapsed().as_secs_f64(),
+            Layout::of_workspace().logs().display()
+        );
+    }
     conclusion.exit_code()
+}
+
+/// Deals the tests out to as many labs as this machine has processors for: a lab keeps one busy.
+fn share_out(wanted: &[LabTest]) -> Vec<Vec<LabTest>> {
+    let processors = thread::available_parallelism().map_or(1, usize::from);
+    let labs = processors.min(LABS_MAX).min(wanted.len().div_ceil(LAB_PAYS_FROM));
+    (0..labs).map(|first| wanted.iter().skip(first).step_by(labs).copied().collect()).collect()
+}
+
+/// What became of the tests, told by the labs and waited for by the runner.
+#[derive(Default)]
+struct Board {
+    outcomes: Mutex<HashMap<String, Outcome>>,
+    changed: Condvar,
+}
+
+impl Board {
+    fn tell(&self, name: &str, outcome: &Outcome) {
+        let mut outcomes = self.outcomes.lock().unwrap_or_else(PoisonError::into_inner);
+        outcomes.insert(name.to_owned(), outcome.clone());
+        self.changed.notify_all();
+    }
+
+    /// How a test ended, once that is known.
+    fn outcome_of(&self, name: &str) -> Outcome {
+        let mut outcomes = self.outcomes.lock().unwrap_or_else(PoisonError::into_inner);
+        loop {
+            if let Some(outcome) = outcomes.get(name) {
+                return outcome.clone();
+            }
+            outcomes = self.changed.wait(outcomes).unwrap_or_else(PoisonError::into_inner);
+        }
+    }
 }
 
 fn completion(outcome: Outcome) -> Result<Completion, Failed> {
@@ -64,9 +119,12 @@ fn completion(outcome: Outcome) -> Result<Completion, Failed> {
 /// Why a lab was killed that told nothing for too long.
 const FROZEN: &str = "the lab told nothing for too long and was killed";
 
-/// The labs of one run of the test program, one at a time, and what they told.
+/// A share of the tests, and the labs that run it, one at a time.
 struct Session {
     layout: Layout,
+    /// Which of the sessions of this run of the test program.
+    number: usize,
+    board: Arc<Board>,
     wanted: Vec<LabTest>,
     outcomes: HashMap<String, Outcome>,
     lab: Option<LiveLab>,
@@ -76,7 +134,6 @@ struct Session {
     deaths: u32,
     /// What was running when a lab froze: it is run once more.
     frozen: Vec<String>,
-    start: Instant,
 }
 
 /// A lab that is under way.
@@ -89,28 +146,28 @@ struct LiveLab {
 }
 
 impl Session {
-    fn new(layout: Layout) -> Self {
+    fn new(layout: Layout, number: usize, wanted: Vec<LabTest>, board: Arc<Board>) -> Self {
         Self {
             layout,
-            wanted: Vec::new(),
+            number,
+            board,
+            wanted,
             outcomes: HashMap::new(),
             lab: None,
             given_up: None,
             labs: 0,
             deaths: 0,
             frozen: Vec::new(),
-            start: Instant::now(),
         }
     }
 
-    /// How a test ended; starts and watches labs until that is known.
-    fn outcome_of(&mut self, test: &LabTest) -> Outcome {
-        loop {
-            if let Some(outcome) = self.outcomes.get(test.name) {
-                return outcome.clone();
-            }
-            if let Some(reason) = &self.given_up {
-                return Outcome::Failed(reason.clone());
+    /// Starts and watches labs until it is known how each test ended.
+    fn run(mut self) -> Self {
+        while let Some(test) = self.wanted.iter().find(|test| !self.outcomes.contains_key(test.name)) {
+            let name = test.name;
+            if let Some(reason) = self.given_up.clone() {
+                self.tell(name, Outcome::Failed(reason));
+                continue;
             }
             match self.lab.take() {
                 None => match self.start_lab() {
@@ -120,6 +177,16 @@ impl Session {
                 Some(lab) => self.watch(lab),
             }
         }
+        if let Some(mut lab) = self.lab.take() {
+            let end = lab.machine.wait(SLACK);
+            self.bury(lab, &end);
+        }
+        self
+    }
+
+    fn tell(&mut self, name: &str, outcome: Outcome) {
+        self.board.tell(name, &outcome);
+        self.outcomes.insert(name.to_owned(), outcome);
     }
 
     fn start_lab(&mut self) -> Result<LiveLab, LabError> {
@@ -163,8 +230,11 @@ impl Session {
         let limit = match event {
             Event::Ready => SLACK,
             Event::Started { name } => {
-                let deadline =
-                    self.wanted.iter().find(|test| test.name == name).map_or(SLACK, |test| test.deadline);
+                let deadline = self
+                    .wanted
+                    .iter()
+                    .find(|test| test.name == name)
+                    .map_or(SLACK, |test| test.deadline * PATIENCE);
                 lab.running = Some(name);
                 deadline + SLACK
             }
@@ -182,7 +252,7 @@ impl Session {
                     }
                     other => other,
                 };
-                self.outcomes.insert(name, outcome);
+                self.tell(&name, outcome);
                 SLACK
             }
         };
@@ -191,7 +261,7 @@ impl Session {
 
     /// A lab that has ended: its console is kept; what it was running when it died has failed.
     fn bury(&mut self, lab: LiveLab, end: &LabEnd) {
-        let console = self.layout.logs().join(format!("console-{}.log", self.labs));
+        let console = self.layout.logs().join(format!("console-{}-{}.log", self.number + 1, self.labs));
         let _ = fs::copy(lab.machine.console_log(), &console);
         let _ = fs::remove_file(&lab.events.path);
         let why = match end {
@@ -218,7 +288,7 @@ impl Session {
             }
             Some(name) => {
                 self.keep_log(&lab, name);
-                self.outcomes.insert(name.clone(), Outcome::Failed(message.clone()));
+                self.tell(name, Outcome::Failed(message.clone()));
             }
             // It did not even come up: that counts double, so it is tried once more and no oftener.
             None => self.deaths += 1,
@@ -235,24 +305,6 @@ impl Session {
         let kept = self.layout.logs().join(&file);
         let _ = fs::rename(lab.machine.share().join(file), &kept);
         kept
-    }
-
-    /// Waits for the last lab's end, and tells what was done.
-    fn close(&mut self) {
-        if let Some(mut lab) = self.lab.take() {
-            let end = lab.machine.wait(SLACK);
-            self.bury(lab, &end);
-        }
-        if self.labs > 0 {
-            println!(
-                "lab: {} tests in {} lab runs ({} froze), {:.0} s; logs in {}\n",
-                self.outcomes.len(),
-                self.labs,
-                self.frozen.len(),
-                self.start.elapsed().as_secs_f64(),
-                self.layout.logs().display()
-            );
-        }
     }
 }
 

@@ -12,7 +12,7 @@ use std::{
 use rustix::process::{Pid, Signal, kill_process};
 use serde_json::Value;
 
-use super::Failure;
+use super::{Failure, PATIENCE};
 
 /// What a program has printed so far.
 #[derive(Debug, Default)]
@@ -110,7 +110,7 @@ impl Running {
         timeout: Duration,
         find: impl Fn(&Printed) -> Option<T>,
     ) -> Result<T, Failure> {
-        let deadline = Instant::now() + timeout;
+        let deadline = Instant::now() + timeout * PATIENCE;
         let mut printed = self.shared.lock();
         loop {
             if let Some(found) = find(&printed) {
@@ -138,6 +138,7 @@ impl Running {
 
     /// Waits for the end; kills the program, and fails, when it hasn't come within `timeout`.
     pub fn wait(mut self, timeout: Duration) -> Result<Finished, Failure> {
+        let timeout = timeout * PATIENCE;
         let deadline = Instant::now() + timeout;
         let status = loop {
             if let Some(status) = self.child.try_wait()? {
@@ -151,7 +152,7 @@ impl Running {
                     timeout.as_secs()
                 )));
             }
-            thread::sleep(Duration::from_millis(5));
+            thread::sleep(Duration::from_millis(20));
         };
         let elapsed = self.start.elapsed();
         // A process that it left may hold its output open: what comes later than this isn't its own.
@@ -194,11 +195,12 @@ impl Finished {
         Err(Failure::new(format_args!("`{}` {how}: {}", self.shown, complaint.join(" | "))))
     }
 
-    /// Fails unless the program ended by itself with another code than 0 and said `[code]` in one line of stderr.
-    /// Returns that line.
+    /// Fails unless the program ended by itself with another code than 0 and said `[code]`, or with `--json`
+    /// `"refused":"code"`, in one line of stderr. Returns that line.
     pub fn refusal(&self, code: &str) -> Result<&str, Failure> {
         let marker = format!("[{code}]");
-        let line = self.stderr.lines().find(|line| line.contains(&marker));
+        let in_json = format!("\"refused\":\"{code}\"");
+        let line = self.stderr.lines().find(|line| line.contains(&marker) || line.contains(&in_json));
         match (self.status.code(), line) {
             (Some(1..), Some(line)) => Ok(line),
             (ended, _) => Err(Failure::new(format_args!(

@@ -35,7 +35,7 @@ pub(crate) fn tells_what_a_cell_is(ctx: &mut Ctx) -> Result<(), Failure> {
     let disk = ctx.directory().join("disk.img");
     fs::write(&disk, vec![0; 1 << 20])?;
     let script = "i=0; while true; do i=$((i+1)); echo tick-$i.; sleep 1; done";
-    let guest = ctx.guest(script)?.disk(&disk, false).net("cmtest0", "192.0.2.1/24");
+    let guest = ctx.guest(script)?.vcpus(2).disk(&disk, false).net("cmtest0", "192.0.2.1/24");
     let running = ctx.start_guest(&guest.device(devices::NVME))?;
     let (pid, uid) = cell_of(&running)?;
     running.wait_for_text("tick-1.", SOON)?;

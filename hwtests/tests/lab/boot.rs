@@ -94,7 +94,7 @@ pub(crate) fn debians_kernels_boot(ctx: &mut Ctx) -> Result<(), Failure> {
         ("6.1-cloud", "6.1.0-", "-cloud-amd64"),
         ("6.12-cloud", "6.12.", "-cloud-amd64"),
     ] {
-        let guest = ctx.guest_of(kernel, script)?.disk(&disk, true).net("cmtest0", "192.0.2.1/24");
+        let guest = ctx.guest_of(kernel, script)?.vcpus(2).disk(&disk, true).net("cmtest0", "192.0.2.1/24");
         let run = ctx.run_guest(&guest)?;
         run.success()?.printed("host-answered")?.printed("entropy-came")?;
         let seen = run.value("release:")?;

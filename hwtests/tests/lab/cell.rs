@@ -30,7 +30,7 @@ pub(crate) fn is_closed_around_a_running_guest(ctx: &mut Ctx) -> Result<(), Fail
     ctx.load_driver("e1000e")?;
     let disk = ctx.directory().join("disk.img");
     fs::write(&disk, vec![0; 1 << 20])?;
-    let guest = ctx.guest("sleep 1000")?.disk(&disk, false).net("cmtest0", "192.0.2.1/24");
+    let guest = ctx.guest("sleep 1000")?.vcpus(2).disk(&disk, false).net("cmtest0", "192.0.2.1/24");
     let running = ctx.start_guest(&guest.device(devices::NVME).device(devices::E1000E))?;
     let (pid, uid) = cell_of(&running)?;
     running.wait_for_text("CASEMATE-INIT", Duration::from_secs(60))?;

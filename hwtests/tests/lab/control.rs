@@ -71,7 +71,7 @@ pub(crate) fn pauses_and_goes_on(ctx: &mut Ctx) -> Result<(), Failure> {
     fs::write(&disk, vec![0; 1 << 20])?;
     let script = "cat /dev/vda >/dev/null; (while true; do :; done) &
         i=0; while true; do i=$((i+1)); echo tick-$i.; sleep 0.2; dmesg | grep -i 'lockup\\|stall' && echo complains; done";
-    let running = ctx.start_guest(&ctx.guest(script)?.disk(&disk, false))?;
+    let running = ctx.start_guest(&ctx.guest(script)?.vcpus(2).disk(&disk, false))?;
     let guest = ctx.name();
     let (pid, _) = cell_of(&running)?;
     running.wait_for_text("tick-3.", SOON)?;
@@ -151,8 +151,8 @@ fn hostile_words(ctx: &Ctx, guest: &str) -> Result<(), Failure> {
 
 /// The power button is pressed by name; the console is kept.
 pub(crate) fn presses_the_button_by_name(ctx: &mut Ctx) -> Result<(), Failure> {
-    let script = "modprobe evdev; exec 3</dev/input/event0; echo waits-for-its-button
-        head -c 24 <&3 >/dev/null; yes a-long-log | head -n 900; echo button-was-pressed";
+    let script = "modprobe evdev; exec 3</dev/input/event0; yes a-long-log | head -n 900
+        echo waits-for-its-button; head -c 24 <&3 >/dev/null; echo button-was-pressed";
     let file = ctx.guest(script)?.vcpus(1).write_into(ctx.directory())?.to_string_lossy().into_owned();
     let log = ctx.directory().join("console.log");
     let log_option = format!("--console-log={}", log.display());

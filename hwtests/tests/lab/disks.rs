@@ -50,7 +50,7 @@ pub(crate) fn raw_disks_keep_what_is_written(ctx: &mut Ctx) -> Result<(), Failur
     );
     let guest = |queues| -> Result<GuestFile, Failure> {
         let disk = Disk { path: disk.clone(), queues, ..Disk::default() };
-        Ok(with_tools(ctx, ctx.guest(&script)?.disk_of(disk)))
+        Ok(with_tools(ctx, ctx.guest(&script)?.vcpus(2).disk_of(disk)))
     };
     for (forbidden, queues, expected) in [("0", None, "2"), ("2", Some(1), "1")] {
         fs::write("/proc/sys/kernel/io_uring_disabled", forbidden)?;

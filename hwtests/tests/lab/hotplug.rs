@@ -17,7 +17,7 @@ const MIB: usize = 1 << 20;
 /// Linux takes root ports, buses and windows as they were placed, and drives each slot natively.
 pub(crate) fn slots_are_seen(ctx: &mut Ctx) -> Result<(), Failure> {
     let script = "echo slots: $(ls /sys/bus/pci/slots)
-        echo empty: $(cat /sys/bus/pci/slots/*/power)
+        echo empty: $(cat /sys/bus/pci/slots/*/adapter)
         echo drivers: $(cat /proc/interrupts | grep -c 'pciehp')
         for port in /sys/bus/pci/devices/*; do
             [ $(cat $port/class) = 0x060400 ] || continue
@@ -30,7 +30,7 @@ pub(crate) fn slots_are_seen(ctx: &mut Ctx) -> Result<(), Failure> {
     let run = ctx.run_guest(&ctx.guest(script)?.slots(3))?;
     run.success()?;
     expect!(run.value("slots:")? == "1 2 3", "Linux sees the slots {}", run.value("slots:")?);
-    expect!(run.value("empty:")? == "0 0 0", "their power is {}", run.value("empty:")?);
+    expect!(run.value("empty:")? == "0 0 0", "in them is {}", run.value("empty:")?);
     expect!(run.value("drivers:")? == "3", "{} of them interrupt", run.value("drivers:")?);
     for (function, bus) in (0..3).zip(1..) {
         let line = format!("0000:00:03.{function} {bus} {bus} windows 2");

@@ -1,7 +1,7 @@
 //! The tests that need KVM, VFIO and PCI devices. Each is a function in one of the modules, and a line in its table.
 //!
 //! `cargo xtask test` builds what they need and runs them; `cargo test --release -p casemate-hwtests --test lab -- NAME`
-//! runs some against what is built. Logs: `target/lab/logs`.
+//! (or `NAME,NAME`) runs some against what is built. Logs: `target/lab/logs`.
 
 mod admission;
 mod audit;
@@ -14,6 +14,7 @@ mod devices;
 mod disks;
 mod documents;
 mod endings;
+mod filters;
 mod governors;
 mod host_state;
 mod hotplug;
@@ -155,6 +156,9 @@ const TESTS: &[LabTest] = &[
     LabTest::new("cell-stops-its-victims", cell::stops_its_victims)
         .long("two of its rows, io-uring and bomb-threads under `build`, are not yet as the table says")
         .deadline_seconds(450),
+    LabTest::new("cell-has-no-idle-rules", filters::rules_are_used)
+        .long("follows guests call by call")
+        .deadline_seconds(600),
     // The documents
     LabTest::new("commands-in-the-documents-run", documents::commands_run)
         .long("commands of new pages were not all seen to pass")

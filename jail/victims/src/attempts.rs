@@ -256,7 +256,9 @@ pub static ATTEMPTS: &[Attempt] = &[
     out("reboot", Beneath::Capability, |_| only(libc::SYS_reboot, [0xfee1_dead, 672_274_793, 0x0123_4567])),
     out("dumpable", Beneath::Nothing, |_| only(libc::SYS_prctl, [flag(libc::PR_SET_DUMPABLE), 1])),
     // The kernel's larger engines.
-    out("io-uring", Beneath::Nothing, |_| calls::make_a_ring()),
+    with(out("io-uring", Beneath::Nothing, |_| calls::make_a_ring().map(drop)), through_while_building),
+    out("io-uring-buffers", Beneath::Nothing, |_| calls::register_buffers_with_a_ring()),
+    out("io-uring-other-files", Beneath::Nothing, |_| calls::change_the_files_of_a_ring()),
     out("bpf", Beneath::Capability, |_| calls::load_a_bpf_program()),
     out("perf-event", Beneath::Capability, |_| calls::count_events_of_a_processor()),
     out("userfaultfd", Beneath::Capability, |_| only(libc::SYS_userfaultfd, [0])),

@@ -180,9 +180,29 @@ pub(crate) fn set_the_clock() -> Outcome {
     only(libc::SYS_settimeofday, [address(&time), 0])
 }
 
-pub(crate) fn make_a_ring() -> Outcome {
+pub(crate) fn make_a_ring() -> Result<u64, Stopped> {
     let parameters = [0u32; 30];
-    only(libc::SYS_io_uring_setup, [8, address(&parameters)])
+    call(libc::SYS_io_uring_setup, [8, address(&parameters)])
+}
+
+/// Has a ring know memory by itself, which it would then reach without naming it.
+pub(crate) fn register_buffers_with_a_ring() -> Outcome {
+    const IORING_REGISTER_BUFFERS: u64 = 0;
+    let memory = [0u8; 4096];
+    let buffer = [address(&memory), memory.len() as u64];
+    only(libc::SYS_io_uring_register, [make_a_ring()?, IORING_REGISTER_BUFFERS, address(&buffer), 1])
+}
+
+/// Gives a ring a file that it was not made with.
+pub(crate) fn change_the_files_of_a_ring() -> Outcome {
+    const IORING_REGISTER_FILES: u64 = 2;
+    const IORING_REGISTER_FILES_UPDATE: u64 = 6;
+    let ring = make_a_ring()?;
+    let (none, log) = (-1i32, 2i32);
+    only(libc::SYS_io_uring_register, [ring, IORING_REGISTER_FILES, address(&none), 1])?;
+    // struct io_uring_files_update: where, nothing, the address of descriptors.
+    let update: [u64; 2] = [0, address(&log)];
+    only(libc::SYS_io_uring_register, [ring, IORING_REGISTER_FILES_UPDATE, address(&update), 1])
 }
 
 pub(crate) fn write_an_ldt_entry() -> Outcome {
@@ -279,6 +299,13 @@ pub(crate) fn fork_without_end() -> Outcome {
             }
         }
     }
+}
+
+/// As casemate-vmm does first: one arena of the allocator's for all threads. With more, it would ask how many processors
+/// there are when the ninth thread allocates, by a file.
+pub fn allocate_as_the_vmm() {
+    // SAFETY: sets a number in the allocator, before there is another thread.
+    unsafe { libc::mallopt(libc::M_ARENA_MAX, 1) };
 }
 
 pub(crate) fn start_threads_without_end() -> Outcome {

@@ -15,7 +15,7 @@ mod calls;
 pub mod trace;
 
 pub use attempts::{ATTEMPTS, Attempt, Beneath, Expected};
-pub use calls::Stopped;
+pub use calls::{Stopped, allocate_as_the_vmm};
 
 use casemate_filters::Role;
 

@@ -115,6 +115,7 @@ impl Host {
         let mut functions: Vec<PciFunction> =
             addresses.filter_map(|address| self.function(address)).collect();
         functions.sort_by_key(|function| function.address);
+        leave_out_resets_of_others(&mut functions);
         let mut uses = self.uses(&functions)?;
         for function in &mut functions {
             function.uses = uses.remove(&function.address).unwrap_or_default();
@@ -229,6 +230,18 @@ fn shared_folders(host: &Host) -> Vec<(PciAddress, Use)> {
     names(&devices).into_iter().filter_map(of).collect()
 }
 
+/// A function's bus reset is none of its own where others are on the bus. The kernel lists it all the same for the first
+/// function of a card, which was alone when it was found, and refuses it when it is asked for (`pci_parent_bus_reset`).
+fn leave_out_resets_of_others(functions: &mut [PciFunction]) {
+    let addresses: Vec<_> = functions.iter().map(|function| function.address).collect();
+    for function in functions {
+        let own = function.address;
+        if addresses.iter().any(|other| *other != own && other.is_on_the_bus_of(own)) {
+            function.reset_methods.retain(|method| method != "bus");
+        }
+    }
+}
+
 /// The `reset_method` attribute: methods with spaces between, or `default` from kernels that don't tell.
 fn reset_methods(text: &str) -> Vec<String> {
     text.split_whitespace().map(str::to_owned).take(16).collect()
@@ -291,6 +304,21 @@ mod tests {
         let port = functions.iter().find(|f| f.address == at("0000:00:01.0")).unwrap();
         assert!(port.is_bridge && port.reset_methods.is_empty());
         assert!(functions.is_sorted_by_key(|f| f.address));
+    }
+
+    #[test]
+    fn a_bus_reset_is_told_of_whoever_is_alone_on_the_bus() {
+        let machine = Fixture::typical();
+        let of_card =
+            [("class", "0x00ff00"), ("vendor", "0x1234"), ("device", "0x11e8"), ("reset_method", "bus")];
+        machine.pci("0000:06:00.0", &of_card, None, Some(20));
+        let methods = |machine: &Fixture| {
+            let functions = machine.host().functions().unwrap();
+            functions.iter().find(|f| f.address == at("0000:06:00.0")).unwrap().reset_methods.clone()
+        };
+        assert_eq!(methods(&machine), ["bus"]);
+        machine.pci("0000:06:00.1", &of_card[..3], None, Some(21));
+        assert_eq!(methods(&machine), [""; 0]);
     }
 
     #[test]

@@ -27,6 +27,8 @@ const VERSION: u32 = 1;
 const BYTES_MAX: u64 = 16 << 20;
 /// A change takes milliseconds.
 const LOCK_WAIT: Duration = Duration::from_secs(10);
+/// A claim may wait for drivers that do not let go, one device after the other.
+const CHOOSING_WAIT: Duration = Duration::from_secs(120);
 
 /// Whose a claim is.
 #[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
@@ -182,6 +184,13 @@ impl Book {
     }
 }
 
+/// While it lives, no other guest of this host chooses devices.
+#[derive(Debug)]
+#[must_use = "dropped, it lets others choose"]
+pub struct Choosing {
+    _lock: File,
+}
+
 /// The ledger in one directory. Holds nothing open.
 #[derive(Clone, Debug)]
 pub struct Ledger {
@@ -313,10 +322,24 @@ impl Ledger {
     }
 
     fn lock(&self) -> Result<File, Refusal> {
-        let path = self.directory.join("lock");
+        self.lock_of("lock", LOCK_WAIT, "another process is changing the ledger")
+    }
+
+    /// Waits until no other guest of this host is between choosing its devices and claiming them: of two that start at
+    /// once, the second chooses from what the first has left.
+    ///
+    /// # Errors
+    /// `ledger-busy` when that takes longer than drivers may take to let go of devices; `ledger-unusable`.
+    pub fn choosing(&self) -> Result<Choosing, Refusal> {
+        let lock = self.lock_of("choosing", CHOOSING_WAIT, "another guest is taking its devices")?;
+        Ok(Choosing { _lock: lock })
+    }
+
+    fn lock_of(&self, name: &str, wait: Duration, cause: &str) -> Result<File, Refusal> {
+        let path = self.directory.join(name);
         let file = OpenOptions::new().create(true).truncate(false).write(true).mode(0o600).open(path);
         let file = file.map_err(|error| self.unusable(&error))?;
-        let until = Instant::now() + LOCK_WAIT;
+        let until = Instant::now() + wait;
         loop {
             match flock(&file, FlockOperation::NonBlockingLockExclusive) {
                 Ok(()) => return Ok(file),
@@ -325,12 +348,7 @@ impl Ledger {
                 }
                 Err(rustix::io::Errno::WOULDBLOCK) => {
                     let remedy = "try again; if it persists, look for a hanging casemate process";
-                    return Err(Refusal::new(
-                        "ledger-busy",
-                        self.directory.display(),
-                        "another process is changing the ledger",
-                        remedy,
-                    ));
+                    return Err(Refusal::new("ledger-busy", self.directory.display(), cause, remedy));
                 }
                 Err(error) => return Err(self.unusable(&error)),
             }

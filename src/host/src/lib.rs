@@ -65,7 +65,7 @@ pub use give_back::Returned;
 pub use host::{Deadlines, Host};
 pub use image::{Image, open_image, open_initrd, open_kernel, open_qcow2};
 pub use judge::assignable;
-pub use ledger::{Ledger, Owner, Quarantined};
+pub use ledger::{Choosing, Ledger, Owner, Quarantined};
 pub use life::{DeviceState, Life, MOVES, Move};
 pub use placement::placeable;
 pub use pools::{Choice, Pools};

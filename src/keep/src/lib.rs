@@ -33,6 +33,7 @@ mod policies;
 mod record;
 mod report;
 mod run;
+mod virtual_functions;
 mod vsock;
 mod watch;
 

@@ -12,13 +12,12 @@ use std::{
 
 use casemate_filters::{Role, calls_of};
 use casemate_host::{
-    Choice, Claim, ClaimRequest, Host, Image, Ledger, Owner, PciFunction, Pools, Tap, TapRequest, VfNetwork,
-    assignable, claim, judge_dma, leave_virtual_functions, make_virtual_functions, open_image, open_initrd,
-    open_kernel, open_qcow2, placeable, set_vf_network,
+    Choice, Claim, ClaimRequest, Host, Image, Ledger, Owner, PciFunction, Pools, Tap, TapRequest, assignable,
+    claim, judge_dma, open_image, open_initrd, open_kernel, open_qcow2, placeable,
 };
 use casemate_spec::{
-    Backing, CellPart, CellRules, DiskFormat, LIMITS, Located, PciAddress, Pool, Refusal, ResourceBounds,
-    Vsock, parse_guest,
+    Backing, CellPart, CellRules, DiskFormat, LIMITS, Located, PciAddress, Refusal, ResourceBounds, Vsock,
+    parse_guest,
 };
 use signal_hook::consts::SIGUSR1;
 
@@ -34,6 +33,7 @@ use crate::{
     operator,
     operator_socket::{OperatorSocket, Reach},
     record::{self, Facts},
+    virtual_functions::{Virtual, set_networks},
     vsock::GuestSocket,
     watch::{self, StopSignals, Watching},
 };
@@ -116,6 +116,7 @@ pub fn run(
     judge_placement(paths, &located, &host)?;
     judge_devices(&located, &host, &functions, &ledger)?;
     let pools = Pools::new(&host, &functions, &host_file.pools)?;
+    let choosing = (!located.guest.pooled.is_empty()).then(|| ledger.choosing()).transpose()?;
     choose_devices(&mut located, &pools, &ledger)?;
     let addresses = judge_devices(&located, &host, &functions, &ledger)?;
     judge_needs(&located, &host, &functions, &addresses)?;
@@ -147,6 +148,7 @@ pub fn run(
         Refusal::new("keep-failed", &located.guest.name, cause, "try again")
     })?;
     let claim = take_devices(&located, &host, &ledger, Wanted { addresses, unchecked, digests }, tell)?;
+    drop(choosing);
     if let Some(Err(refusal)) = claim.as_ref().map(|claim| set_networks(&located, &host, &pools, claim)) {
         let devices = claim.map(|claim| claim.release(&host, &ledger)).unwrap_or_default();
         tell(Step::Returned { devices: devices.into_iter().map(DeviceReport::from).collect() });
@@ -180,63 +182,6 @@ pub fn run(
         tell(Step::Returned { devices: devices.clone() });
     }
     outcome.map(|report| Report { devices, ..report }).map_err(Refusals::from)
-}
-
-/// Virtual functions that a guest uses. Dropped, after its devices were given back, they go when nobody else uses them.
-struct Virtual<'a> {
-    host: &'a Host,
-    ledger: &'a Ledger,
-    owner: Owner,
-}
-
-impl<'a> Virtual<'a> {
-    /// Has those made that the guest's pools are of; `None` when there are none.
-    fn make(
-        host: &'a Host,
-        ledger: &'a Ledger,
-        located: &Located,
-        functions: &[PciFunction],
-        pools: &[Pool],
-    ) -> Result<Option<Self>, Refusal> {
-        let wanted = Pools::new(host, functions, pools)?.to_be_made(&located.guest.pooled);
-        if wanted.is_empty() {
-            return Ok(None);
-        }
-        let this = Self { host, ledger, owner: Owner::this_process(located.guest.name.as_str())? };
-        let first = located.guest.pooled.first().map_or(0, |pooled| pooled.table);
-        for (address, virtual_functions) in wanted {
-            make_virtual_functions(host, ledger, &this.owner, address, virtual_functions)
-                .map_err(|refusal| refusal.at(located.device_location(first)))?;
-        }
-        Ok(Some(this))
-    }
-}
-
-impl Drop for Virtual<'_> {
-    fn drop(&mut self) {
-        for refusal in
-            leave_virtual_functions(self.host, self.ledger, &self.owner).err().into_iter().flatten()
-        {
-            tracing::warn!("{refusal}");
-        }
-    }
-}
-
-/// Says what the guest's virtual functions may do on the network, before it sees them.
-fn set_networks(located: &Located, host: &Host, pools: &Pools<'_>, claim: &Claim) -> Result<(), Refusal> {
-    for (number, device) in claim.devices.iter().enumerate() {
-        let Some(wanted) = pools.virtual_function(device.address) else { continue };
-        let network = VfNetwork {
-            // Numbered behind its emulated cards.
-            mac: cell::mac(located.guest.name.as_str(), located.guest.nets.len() + number),
-            vlan: wanted.vlan,
-            rate_mbps: wanted.rate_mbps,
-            spoof_check: true,
-            trusted: false,
-        };
-        set_vf_network(host, device.address, &network).map_err(|refusal| at_device(located, refusal))?;
-    }
-    Ok(())
 }
 
 /// What would happen to this guest now, up to the policies' verdict. Nothing is changed or recorded.
@@ -549,7 +494,7 @@ fn choose_devices(located: &mut Located, pools: &Pools<'_>, ledger: &Ledger) -> 
 }
 
 /// A device's refusal, told where the device stands in the guest's file.
-fn at_device(located: &Located, refusal: Refusal) -> Refusal {
+pub(crate) fn at_device(located: &Located, refusal: Refusal) -> Refusal {
     let devices = &located.guest.devices;
     let named = devices.iter().find(|device| refusal.subject.contains(&device.address.to_string()));
     // A refusal that names none of them, as one of the whole host's, stands at the first.

@@ -238,12 +238,11 @@ impl Control {
     }
 
     /// Reserves a GSI for each of these events. They are connected once the guest routes them.
-    pub(crate) fn add_vectors(&mut self, events: &[EventFd]) -> Result<u32, Error> {
+    /// It takes them over: once the guest runs, this thread may not make descriptors.
+    pub(crate) fn add_vectors(&mut self, events: Vec<EventFd>) -> Result<u32, Error> {
         let first = first_free(&self.events, events.len() as u32)
             .ok_or_else(|| Error::Layout(format!("more than {ROUTES_MOST} interrupt vectors")))?;
-        for (event, gsi) in events.iter().zip(first..) {
-            self.events.insert(gsi, event.try_clone().during("duplicating an eventfd")?);
-        }
+        self.events.extend((first..).zip(events));
         Ok(first)
     }
 
@@ -298,7 +297,7 @@ impl Control {
                     let _ = reply.send(self.apply(change).map_err(|error| error.to_string()));
                 }
                 Request::Vectors(events, reply) => {
-                    let _ = reply.send(self.add_vectors(&events).map_err(|error| error.to_string()));
+                    let _ = reply.send(self.add_vectors(events).map_err(|error| error.to_string()));
                 }
                 Request::Answer(answer) => self.answers.push(answer),
                 Request::Panicked => {

@@ -390,7 +390,8 @@ impl Parts {
     fn vectors(&mut self, count: u16) -> Result<Vectors, Error> {
         let make = |_| EventFd::new(libc::EFD_NONBLOCK | libc::EFD_CLOEXEC).during("making an eventfd");
         let events: Arc<[EventFd]> = (0..count).map(make).collect::<Result<_, _>>()?;
-        let first_gsi = self.control.add_vectors(&events)?;
+        let duplicate = |event: &EventFd| event.try_clone().during("duplicating an eventfd");
+        let first_gsi = self.control.add_vectors(events.iter().map(duplicate).collect::<Result<_, _>>()?)?;
         Ok(Vectors { first_gsi, events, requests: Arc::clone(&self.requests) })
     }
 

@@ -53,7 +53,7 @@ pub(crate) const ROOMS: &[Room] = &[
         &["casemate-filters", "casemate-host", "casemate-keep", "casemate-policy", "casemate-spec"],
     ),
     room("casemate-fuzz", &["casemate-passthrough", "casemate-pci", "casemate-spec", "casemate-virtio"]),
-    room("casemate-hwtests", &["casemate-jail"]),
+    room("casemate-hwtests", &["casemate-filters", "casemate-jail"]),
     room("xtask", &["casemate-hwtests"]),
 ];
 

@@ -9,10 +9,11 @@ use std::{
 };
 
 use casemate_filters::{Role, install};
-use casemate_victims::{Attempt, REACHED, STOPPED, Stopped, THROUGH, attempt};
+use casemate_victims::{Attempt, REACHED, STOPPED, Stopped, THROUGH, allocate_as_the_vmm, attempt};
 use rustix::net::{RecvAncillaryBuffer, RecvAncillaryMessage, RecvFlags, SocketFlags, accept_with, recvmsg};
 
 fn main() {
+    allocate_as_the_vmm();
     let mut arguments = std::env::args().skip(1);
     let name = arguments.next().unwrap_or_default();
     let role = arguments.next().unwrap_or_default();

@@ -21,6 +21,10 @@ const NAMESPACE_ATTACHMENT: u8 = 0x15;
 const VIRTUALIZATION: u8 = 0x1c;
 const CNS_PRIMARY: u32 = 0x14;
 const CNS_SECONDARIES: u32 = 0x15;
+/// The namespaces that there are, by number, above that of the command.
+const CNS_ALLOCATED: u32 = 0x10;
+/// The controllers that the command's namespace is attached to.
+const CNS_ATTACHED_TO: u32 = 0x12;
 const IDENTIFY_BYTES: usize = 4096;
 /// Actions of Virtualization Management.
 const PRIMARY_FLEXIBLE: u32 = 1;
@@ -90,8 +94,24 @@ pub(super) fn equip(host: &Host, address: PciAddress, count: u16, namespaces: &[
         manage(SECONDARY_ASSIGN, QUEUES, primary.queues.each(count))?;
         manage(SECONDARY_ASSIGN, INTERRUPTS, primary.interrupts.each(count))?;
         manage(SECONDARY_ONLINE, 0, 0)?;
-        if let Some(namespace) = namespaces.get(usize::from(function - 1)) {
-            attach(&controller, *namespace, secondary.id, true)?;
+        let own = namespaces.get(usize::from(function - 1)).copied();
+        keep_others_away(&controller, secondary.id, own)?;
+        if let Some(namespace) = own {
+            attach(&controller, namespace, secondary.id, true)?;
+        }
+    }
+    Ok(())
+}
+
+/// Takes every namespace but `own` away from a virtual function's controller: drives attach some to all controllers by
+/// themselves, and they are the host's or another tenant's. They stay away when the function goes.
+fn keep_others_away(controller: &File, id: u16, own: Option<u32>) -> io::Result<()> {
+    // One list holds 1024 of them; a drive with more is not for this.
+    let allocated = identify(controller, Of { cns: CNS_ALLOCATED, ..Of::default() })?.numbers();
+    for namespace in allocated.into_iter().filter(|namespace| Some(*namespace) != own) {
+        let attached = identify(controller, Of { cns: CNS_ATTACHED_TO, namespace, controller: id })?;
+        if attached.controllers().contains(&id) {
+            attach(controller, namespace, id, false)?;
         }
     }
     Ok(())
@@ -116,7 +136,13 @@ pub(super) fn restore(host: &Host, address: PciAddress) -> io::Result<()> {
     let controller = open(host, address)?;
     let primary = primary(&controller)?;
     let most = (primary.queues.total, primary.interrupts.total);
-    set_primary(host, address, &controller, primary, most)
+    set_primary(host, address, &controller, primary, most)?;
+    // Only a reset of the function brings the size of its interrupts' table up to date; whoever is given the drive next
+    // would see it change in the middle.
+    match fs::write(host.pci(address).join("reset"), "1") {
+        Err(error) if error.kind() != io::ErrorKind::NotFound => Err(error),
+        _ => wait_until_live(host, address),
+    }
 }
 
 /// Sets how many flexible queues and interrupts the primary controller has itself; they count after a reset of it.
@@ -133,6 +159,10 @@ fn set_primary(
     manage(controller, primary.id, PRIMARY_FLEXIBLE, INTERRUPTS, interrupts)?;
     manage(controller, primary.id, PRIMARY_FLEXIBLE, QUEUES, queues)?;
     reset(controller)?;
+    wait_until_live(host, address)
+}
+
+fn wait_until_live(host: &Host, address: PciAddress) -> io::Result<()> {
     let state = host.pci(address).join("nvme");
     let is_live = || {
         let states = names(&state)
@@ -174,19 +204,29 @@ fn attach(controller: &File, nsid: u32, id: u16, on: bool) -> io::Result<()> {
         .map_err(|error| io::Error::other(format!("namespace {nsid} and controller {id}: {error}")))
 }
 
-fn identify(controller: &File, cns: u32) -> io::Result<Words> {
+/// What is to be told of (Identify, command dwords 1 and 10).
+#[derive(Clone, Copy, Debug, Default)]
+struct Of {
+    cns: u32,
+    namespace: u32,
+    controller: u16,
+}
+
+fn identify(controller: &File, of: Of) -> io::Result<Words> {
     let mut data = vec![0; IDENTIFY_BYTES];
-    admin(controller, Admin { opcode: IDENTIFY, cdw10: cns, ..Admin::default() }, &mut data)
-        .map_err(|error| io::Error::other(format!("identify {cns:#x}: {error}")))?;
+    let cdw10 = u32::from(of.controller) << 16 | of.cns;
+    admin(controller, Admin { opcode: IDENTIFY, nsid: of.namespace, cdw10, ..Admin::default() }, &mut data)
+        .map_err(|error| io::Error::other(format!("identify {:#x}: {error}", of.cns)))?;
     Ok(Words(data))
 }
 
 fn primary(controller: &File) -> io::Result<Primary> {
-    identify(controller, CNS_PRIMARY).map(|words| Primary::read(&words))
+    identify(controller, Of { cns: CNS_PRIMARY, ..Of::default() }).map(|words| Primary::read(&words))
 }
 
 fn secondaries(controller: &File) -> io::Result<Vec<Secondary>> {
-    identify(controller, CNS_SECONDARIES).map(|words| Secondary::read_all(&words))
+    let answer = identify(controller, Of { cns: CNS_SECONDARIES, ..Of::default() });
+    answer.map(|words| Secondary::read_all(&words))
 }
 
 /// What a drive answers; what lies past the end reads as 0.
@@ -200,6 +240,17 @@ impl Words {
 
     fn u32(&self, at: usize) -> u32 {
         u32::from(self.u16(at)) | u32::from(self.u16(at + 2)) << 16
+    }
+
+    /// A namespace list: numbers up to the first 0.
+    fn numbers(&self) -> Vec<u32> {
+        (0..IDENTIFY_BYTES / 4).map(|index| self.u32(4 * index)).take_while(|number| *number != 0).collect()
+    }
+
+    /// A controller list: how many, and which.
+    fn controllers(&self) -> Vec<u16> {
+        let count = usize::from(self.u16(0)).min(IDENTIFY_BYTES / 2 - 1);
+        (1..=count).map(|index| self.u16(2 * index)).collect()
     }
 }
 
@@ -249,6 +300,14 @@ mod tests {
         (data[32], data[40], data[64], data[72]) = (1, 1, 2, 2);
         let all = Secondary::read_all(&Words(data));
         assert_eq!(all, [Secondary { id: 1, function: 1 }, Secondary { id: 2, function: 2 }]);
+    }
+
+    #[test]
+    fn lists_are_read() {
+        let list = Words(vec![2, 0, 0, 0, 5, 0, 1, 0, 0, 0, 0, 0, 9]);
+        assert_eq!(list.numbers(), [2, 0x1_0005]);
+        assert_eq!(list.controllers(), [0, 5]);
+        assert_eq!(Words(vec![0xff; IDENTIFY_BYTES]).controllers().len(), IDENTIFY_BYTES / 2 - 1);
     }
 
     proptest! {

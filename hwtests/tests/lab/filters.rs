@@ -1,0 +1,182 @@
+//! The filters are neither too wide nor too narrow: each rule is used, and nothing is tried that no rule allows.
+
+use std::{
+    collections::BTreeSet,
+    fs,
+    io::{Read, Write},
+    os::unix::net::{UnixListener, UnixStream},
+    path::Path,
+    thread,
+    time::Duration,
+};
+
+use casemate_filters::{Role, rules};
+use casemate_hwtests::{
+    devices, expect,
+    harness::{Ctx, Disk, Failure, Running},
+};
+use serde_json::Value;
+
+use crate::{
+    control::operate,
+    disks::{WITH_TOOLS, with_tools},
+    passthrough::{WORDS, have_drive},
+};
+
+/// For a guest that is followed call by call.
+const SOON: Duration = Duration::from_secs(120);
+
+/// A rule, as the tracer tells of its use: role, file, call, and comparisons.
+type Use = (String, String, String, String);
+
+/// Guests that between them have every device and do what an operator can ask are followed by the kernel's own means; what
+/// their threads called is held beside the rules.
+pub(crate) fn rules_are_used(ctx: &mut Ctx) -> Result<(), Failure> {
+    have_drive(ctx)?;
+    let out = ctx.directory().join("calls");
+    everything_emulated(ctx, &out)?;
+    everything_assigned(ctx, &out)?;
+    let mut used: BTreeSet<Use> = BTreeSet::new();
+    for line in fs::read_to_string(&out)?.lines() {
+        let line: Value = serde_json::from_str(line)?;
+        let text = |key: &str| line.get(key).and_then(Value::as_str).unwrap_or_default().to_owned();
+        expect!(line.get("rule") != Some(&Value::Null), "a call that no rule allows: {line}");
+        let when = line.get("when").map(Value::to_string).unwrap_or_default();
+        used.insert((text("role"), text("file"), text("call"), when));
+    }
+    let mut faults = Vec::new();
+    for role in Role::ALL {
+        for rule in rules(role) {
+            let name = |role: Role| {
+                (role.name().to_owned(), rule.file.to_owned(), rule.call.to_owned(), when(rule.when))
+            };
+            // The filter of building repeats the others' rules, for filters stack; it has a use where one of them has.
+            let is_used = match role {
+                Role::Build => Role::ALL.into_iter().any(|role| used.contains(&name(role))),
+                _ => used.contains(&name(role)),
+            };
+            match (is_used, rule.unseen) {
+                (false, None) => {
+                    faults.push(format!("nothing uses {role}: {} {:?} ({})", rule.call, rule.when, rule.file))
+                }
+                (true, Some(_)) => {
+                    println!("seen though marked: {role}: {} {:?} ({})", rule.call, rule.when, rule.file)
+                }
+                _ => {}
+            }
+        }
+    }
+    println!("{} uses of rules seen", used.len());
+    expect!(
+        faults.is_empty(),
+        "rules without a use, to be taken out or marked as `unseen`:\n{}",
+        faults.join("\n")
+    );
+    Ok(())
+}
+
+fn when(words: &[&str]) -> String {
+    Value::from(words.to_vec()).to_string()
+}
+
+/// Starts a guest that is followed.
+fn follow(ctx: &Ctx, out: &Path, guest: &casemate_hwtests::harness::GuestFile) -> Result<Running, Failure> {
+    let file = guest.write_into(ctx.directory())?;
+    let fifo = ctx.directory().join("typed");
+    ctx.shell(&format!("rm -f {0}; mkfifo {0}", fifo.display()))?;
+    let (trace, casemate) = (ctx.program("casemate-jail-trace")?, ctx.program("casemate")?);
+    let [trace, casemate, file, out] =
+        [&trace, &casemate, &file, out].map(|path| path.to_string_lossy().into_owned());
+    let line = format!(
+        "(sleep 1; echo typed; sleep 1000) >{} & exec {trace} {out} {casemate} run --json --stdin {file} <{}",
+        fifo.display(),
+        fifo.display()
+    );
+    ctx.start(["sh", "-c", &line])
+}
+
+/// Two processors, disks by ring and by call, cards of both kinds, sockets, slots; paused, resized, limited, plugged.
+fn everything_emulated(ctx: &Ctx, out: &Path) -> Result<(), Failure> {
+    let (raw, image) = (ctx.directory().join("raw.img"), ctx.directory().join("disk.qcow2"));
+    for path in [&raw, &ctx.directory().join("hot.img")] {
+        fs::write(path, vec![1; 1 << 20])?;
+    }
+    ctx.shell("qemu-img create -q -f qcow2 disk.qcow2 8M")?;
+    let socket = ctx.directory().join("web.vsock");
+    let listener = UnixListener::bind(ctx.directory().join("web.vsock_7001"))?;
+    let echo = thread::spawn(move || -> std::io::Result<()> {
+        let (mut guest, _) = listener.accept()?;
+        let mut bytes = Vec::new();
+        guest.read_to_end(&mut bytes)?;
+        guest.write_all(&bytes)
+    });
+    let script = format!(
+        "{WITH_TOOLS}
+        use_disk() {{ dd if=$1 of=/dev/null bs=64k; dd if=/dev/zero of=$1 bs=64k count=4 conv=notrunc,fsync; blkdiscard -l 65536 $1
+            blkdiscard -z -l 65536 $1; }} 2>/dev/null
+        use_disk /dev/vda; use_disk /dev/vdb
+        for card in 0 1; do ip address add 192.0.$card.2/24 dev eth$card; ip link set eth$card up
+            ping -c 3 -W 20 192.0.$card.1; done
+        head -c 65536 /dev/hwrng >/dev/null
+        head -c 65536 /dev/urandom | tools socat -t 20 - VSOCK-CONNECT:2:7001 >/dev/null
+        tools socat -t 20 VSOCK-LISTEN:7000 PIPE &
+        modprobe -a virtio_blk virtio_net
+        echo guest is ready; read line; echo it read $line
+        until [ -e /dev/vdd ]; do sleep 0.1; done; use_disk /dev/vdd; echo disk used
+        while [ -e /dev/vdd ]; do sleep 0.1; done
+        until [ -e /sys/class/net/eth2 ]; do sleep 0.1; done
+        ip address add 192.0.9.2/24 dev eth2; ip link set eth2 up; ping -c 3 -W 20 192.0.9.1; echo card used
+        while [ -e /sys/class/net/eth2 ]; do sleep 0.1; done; echo all done; sleep 2"
+    );
+    let guest = ctx.guest(&script)?.vcpus(2).slots(1).vsock(&socket);
+    let guest =
+        guest.disk(&raw, false).disk_of(Disk { path: image, format: Some("qcow2"), ..Disk::default() });
+    let guest = guest.net("cmtest0", "192.0.0.1/24").vhost(true).net("cmtest1", "192.0.1.1/24");
+    let running = follow(ctx, out, &with_tools(ctx, guest))?;
+    running.wait_for_text("it read typed", SOON * 2)?;
+    let name = ctx.name();
+    talk(&socket)?;
+    operate(ctx, &["pause", name])?;
+    operate(ctx, &["resume", name])?;
+    operate(ctx, &["stats", name])?;
+    operate(ctx, &["balloon", name, "32MiB"])?;
+    operate(ctx, &["resize", name, "0", "2MiB"])?;
+    operate(ctx, &["limit", name, "disk", "0", "--operations-per-second", "1000"])?;
+    let hot = ctx.directory().join("hot.img");
+    for (what, used) in [
+        (&["--disk", &hot.to_string_lossy()][..], "disk used"),
+        (&["--net", "cmhot0", "--host-address", "192.0.9.1/24"], "card used"),
+    ] {
+        operate(ctx, &[&["attach", name], what].concat())?;
+        running.wait_for_text(used, SOON)?;
+        operate(ctx, &["detach", name, "1", "--within", "50"])?;
+    }
+    running.wait_for_text("all done", SOON)?;
+    operate(ctx, &["power-off", name])?;
+    running.wait(SOON)?;
+    echo.join().map_err(|_| Failure::new("the echo panicked"))??;
+    Ok(())
+}
+
+/// Sends the guest something that it sends back.
+fn talk(socket: &Path) -> Result<(), Failure> {
+    let mut stream = UnixStream::connect(socket)?;
+    stream.set_read_timeout(Some(Duration::from_secs(30)))?;
+    stream.write_all(b"CONNECT 7000\nhello")?;
+    let mut answer = [0; 16];
+    let length = stream.read(&mut answer)?;
+    expect!(answer.get(..2) == Some(b"OK".as_slice()), "{length} bytes came: {answer:?}");
+    Ok(())
+}
+
+/// A drive by MSI-X, and two kinds that have MSI and INTx.
+fn everything_assigned(ctx: &Ctx, out: &Path) -> Result<(), Failure> {
+    let script = format!(
+        "{WORDS}
+        wait_for /sys/block/nvme0n1/size 131072
+        dd if=/dev/nvme0n1 of=/dev/null bs=64k count=64 2>/dev/null; echo drive used"
+    );
+    let run = follow(ctx, out, &ctx.guest(&script)?.device(devices::NVME))?.wait(SOON * 2)?;
+    run.printed("drive used")?;
+    Ok(())
+}
