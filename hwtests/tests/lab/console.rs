@@ -17,7 +17,7 @@ const SOON: Duration = Duration::from_secs(60);
 
 /// Starts a shell command that runs the guest (`$CASEMATE run FILE`) with a FIFO as its input; returns the FIFO's other
 /// end.
-fn start(ctx: &Ctx, guest: &GuestFile, command: &str) -> Result<(Running, File), Failure> {
+pub(crate) fn start(ctx: &Ctx, guest: &GuestFile, command: &str) -> Result<(Running, File), Failure> {
     let fifo = ctx.directory().join("typed");
     ctx.shell(&format!("rm -f {0}; mkfifo {0}", fifo.display()))?;
     let path = |path: &Path| path.to_string_lossy().into_owned();

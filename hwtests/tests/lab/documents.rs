@@ -49,7 +49,9 @@ pub(crate) fn commands_run(ctx: &mut Ctx) -> Result<(), Failure> {
     }
     // The documents' own guest, and what the demo makes for the examples.
     GuestImage::new("true").write(ctx.layout(), Path::new("target/lab/demo.cpio"))?;
-    fs::write("target/lab/demo.img", vec![0; 1 << 16])?;
+    for image in ["target/lab/demo.img", "data.img"] {
+        fs::write(image, vec![0; 1 << 16])?;
+    }
     let example = fs::read_to_string("examples/nvme-and-nic.toml")?;
     fs::write("guest.toml", example.replace("../", ""))?;
     expect!(example.contains(devices::NVME), "the example has the lab's drive");
@@ -57,7 +59,7 @@ pub(crate) fn commands_run(ctx: &mut Ctx) -> Result<(), Failure> {
     // The documents look at a guest that runs.
     let disk = ctx.directory().join("web.img");
     fs::write(&disk, vec![0; 1 << 16])?;
-    let web = ctx.start_guest(&ctx.guest("sleep 600")?.named("web").disk(&disk, false))?;
+    let web = ctx.start_guest(&ctx.guest("sleep 600")?.named("web").slots(2).disk(&disk, false))?;
     web.wait_for_text("CASEMATE-INIT", Duration::from_secs(120))?;
 
     let mut files = vec!["README.md".to_owned()];

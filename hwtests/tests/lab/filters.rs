@@ -2,7 +2,7 @@
 
 use std::{
     collections::BTreeSet,
-    fs,
+    fs::{self, File},
     io::{Read, Write},
     os::unix::net::{UnixListener, UnixStream},
     path::Path,
@@ -13,11 +13,12 @@ use std::{
 use casemate_filters::{Role, rules};
 use casemate_hwtests::{
     devices, expect,
-    harness::{Ctx, Disk, Failure, Running},
+    harness::{Ctx, Disk, Failure, GuestFile, Running},
 };
 use serde_json::Value;
 
 use crate::{
+    console,
     control::operate,
     disks::{WITH_TOOLS, with_tools},
     passthrough::{WORDS, have_drive},
@@ -79,20 +80,11 @@ fn when(words: &[&str]) -> String {
     Value::from(words.to_vec()).to_string()
 }
 
-/// Starts a guest that is followed.
-fn follow(ctx: &Ctx, out: &Path, guest: &casemate_hwtests::harness::GuestFile) -> Result<Running, Failure> {
-    let file = guest.write_into(ctx.directory())?;
-    let fifo = ctx.directory().join("typed");
-    ctx.shell(&format!("rm -f {0}; mkfifo {0}", fifo.display()))?;
-    let (trace, casemate) = (ctx.program("casemate-jail-trace")?, ctx.program("casemate")?);
-    let [trace, casemate, file, out] =
-        [&trace, &casemate, &file, out].map(|path| path.to_string_lossy().into_owned());
-    let line = format!(
-        "(sleep 1; echo typed; sleep 1000) >{} & exec {trace} {out} {casemate} run --json --stdin {file} <{}",
-        fifo.display(),
-        fifo.display()
-    );
-    ctx.start(["sh", "-c", &line])
+/// Starts a guest that is followed; returns what types at its console.
+fn follow(ctx: &Ctx, out: &Path, guest: &GuestFile) -> Result<(Running, File), Failure> {
+    let trace = ctx.program("casemate-jail-trace")?;
+    let command = format!("{} {} $CASEMATE run --json --stdin $FILE", trace.display(), out.display());
+    console::start(ctx, guest, &command)
 }
 
 /// Two processors, disks by ring and by call, cards of both kinds, sockets, slots; paused, resized, limited, plugged.
@@ -132,8 +124,10 @@ fn everything_emulated(ctx: &Ctx, out: &Path) -> Result<(), Failure> {
     let guest =
         guest.disk(&raw, false).disk_of(Disk { path: image, format: Some("qcow2"), ..Disk::default() });
     let guest = guest.net("cmtest0", "192.0.0.1/24").vhost(true).net("cmtest1", "192.0.1.1/24");
-    let running = follow(ctx, out, &with_tools(ctx, guest))?;
-    running.wait_for_text("it read typed", SOON * 2)?;
+    let (running, mut typed) = follow(ctx, out, &with_tools(ctx, guest))?;
+    running.wait_for_text("guest is ready", SOON * 2)?;
+    typed.write_all(b"good day\n")?;
+    running.wait_for_text("it read good day", SOON)?;
     let name = ctx.name();
     talk(&socket)?;
     operate(ctx, &["pause", name])?;
@@ -176,7 +170,8 @@ fn everything_assigned(ctx: &Ctx, out: &Path) -> Result<(), Failure> {
         wait_for /sys/block/nvme0n1/size 131072
         dd if=/dev/nvme0n1 of=/dev/null bs=64k count=64 2>/dev/null; echo drive used"
     );
-    let run = follow(ctx, out, &ctx.guest(&script)?.device(devices::NVME))?.wait(SOON * 2)?;
+    let (running, _typed) = follow(ctx, out, &ctx.guest(&script)?.device(devices::NVME))?;
+    let run = running.wait(SOON * 2)?;
     run.printed("drive used")?;
     Ok(())
 }

@@ -32,9 +32,6 @@ use std::process::ExitCode;
 
 use casemate_hwtests::harness::{self, LabTest};
 
-/// Of tests that are new: they run with the long ones until they were seen to pass, and what they test is told as unproven.
-const UNPROVEN: &str = "new, and not yet seen to pass";
-
 const TESTS: &[LabTest] = &[
     // The lab itself
     LabTest::new("lab-has-kvm-and-vfio", lab::has_kvm_and_vfio),
@@ -57,57 +54,46 @@ const TESTS: &[LabTest] = &[
     LabTest::new("panic-ends-the-run", boot::panic_ends_the_run),
     LabTest::new("panic-untold-is-a-reset", boot::panic_untold_is_a_reset),
     LabTest::new("triple-fault-ends-the-run", boot::triple_fault_ends_the_run),
-    LabTest::new("watchdog-bites", board::watchdog_bites).long(UNPROVEN),
+    LabTest::new("watchdog-bites", board::watchdog_bites),
     LabTest::new("power-button-is-obeyed", boot::power_button_is_obeyed),
     LabTest::new("power-button-ignored-stops", boot::power_button_ignored_stops),
     // Console
     LabTest::new("console-takes-input", console::takes_input),
     LabTest::new("terminal-is-the-guests", console::terminal_is_the_guests),
     // A guest that runs
-    LabTest::new("operator-pauses-a-guest", control::pauses_and_goes_on).long(UNPROVEN),
-    LabTest::new("operator-presses-the-button", control::presses_the_button_by_name).long(UNPROVEN),
-    LabTest::new("operator-inflates-the-balloon", control::balloon_takes_and_gives).long(UNPROVEN),
-    LabTest::new("operator-limits-a-disk", control::limits_hold).long(UNPROVEN),
-    LabTest::new("operator-resizes-a-disk", control::disk_grows_and_shrinks).long(UNPROVEN),
+    LabTest::new("operator-pauses-a-guest", control::pauses_and_goes_on),
+    LabTest::new("operator-presses-the-button", control::presses_the_button_by_name),
+    LabTest::new("operator-inflates-the-balloon", control::balloon_takes_and_gives),
+    LabTest::new("operator-limits-a-disk", control::limits_hold),
+    LabTest::new("operator-resizes-a-disk", control::disk_grows_and_shrinks),
     // Emulated devices
     LabTest::new("disk-is-read-and-written", virtio::disk_is_read_and_written),
     LabTest::new("disk-discards", virtio::disk_discards),
     LabTest::new("read-only-disk-stays", virtio::read_only_disk_stays),
     LabTest::new("raw-disks-keep-what-is-written", disks::raw_disks_keep_what_is_written)
-        .long(UNPROVEN)
         .deadline_seconds(400),
     LabTest::new("qcow2-disks-keep-what-is-written", disks::qcow2_disks_keep_what_is_written)
-        .long(UNPROVEN)
         .deadline_seconds(400),
     LabTest::new("network-carries-both-ways", virtio::network_carries_both_ways),
-    LabTest::new("cards-carry-long-frames", network::cards_carry_long_frames)
-        .long(UNPROVEN)
-        .deadline_seconds(300),
-    LabTest::new("sockets-reach-both-ways", sockets::sockets_reach_both_ways)
-        .long(UNPROVEN)
-        .deadline_seconds(240),
+    LabTest::new("cards-carry-long-frames", network::cards_carry_long_frames).deadline_seconds(300),
+    LabTest::new("sockets-reach-both-ways", sockets::sockets_reach_both_ways).deadline_seconds(240),
     LabTest::new("free-memory-goes-back", virtio::free_memory_goes_back),
     LabTest::new("entropy-is-there", virtio::entropy_is_there),
     // Hot-plug
-    LabTest::new("slots-are-seen", hotplug::slots_are_seen).long(UNPROVEN),
-    LabTest::new("disk-and-net-come-and-go", hotplug::disk_and_net_come_and_go)
-        .long(UNPROVEN)
-        .deadline_seconds(400),
+    LabTest::new("slots-are-seen", hotplug::slots_are_seen),
+    LabTest::new("disk-and-net-come-and-go", hotplug::disk_and_net_come_and_go).deadline_seconds(400),
     LabTest::new("ten-plugs-in-a-row", hotplug::ten_plugs_in_a_row)
         .long("Linux takes five seconds for each to let go")
         .deadline_seconds(900),
-    LabTest::new("slots-refuse", hotplug::refuse_and_force).long(UNPROVEN).deadline_seconds(300),
+    LabTest::new("slots-refuse", hotplug::refuse_and_force).deadline_seconds(300),
     // Policy
     LabTest::new("too-big-is-refused", admission::too_big_is_refused),
     LabTest::new("swapped-plugin-flips-the-verdict", admission::swapped_plugin_flips_the_verdict),
     LabTest::new("broken-policy-refuses", admission::whatever_is_wrong_with_a_policy_refuses),
     LabTest::new("decisions-are-kept-and-asked-again", admission::decisions_are_kept_and_asked_again),
     LabTest::new("policy-changes-the-guest", admission::a_policy_changes_the_guest_and_knows_its_kernel),
-    LabTest::new("policy-signature-is-asked-for", admission::only_what_the_hosts_key_signed_decides)
-        .long(UNPROVEN),
-    LabTest::new("governors-act-and-tell", governors::act_within_bounds_and_tell)
-        .long(UNPROVEN)
-        .deadline_seconds(400),
+    LabTest::new("policy-signature-is-asked-for", admission::only_what_the_hosts_key_signed_decides),
+    LabTest::new("governors-act-and-tell", governors::act_within_bounds_and_tell).deadline_seconds(400),
     // Bad input
     LabTest::new("refuses-wrong-values", refusals::wrong_values),
     LabTest::new("refuses-wrong-images", refusals::wrong_images),
@@ -125,19 +111,18 @@ const TESTS: &[LabTest] = &[
     LabTest::new("pool-gives-a-drive-to-one-tenant", pools::pool_gives_a_drive_to_one_tenant),
     LabTest::new("another-card-is-refused", pools::another_card_is_refused),
     LabTest::new("operator-keeps-a-drive-back", pools::operator_keeps_a_drive_back),
-    LabTest::new("vfio-many-kinds-in-one-guest", devices::many_kinds_in_one_guest).long(UNPROVEN),
-    LabTest::new("vfio-dma-ends-with-its-guest", devices::dma_ends_with_its_guest).long(UNPROVEN),
-    LabTest::new("vfio-failed-reset-is-quarantined", devices::failed_reset_is_quarantined).long(UNPROVEN),
-    LabTest::new("vfio-card-is-reset-as-a-whole", devices::card_is_reset_as_a_whole).long(UNPROVEN),
+    LabTest::new("vfio-many-kinds-in-one-guest", devices::many_kinds_in_one_guest)
+        .long("new, and not yet seen to pass"),
+    LabTest::new("vfio-dma-ends-with-its-guest", devices::dma_ends_with_its_guest),
+    LabTest::new("vfio-failed-reset-is-quarantined", devices::failed_reset_is_quarantined),
+    LabTest::new("vfio-card-is-reset-as-a-whole", devices::card_is_reset_as_a_whole),
     LabTest::new("vfio-packets-cost-no-exits", devices::packets_cost_no_exits)
         .long("sends 20,000 packets through emulated cards")
         .deadline_seconds(1800),
-    LabTest::new("vfio-virtual-functions-of-a-card", virtual_functions::of_a_card_in_two_guests)
-        .long(UNPROVEN),
-    LabTest::new("vfio-virtual-functions-of-a-killed-keep-go", virtual_functions::of_a_killed_keep_go)
-        .long(UNPROVEN),
+    LabTest::new("vfio-virtual-functions-of-a-card", virtual_functions::of_a_card_in_two_guests),
+    LabTest::new("vfio-virtual-functions-of-a-killed-keep-go", virtual_functions::of_a_killed_keep_go),
     LabTest::new("vfio-virtual-functions-of-a-drive", virtual_functions::of_a_drive_has_its_namespace)
-        .long(UNPROVEN),
+        .long("new, and not yet seen to pass"),
     // Ends from outside
     LabTest::new("killed-vmm-is-told-and-undone", endings::killed_vmm_is_told_and_undone),
     LabTest::new("recover-undoes-a-killed-run", endings::recover_undoes_a_killed_run),
@@ -149,19 +134,17 @@ const TESTS: &[LabTest] = &[
     // The cell
     LabTest::new("cell-is-closed-around-a-guest", cell::is_closed_around_a_running_guest),
     LabTest::new("audit-tells-what-a-cell-is", audit::tells_what_a_cell_is),
-    LabTest::new("cell-cannot-confuse-its-keep", cell::keep_bears_a_captured_vmm).long(UNPROVEN),
-    LabTest::new("cell-is-weaker-by-leave-alone", cell::is_weaker_by_leave_alone).long(UNPROVEN),
+    LabTest::new("cell-cannot-confuse-its-keep", cell::keep_bears_a_captured_vmm),
+    LabTest::new("cell-is-weaker-by-leave-alone", cell::is_weaker_by_leave_alone),
     LabTest::new("cell-is-closed-around-the-compiler", cell::is_closed_around_the_policy_compiler),
     LabTest::new("cell-hears-its-keep-alone", cell::hears_its_keep_alone),
-    LabTest::new("cell-stops-its-victims", cell::stops_its_victims)
-        .long("two of its rows, io-uring and bomb-threads under `build`, are not yet as the table says")
-        .deadline_seconds(450),
+    LabTest::new("cell-stops-its-victims", cell::stops_its_victims).deadline_seconds(450),
     LabTest::new("cell-has-no-idle-rules", filters::rules_are_used)
         .long("follows guests call by call")
         .deadline_seconds(600),
     // The documents
     LabTest::new("commands-in-the-documents-run", documents::commands_run)
-        .long("commands of new pages were not all seen to pass")
+        .long("new, and not yet seen to pass")
         .deadline_seconds(240),
 ];
 

@@ -120,7 +120,7 @@ pub(crate) fn of_a_drive_has_its_namespace(ctx: &mut Ctx) -> Result<(), Failure>
     have_drive(ctx)?;
     let digest = ctx.shell("head -c 16777216 /dev/nvme0n1 | sha256sum | cut -d' ' -f1")?;
     let before = HostState::now();
-    // It sees that namespace alone, though the drive attaches the first to all of its controllers.
+    // It sees that namespace alone.
     let script = format!(
         r#"{WORDS}
         n=0; until [ -b /dev/nvme0n1 ] || [ $n = 100 ]; do sleep 0.1; n=$((n + 1)); done

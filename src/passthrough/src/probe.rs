@@ -23,6 +23,8 @@ const INTA: u8 = 1;
 const PM_BYTES: u16 = 8;
 const MSIX_BYTES: u16 = 12;
 const MSI_BYTES_LEAST: u16 = 10;
+/// Id, link and length.
+const VENDOR_BYTES_LEAST: u8 = 3;
 const EXPRESS_V1_BYTES: u16 = 0x14;
 /// A version 2 capability of a root complex integrated endpoint ends with the second device registers.
 const EXPRESS_V2_BYTES: u16 = 0x2c;
@@ -244,10 +246,26 @@ fn add_capabilities(
                 }
                 msix = Some(Msix::add(config, layout)?);
             }
+            Some(regs::CAP_ID_VNDR) => {
+                if let Some(body) = vendor_specific(space, found) {
+                    add(config, found, &body, &[])?;
+                }
+            }
             _ => {}
         }
     }
     Ok((msix, msi))
+}
+
+/// What follows id and link of a vendor-specific capability (PCI 3.0, appendix H): its own length, and what the vendor put
+/// there. One that is shorter than its header or reaches into another is left out.
+fn vendor_specific(space: &Space, found: FoundCapability) -> Option<Vec<u8>> {
+    let at = usize::from(found.offset);
+    let length = *space.0.get(at + 2)?;
+    if length < VENDOR_BYTES_LEAST || u16::from(length) > found.room {
+        return None;
+    }
+    Some(space.0.get(at + 2..at + usize::from(length))?.to_vec())
 }
 
 fn require(found: FoundCapability, bytes: u16) -> Result<(), ProbeError> {

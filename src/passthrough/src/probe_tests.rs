@@ -20,21 +20,32 @@ fn shows_what_the_filter_names_and_nothing_else() {
         0x0000_0004, 0, 0, 0x0000_0008, 0, 0,
         0, 0x1100_1af4, 0, 0x0000_0040, 0, 0,
     ]);
-    // MSI-X, PCI Express and Power Management stay where they are; vendor specific and MSI are gone, bodies too.
+    // MSI-X, PCI Express, vendor specific and Power Management stay where they are; MSI is gone, its body too.
     assert_eq!(
         [u32_of(config, 0x40), u32_of(config, 0x44), u32_of(config, 0x48)],
         [0x0040_8011, 0x2000, 0x3000]
     );
     assert_eq!(
         [u32_of(config, 0x80), u32_of(config, 0x84), u32_of(config, 0x88)],
-        [0x0092_f010, 0x8001, 0x2830 & 0x78f0]
+        [0x0092_c010, 0x8001, 0x2830 & 0x78f0]
     );
     assert_eq!([u32_of(config, 0xf0), u32_of(config, 0xf4)], [0x0007_0001, 0x8]);
-    for offset in (0x8c..0xf0).chain(0x100..0x1000).step_by(4) {
+    assert_eq!([u32_of(config, 0xc0), u32_of(config, 0xc4)], [0xde08_f009, 0x55ef_bead]);
+    for offset in (0x8c..0xc0).chain(0xc8..0xf0).chain(0x100..0x1000).step_by(4) {
         assert_eq!(u32_of(config, offset), 0, "{offset:#x}");
     }
     assert_eq!((probe.vectors(), probe.hidden_io_bars()), (65, &[(2, 0x20)][..]));
     assert!(mock.take_events().is_empty(), "probing changes nothing");
+}
+
+#[test]
+fn a_vendors_capability_that_lies_about_its_length_is_left_out() {
+    for length in [0, 2, 0x11, 0xff] {
+        let mut mock = Mock::nvme();
+        mock.space[0xc2] = length;
+        let config = Probe::read(&mut mock).unwrap().config;
+        assert_eq!((u32_of(&config, 0x80), u32_of(&config, 0xc0)), (0x0092_f010, 0), "{length:#x}");
+    }
 }
 
 #[test]
