@@ -4,9 +4,7 @@
 
 use std::sync::{Arc, Mutex};
 
-use casemate_passthrough::{
-    AssignedFunction, IrqInfo, Parts, Probe, Region, VectorKind, Vfio, VfioError,
-};
+use casemate_passthrough::{AssignedFunction, IrqInfo, Parts, Probe, Region, VectorKind, Vfio, VfioError};
 use casemate_pci::{Function, MsiMessage, VectorSink};
 use libfuzzer_sys::fuzz_target;
 use vmm_sys_util::eventfd::EventFd;

@@ -9,7 +9,8 @@ const FILE_MAX_BYTES: u64 = 16 << 20;
 fuzz_target!(|input: &[u8]| {
     let (image, script) = input.split_at(input.len().saturating_sub(512));
     let Some(size) = image.get(24..32).and_then(|size| size.try_into().ok()) else { return };
-    let below = BlkBelow { file: hostile::file(&[0xbe; 4096], 4096), size_bytes: 4096, format: BlkFormat::Raw };
+    let below =
+        BlkBelow { file: hostile::file(&[0xbe; 4096], 4096), size_bytes: 4096, format: BlkFormat::Raw };
     let backend = BlkBackend {
         file: hostile::file(image, 0),
         format: BlkFormat::Qcow2 {

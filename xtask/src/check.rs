@@ -8,7 +8,7 @@ use std::{
 use casemate_hwtests::LabError;
 
 use crate::{
-    deny, lab,
+    deny, fuzz, lab,
     steps::{Counts, Part, Parts, build_programs, cargo, programs},
     tidy,
 };
@@ -39,6 +39,9 @@ pub(crate) fn run(long: bool, filter: Option<&str>) -> Result<ExitCode, LabError
     parts.run(UNIT_TESTS, unit_tests(long, filter));
     if built && filter.is_none() {
         parts.record("commands in the documents", || documented_commands(&programs().join("casemate")));
+    }
+    if filter.is_none() {
+        parts.record("fuzz targets", || fuzz::fuzz(None, fuzz::BRIEFLY));
     }
     if prepared && built {
         parts.run(LAB_TESTS, lab_tests(long, filter));

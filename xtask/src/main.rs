@@ -1,11 +1,13 @@
 //! The project's own commands, run as `cargo xtask ...`.
 //!
 //! Whatever a contributor or a machine runs is here, in Rust, and nowhere else: [`check`] is the whole test run, [`lab`]
-//! prepares and explores the hardware lab, [`demo`] shows the main job, [`tidy`] holds the house rules.
+//! prepares and explores the hardware lab, [`demo`] shows the main job, [`fuzz`] throws
+//! anything at what can be reached from outside, [`tidy`] holds the house rules.
 
 mod check;
 mod demo;
 mod deny;
+mod fuzz;
 mod lab;
 mod progress;
 mod steps;
@@ -45,6 +47,18 @@ enum Command {
     },
     /// Show the main job: one guest admitted by a policy, jailed, with an NVMe drive and a network card of the host's
     Demo(demo::DemoArguments),
+    /// Throw anything at what guests, devices and users can reach, for a while; the test run does so briefly
+    #[command(
+        after_help = "What is found goes to target/fuzz: inputs that reached new code to corpus, those that failed to \
+        crashes. The targets\nare the files in fuzz/targets."
+    )]
+    Fuzz {
+        /// For each target
+        #[arg(long, default_value_t = 60, value_name = "SECONDS", value_parser = clap::value_parser!(u64).range(1..))]
+        seconds: u64,
+        /// Run this one alone
+        target: Option<String>,
+    },
     /// Prepare or use the hardware lab
     #[command(subcommand)]
     Lab(LabCommand),
@@ -76,6 +90,7 @@ fn main() -> ExitCode {
     let outcome = match Arguments::parse().command {
         Command::Test { long, filter } => check::run(long, filter.as_deref()),
         Command::Demo(arguments) => demo::run(&arguments),
+        Command::Fuzz { seconds, target } => fuzz::run(target.as_deref(), seconds),
         Command::Lab(LabCommand::Prepare) => lab::prepare().map(|_| ExitCode::SUCCESS),
         Command::Lab(LabCommand::Run { deadline, program }) => lab::run(&program, deadline),
         Command::Tidy => tidy::run(),

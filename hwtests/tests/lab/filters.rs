@@ -21,7 +21,7 @@ use crate::{
     console,
     control::operate,
     disks::{WITH_TOOLS, with_tools},
-    passthrough::{WORDS, have_drive},
+    passthrough::{WORDS, have_drive, with_rtl8139},
 };
 
 /// For a guest that is followed call by call.
@@ -46,14 +46,18 @@ pub(crate) fn rules_are_used(ctx: &mut Ctx) -> Result<(), Failure> {
         used.insert((text("role"), text("file"), text("call"), when));
     }
     let mut faults = Vec::new();
-    for role in Role::ALL {
+    println!("not followed: the policy compiler, which runs when a plugin is first seen");
+    for role in Role::ALL.into_iter().filter(|role| *role != Role::Compiler) {
         for rule in rules(role) {
             let name = |role: Role| {
                 (role.name().to_owned(), rule.file.to_owned(), rule.call.to_owned(), when(rule.when))
             };
-            // The filter of building repeats the others' rules, for filters stack; it has a use where one of them has.
-            let is_used = match role {
-                Role::Build => Role::ALL.into_iter().any(|role| used.contains(&name(role))),
+            // The filter of building repeats the others' rules, for filters stack; it has a use where one of them has. What
+            // the language's run time needs is one file for all threads.
+            let is_used = match (role, rule.file) {
+                (Role::Build, _) | (_, "runtime") => {
+                    Role::ALL.into_iter().any(|role| used.contains(&name(role)))
+                }
                 _ => used.contains(&name(role)),
             };
             match (is_used, rule.unseen) {
@@ -128,6 +132,8 @@ fn everything_emulated(ctx: &Ctx, out: &Path) -> Result<(), Failure> {
     running.wait_for_text("guest is ready", SOON * 2)?;
     typed.write_all(b"good day\n")?;
     running.wait_for_text("it read good day", SOON)?;
+    // The end of its input, which the thread that types does not outlive.
+    drop(typed);
     let name = ctx.name();
     talk(&socket)?;
     operate(ctx, &["pause", name])?;
@@ -163,15 +169,20 @@ fn talk(socket: &Path) -> Result<(), Failure> {
     Ok(())
 }
 
-/// A drive by MSI-X, and two kinds that have MSI and INTx.
+/// A drive by MSI-X and a card by INTx, in memory as the guest's file wants it.
 fn everything_assigned(ctx: &Ctx, out: &Path) -> Result<(), Failure> {
     let script = format!(
         "{WORDS}
         wait_for /sys/block/nvme0n1/size 131072
-        dd if=/dev/nvme0n1 of=/dev/null bs=64k count=64 2>/dev/null; echo drive used"
+        dd if=/dev/nvme0n1 of=/dev/null bs=64k count=64 2>/dev/null; echo drive used
+        card=$(interface 8139cp); ip addr add 10.0.2.15/24 dev $card; ip link set $card up
+        wait_for /sys/class/net/$card/carrier 1; ping -c 3 -W 20 10.0.2.2 && echo card used"
     );
-    let (running, _typed) = follow(ctx, out, &ctx.guest(&script)?.device(devices::NVME))?;
-    let run = running.wait(SOON * 2)?;
-    run.printed("drive used")?;
-    Ok(())
+    let guest = ctx.guest(&script)?.device(devices::NVME).device(devices::RTL8139);
+    let guest = guest.table("ram", "huge_pages = \"none\"\nprefault = true\nnuma_node = 0")?;
+    with_rtl8139(ctx, |ctx| {
+        let (running, _typed) = follow(ctx, out, &guest)?;
+        running.wait(SOON * 2)?.printed("drive used")?.printed("card used")?;
+        Ok(())
+    })
 }

@@ -111,8 +111,7 @@ const TESTS: &[LabTest] = &[
     LabTest::new("pool-gives-a-drive-to-one-tenant", pools::pool_gives_a_drive_to_one_tenant),
     LabTest::new("another-card-is-refused", pools::another_card_is_refused),
     LabTest::new("operator-keeps-a-drive-back", pools::operator_keeps_a_drive_back),
-    LabTest::new("vfio-many-kinds-in-one-guest", devices::many_kinds_in_one_guest)
-        .long("new, and not yet seen to pass"),
+    LabTest::new("vfio-many-kinds-in-one-guest", devices::many_kinds_in_one_guest),
     LabTest::new("vfio-dma-ends-with-its-guest", devices::dma_ends_with_its_guest),
     LabTest::new("vfio-failed-reset-is-quarantined", devices::failed_reset_is_quarantined),
     LabTest::new("vfio-card-is-reset-as-a-whole", devices::card_is_reset_as_a_whole),
@@ -139,13 +138,9 @@ const TESTS: &[LabTest] = &[
     LabTest::new("cell-is-closed-around-the-compiler", cell::is_closed_around_the_policy_compiler),
     LabTest::new("cell-hears-its-keep-alone", cell::hears_its_keep_alone),
     LabTest::new("cell-stops-its-victims", cell::stops_its_victims).deadline_seconds(450),
-    LabTest::new("cell-has-no-idle-rules", filters::rules_are_used)
-        .long("follows guests call by call")
-        .deadline_seconds(600),
+    LabTest::new("cell-has-no-idle-rules", filters::rules_are_used).deadline_seconds(600),
     // The documents
-    LabTest::new("commands-in-the-documents-run", documents::commands_run)
-        .long("new, and not yet seen to pass")
-        .deadline_seconds(240),
+    LabTest::new("commands-in-the-documents-run", documents::commands_run).deadline_seconds(240),
 ];
 
 fn main() -> ExitCode {

@@ -59,11 +59,11 @@ pub(crate) fn wrong_values(ctx: &mut Ctx) -> Result<(), Failure> {
     let guest = ctx.guest("true")?.device(devices::NVME).to_toml()?;
     for (good, bad, refused) in [
         ("tenant", "tenants", ("unknown-key", "tenants", "tenants")),
-        ("vcpus = 2", "vcpus = 0", ("bad-vcpus", "vcpus", "vCPUs")),
-        ("vcpus = 2", "vcpus = 65", ("bad-vcpus", "vcpus", "1 to 64")),
+        ("vcpus = 1", "vcpus = 0", ("bad-vcpus", "vcpus", "vCPUs")),
+        ("vcpus = 1", "vcpus = 65", ("bad-vcpus", "vcpus", "1 to 64")),
         ("256 MiB", "0 MiB", ("bad-memory", "memory", "0")),
         ("256 MiB", "3 MiB", ("bad-memory", "memory", "64 MiB")),
-        ("vcpus = 2", "vcpus = \"two\"", ("bad-toml", "vcpus", "two")),
+        ("vcpus = 1", "vcpus = \"two\"", ("bad-toml", "vcpus", "two")),
         (devices::NVME, "3:0", ("bad-pci-address", "device[0].address", "3:0")),
     ] {
         let (code, key, says) = refused;

@@ -48,7 +48,7 @@ impl Fixture {
             Some(5),
         );
         machine.pci("0000:00:1f.0", &[("class", "0x060100")], None, Some(7));
-        machine.pci("0000:00:1f.2", &[("class", "0x010601"), ("reset_method", "bus")], Some("ahci"), Some(7));
+        machine.pci("0000:00:1f.2", &[("class", "0x010601"), ("reset_method", "pm")], Some("ahci"), Some(7));
         machine.pci("0000:00:1f.3", &[("class", "0x0c0500")], None, Some(7));
         let e1000e =
             [("class", "0x020000"), ("vendor", "0x8086"), ("device", "0x10d3"), ("reset_method", "pm bus")];

@@ -410,7 +410,7 @@ mod tests {
     fn what_shares_its_group() {
         let machine = Fixture::typical();
         // The ISA bridge stays, the SMBus controller has no driver: only the mate's use matters.
-        machine.pci("0000:00:1f.4", &[("class", "0x010601"), ("reset_method", "bus")], Some("ahci"), Some(7));
+        machine.pci("0000:00:1f.4", &[("class", "0x010601"), ("reset_method", "pm")], Some("ahci"), Some(7));
         let refusal = refused(&machine, &["0000:00:1f.4"]);
         assert_eq!(refusal.code, "device-group-shared");
         assert!(

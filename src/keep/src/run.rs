@@ -119,7 +119,6 @@ pub fn run(
     let choosing = (!located.guest.pooled.is_empty()).then(|| ledger.choosing()).transpose()?;
     choose_devices(&mut located, &pools, &ledger)?;
     let addresses = judge_devices(&located, &host, &functions, &ledger)?;
-    judge_needs(&located, &host, &functions, &addresses)?;
     let (unchecked, digests) = (pools.unchecked(&addresses), pools.digested(&addresses));
 
     let weakened = cell::weakened(paths, &located.guest, &images, &host_file.cell)?;
@@ -136,6 +135,8 @@ pub fn run(
         inventory: Inventory { functions: &functions, pools: Some(&pools), ledger: Some(&ledger) },
         weakened: &weakened,
     })?;
+    // Of the guest as the policies have made it: they may change its memory.
+    judge_needs(&located, &host, &functions, &addresses)?;
     identity.tell(&located.guest)?;
     tell(Step::Admitted { policy: policy.clone() });
 
@@ -203,13 +204,13 @@ pub fn try_guest(paths: &Paths, file: &Path, policy: &Path) -> Result<PolicyRepo
         false => paths.state.is_dir().then(|| Ledger::open(&paths.state).ok()).flatten(),
     };
     let pools = Pools::new(&host, &functions, &host_file.pools)?;
+    let mut addresses = Vec::new();
     if has_devices && let Some(ledger) = &ledger {
         judge_devices(&located, &host, &functions, ledger)?;
         choose_devices(&mut located, &pools, ledger)?;
-        let addresses = judge_devices(&located, &host, &functions, ledger)?;
-        judge_needs(&located, &host, &functions, &addresses)?;
+        addresses = judge_devices(&located, &host, &functions, ledger)?;
     }
-    admission::rehearse(Question {
+    let report = admission::rehearse(Question {
         paths,
         bundle: policy,
         override_why: None,
@@ -217,7 +218,9 @@ pub fn try_guest(paths: &Paths, file: &Path, policy: &Path) -> Result<PolicyRepo
         images: &mut images,
         inventory: Inventory { functions: &functions, pools: Some(&pools), ledger: ledger.as_ref() },
         weakened: &weakened,
-    })
+    })?;
+    judge_needs(&located, &host, &functions, &addresses)?;
+    Ok(report)
 }
 
 /// Gives back what a keep that was killed left behind.

@@ -93,10 +93,11 @@ fn advise(start: *mut u8, size: usize, ram: Ram) -> io::Result<()> {
         let mut nodes = [0u64; NODES / 64];
         let word = nodes.get_mut(usize::from(node) / 64).ok_or(io::ErrorKind::InvalidInput)?;
         *word = 1 << (node % 64);
+        // Each as wide as a register: of a narrower one, the sixth goes by the stack with whatever stood beside it, and the
+        // filter compares all 64 bits.
+        let (mode, flags) = (libc::MPOL_BIND as libc::c_ulong, 0 as libc::c_ulong);
         // SAFETY: the range is the fresh mapping; the kernel reads as many bits of `nodes` as it has.
-        told(unsafe {
-            libc::syscall(libc::SYS_mbind, start, size, libc::MPOL_BIND, nodes.as_ptr(), NODES, 0)
-        })?;
+        told(unsafe { libc::syscall(libc::SYS_mbind, start, size, mode, nodes.as_ptr(), NODES, flags) })?;
     }
     let madvise = |advice| {
         // SAFETY: advice on a fresh mapping that holds nothing yet.

@@ -52,7 +52,17 @@ pub(crate) const ROOMS: &[Room] = &[
         "casemate",
         &["casemate-filters", "casemate-host", "casemate-keep", "casemate-policy", "casemate-spec"],
     ),
-    room("casemate-fuzz", &["casemate-passthrough", "casemate-pci", "casemate-spec", "casemate-virtio"]),
+    room(
+        "casemate-fuzz",
+        &[
+            "casemate-chipset",
+            "casemate-passthrough",
+            "casemate-pci",
+            "casemate-spec",
+            "casemate-virtio",
+            "casemate-wire",
+        ],
+    ),
     room("casemate-hwtests", &["casemate-filters", "casemate-jail"]),
     room("xtask", &["casemate-hwtests"]),
 ];
