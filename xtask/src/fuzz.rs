@@ -35,7 +35,7 @@ pub(crate) fn run(target: Option<&str>, seconds: u64) -> Result<ExitCode, LabErr
     {
         return Err(LabError::new(
             format_args!("there is no fuzz target {target:?}"),
-            &format!("name one of {}", all.join(", ")),
+            format!("name one of {}", all.join(", ")),
         ));
     }
     let (ok, _) = fuzz(target, Duration::from_secs(seconds));

@@ -10,7 +10,12 @@ use casemate_hwtests::{
     harness::{Ctx, Failure, Finished},
 };
 
-use crate::{host_state::HostState, passthrough::have_drive};
+use serde_json::Value;
+
+use crate::{
+    host_state::HostState,
+    passthrough::{came_back, have_drive},
+};
 
 fn workspace(path: &str) -> PathBuf {
     Path::new(env!("CARGO_MANIFEST_DIR")).join("..").join(path)
@@ -39,6 +44,14 @@ impl Bundle {
         );
         fs::write(&path, text)?;
         Ok(Self { path, plugin: copy })
+    }
+
+    /// And another plugin, asked after those that are there.
+    fn and(self, ctx: &Ctx, name: &str, plugin: &str, settings: &str) -> Result<Self, Failure> {
+        let other = Self::write(ctx, name, plugin, settings)?;
+        let both = fs::read_to_string(&self.path)? + "\n" + &fs::read_to_string(&other.path)?;
+        fs::write(&self.path, both)?;
+        Ok(self)
     }
 }
 
@@ -209,4 +222,37 @@ pub(crate) fn only_what_the_hosts_key_signed_decides(ctx: &mut Ctx) -> Result<()
     before.expect_unchanged()?;
     run(ctx, &bundle)?.success()?.printed("CASEMATE-TEST-ENDED 0")?;
     Ok(())
+}
+
+/// A policy sees what the host found of a drive that comes back, and keeps it from everybody until an operator frees it.
+pub(crate) fn a_policy_judges_a_drive(ctx: &mut Ctx) -> Result<(), Failure> {
+    have_drive(ctx)?;
+    let file = ctx.guest("true")?.device(devices::NVME).write_into(ctx.directory())?;
+    let before = HostState::now();
+    let judged = |wants: &str| -> Result<Finished, Failure> {
+        let bundle = Bundle::write(ctx, "limits", "limits.wasm", "")?;
+        let wants = format!("wants = [{wants}]");
+        let bundle = bundle.and(ctx, "warden", "tests/warden.wasm", &wants)?;
+        let words = ["casemate", "run", "--json", "--policy"].map(Path::new);
+        ctx.run(words.into_iter().chain([bundle.path.as_path(), &file]))
+    };
+    came_back(&judged("'reset', 'config', 'bus-master'")?, devices::NVME, Some("nvme"))?;
+    have_drive(ctx)?;
+    before.expect_unchanged()?;
+    let run = judged("'reset', 'scrub'")?;
+    let why = run.report()?;
+    let why = why.pointer("/devices/0/quarantined").and_then(Value::as_str).unwrap_or_default();
+    expect!(why.contains("[warden/not-passed] scrub was not passed"), "it is not kept back: {}", run.stdout);
+    let events = ctx.run(["casemate", "events"])?;
+    events.printed("put into quarantine: [warden/not-passed]")?;
+    let again = ctx.run_guest(&ctx.guest("true")?.device(devices::NVME))?;
+    again.refusal("device-quarantined")?;
+    ctx.run(["casemate", "devices", "free", devices::NVME])?.success()?;
+    let device = format!("/sys/bus/pci/devices/{}", devices::NVME);
+    ctx.shell(&format!(
+        "echo >{device}/driver_override; echo {0} >{device}/driver/unbind; echo {0} >/sys/bus/pci/drivers_probe",
+        devices::NVME
+    ))?;
+    have_drive(ctx)?;
+    before.expect_unchanged()
 }

@@ -1,6 +1,6 @@
 //! A guest starts, and ends when it wants to.
 
-use std::{fs, thread, time::Duration};
+use std::{fs, path::Path, thread, time::Duration};
 
 use casemate_hwtests::{
     expect,
@@ -9,7 +9,7 @@ use casemate_hwtests::{
 use rustix::process::Signal;
 use serde_json::Value;
 
-use crate::endings::ending;
+use crate::{admission::Bundle, endings::ending};
 
 pub(crate) fn boots_and_powers_off(ctx: &mut Ctx) -> Result<(), Failure> {
     let guest = ctx.guest("uname -r")?;
@@ -124,7 +124,11 @@ fn vcpus_come_up(ctx: &mut Ctx, count: u32, within: Duration) -> Result<(), Fail
         echo packages: $(cat /sys/devices/system/cpu/cpu*/topology/physical_package_id | sort -u | wc -l)
         echo cores: $(cat /sys/devices/system/cpu/cpu*/topology/core_id | sort -u | wc -l)
         echo threads: $(cat /sys/devices/system/cpu/cpu*/topology/thread_siblings_list | sort -u | wc -l)";
-    let run = ctx.start_guest(&ctx.guest(script)?.vcpus(count))?.wait(within)?;
+    // More than the shipped policy allows.
+    let bundle = Bundle::write(ctx, "many", "limits.wasm", "max_vcpus = 64")?;
+    let file = ctx.guest(script)?.vcpus(count).write_into(ctx.directory())?;
+    let words = ["casemate", "run", "--json", "--policy"].map(Path::new);
+    let run = ctx.start(words.into_iter().chain([bundle.path.as_path(), &file]))?.wait(within)?;
     let count = count.to_string();
     for (what, seen) in
         [("vcpus:", count.as_str()), ("packages:", "1"), ("cores:", &count), ("threads:", &count)]

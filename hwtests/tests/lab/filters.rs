@@ -13,7 +13,7 @@ use std::{
 use casemate_filters::{Role, rules};
 use casemate_hwtests::{
     devices, expect,
-    harness::{Ctx, Disk, Failure, GuestFile, Running},
+    harness::{Ctx, Disk, Failure, GuestFile, Running, wait_until},
 };
 use serde_json::Value;
 
@@ -158,15 +158,18 @@ fn everything_emulated(ctx: &Ctx, out: &Path) -> Result<(), Failure> {
     Ok(())
 }
 
-/// Sends the guest something that it sends back.
+/// Sends the guest something that it sends back, as soon as somebody listens there.
 fn talk(socket: &Path) -> Result<(), Failure> {
+    wait_until("the guest listens", SOON, || speak(socket).is_ok_and(|answer| answer.starts_with("OK")))
+}
+
+fn speak(socket: &Path) -> std::io::Result<String> {
     let mut stream = UnixStream::connect(socket)?;
-    stream.set_read_timeout(Some(Duration::from_secs(30)))?;
+    stream.set_read_timeout(Some(SOON))?;
     stream.write_all(b"CONNECT 7000\nhello")?;
     let mut answer = [0; 16];
     let length = stream.read(&mut answer)?;
-    expect!(answer.get(..2) == Some(b"OK".as_slice()), "{length} bytes came: {answer:?}");
-    Ok(())
+    Ok(String::from_utf8_lossy(answer.get(..length).unwrap_or_default()).into_owned())
 }
 
 /// A drive by MSI-X and a card by INTx, in memory as the guest's file wants it.

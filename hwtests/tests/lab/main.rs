@@ -93,6 +93,7 @@ const TESTS: &[LabTest] = &[
     LabTest::new("decisions-are-kept-and-asked-again", admission::decisions_are_kept_and_asked_again),
     LabTest::new("policy-changes-the-guest", admission::a_policy_changes_the_guest_and_knows_its_kernel),
     LabTest::new("policy-signature-is-asked-for", admission::only_what_the_hosts_key_signed_decides),
+    LabTest::new("policy-judges-a-drive", admission::a_policy_judges_a_drive),
     LabTest::new("governors-act-and-tell", governors::act_within_bounds_and_tell).deadline_seconds(400),
     // Bad input
     LabTest::new("refuses-wrong-values", refusals::wrong_values),

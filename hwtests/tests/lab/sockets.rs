@@ -64,7 +64,9 @@ fn talk(stream: UnixStream) -> Result<String, Failure> {
     let writer =
         thread::spawn(move || (&stream).write_all(&bytes).and_then(|()| stream.shutdown(Shutdown::Write)));
     let mut back = Vec::new();
-    reader.read_to_end(&mut back)?;
+    if let Err(error) = reader.read_to_end(&mut back) {
+        return Err(Failure::new(format_args!("after {} of {} bytes: {error}", back.len(), sent.len())));
+    }
     writer.join().map_err(|_| Failure::new("the writer panicked"))??;
     expect!(back == sent, "{} of {} bytes came back, or others", back.len(), sent.len());
     Ok(line)

@@ -42,8 +42,7 @@ impl HostState {
 }
 
 impl GuestSpec {
-    /// Processors of the host on which its vCPUs are pinned (`cpu-pins`), in the order of its vCPUs; empty when they
-    /// float.
+    /// Processors of the host to which its vCPUs are pinned (`cpu-pins`), each once, sorted; empty when they float.
     pub fn pins(&self) -> Vec<u32> {
         pins(&self.attrs)
     }
@@ -63,7 +62,6 @@ fn pins(attrs: &Attrs) -> Vec<u32> {
 
 #[cfg(test)]
 mod tests {
-    use super::*;
     use crate::testing::request;
 
     #[test]

@@ -68,7 +68,7 @@ fn list(host: &Host) -> Result<(), Box<dyn Error>> {
 fn request(addresses: &[&str]) -> Result<ClaimRequest, Box<dyn Error>> {
     let addresses =
         addresses.iter().map(|address| address.parse()).collect::<Result<Vec<PciAddress>, _>>()?;
-    Ok(ClaimRequest { owner: Owner::this_process("example")?, addresses, digests: Vec::new() })
+    Ok(ClaimRequest { owner: Owner::this_process("example")?, addresses, digests: Vec::new(), judged: false })
 }
 
 fn cycle(host: &Host, ledger: &Ledger, addresses: &[&str]) -> Result<(), Box<dyn Error>> {
@@ -83,7 +83,7 @@ fn cycle(host: &Host, ledger: &Ledger, addresses: &[&str]) -> Result<(), Box<dyn
         file.write_all_at(&7u16.to_le_bytes(), command)?;
     }
     let start = Instant::now();
-    for returned in claim.release(host, ledger) {
+    for returned in claim.release(host, ledger, &mut |_| None) {
         println!("{returned:#?}");
     }
     println!("released in {:?}", start.elapsed());

@@ -28,6 +28,8 @@ pub struct ClaimRequest {
     pub addresses: Vec<PciAddress>,
     /// Those of which the option ROM is to be hashed, before the guest and after it.
     pub digests: Vec<PciAddress>,
+    /// Whether somebody judges what comes back. When nobody can be asked any more, it goes into quarantine.
+    pub judged: bool,
 }
 
 /// Functions taken for one guest. The container is of type1 v2, has the groups, and maps nothing yet: the guest's own
@@ -83,8 +85,8 @@ pub struct ClaimedDevice {
 /// `device-unbind-timeout`, `device-bind-failed`, `device-reset-failed`, `device-firmware-unreadable`, `group-busy`, `group-not-viable`,
 /// `vfio-missing`, `vfio-failed`, `ledger-*`.
 pub fn claim(host: &Host, ledger: &Ledger, request: ClaimRequest) -> Result<Claim, Refusal> {
-    let ClaimRequest { owner, addresses, digests } = request;
-    let mut records = write_down(host, ledger, &owner, &addresses)?;
+    let ClaimRequest { owner, addresses, digests, judged } = request;
+    let mut records = write_down(host, ledger, &owner, &addresses, judged)?;
     let taken = take(host, &records).and_then(|opened| {
         digest_firmware(ledger, &owner, &mut records, &opened, &digests)?;
         Ok(opened)
@@ -128,13 +130,22 @@ impl Claim {
     /// Resets and verifies each function, and gives it back to the driver it came from, or puts it in quarantine. The
     /// guest's process must be gone, with its copies of the descriptors: a driver that is still used does not let go.
     ///
+    /// `judge` hears of each function what was found, and can say why it goes into quarantine all the same; what was not found
+    /// clean goes there whatever it says.
+    ///
     /// Nothing here fails as a whole: what went wrong with a function stands in its [`Returned`].
-    pub fn release(self, host: &Host, ledger: &Ledger) -> Vec<Returned> {
+    pub fn release(
+        self,
+        host: &Host,
+        ledger: &Ledger,
+        judge: &mut dyn FnMut(&Returned) -> Option<String>,
+    ) -> Vec<Returned> {
         let addresses: Vec<PciAddress> = self.devices.iter().map(|device| device.address).collect();
         let taken_back = give_back::take_back(ledger, &self.owner, &addresses);
         let (records, fds): (Vec<_>, Vec<_>) =
             self.devices.into_iter().map(|device| (device.record, device.fd)).unzip();
-        let proofs = give_back::prove(host, records, &self.groups, &fds);
+        let mut proofs = give_back::prove(host, records, &self.groups, &fds);
+        proofs.iter_mut().for_each(|proof| proof.judge(judge));
         // Devices are closed first; the container goes last, and its DMA maps with it.
         drop(fds);
         drop(self.groups);
@@ -153,6 +164,7 @@ fn write_down(
     ledger: &Ledger,
     owner: &Owner,
     addresses: &[PciAddress],
+    judged: bool,
 ) -> Result<Vec<DeviceRecord>, Refusal> {
     if addresses.is_empty() {
         return Err(Refusal::new(
@@ -176,7 +188,8 @@ fn write_down(
         judge::judge(host, &functions, book, addresses)?;
         let find = |address: &PciAddress| functions.iter().find(|function| function.address == *address);
         let record = |address| {
-            DeviceRecord::of(host, find(address).ok_or_else(|| unreadable(*address, "it is gone"))?)
+            let function = find(address).ok_or_else(|| unreadable(*address, "it is gone"))?;
+            DeviceRecord::of(host, function).map(|record| DeviceRecord { judged, ..record })
         };
         let devices: Vec<DeviceRecord> = addresses.iter().map(record).collect::<Result<_, _>>()?;
         book.entries.push(Entry {
@@ -207,6 +220,7 @@ impl DeviceRecord {
             // It was judged to be free.
             state: DeviceState::Claimed,
             firmware: None,
+            judged: false,
             config,
         })
     }
@@ -429,6 +443,7 @@ mod tests {
             owner: Owner::this_process("web").unwrap(),
             addresses: vec![at(address)],
             digests: vec![],
+            judged: false,
         }
     }
 

@@ -13,7 +13,7 @@ use crate::{
     driver,
     host::Host,
     ledger::{DeviceRecord, Ledger, Owner, Quarantined},
-    life::Move,
+    life::{DeviceState, Move},
     reset,
     sys::vfio,
 };
@@ -87,6 +87,27 @@ impl Proof {
         proof.returned.returned_to = driver::current(host, proof.record.address);
         proof.returned.error = error;
         Self { next: Next::Leave, ..proof }
+    }
+
+    /// Has somebody judge what was found, who can only be stricter.
+    pub(crate) fn judge(&mut self, judge: &mut dyn FnMut(&Returned) -> Option<String>) {
+        if let Next::Quarantine(why) = &self.next {
+            self.returned.quarantined = Some(why.clone());
+        }
+        let ruling = judge(&self.returned);
+        self.returned.quarantined = None;
+        if let (Next::GiveBack, Some(why)) = (&self.next, ruling) {
+            self.next = Next::Quarantine(why);
+        }
+    }
+
+    /// Of one that was to be judged, and whoever would have judged it has died.
+    pub(crate) fn unjudged(mut self) -> Self {
+        if self.record.judged && self.record.state != DeviceState::Claimed {
+            let why = "policies were to judge it, and its guest's keep has died before it could ask them";
+            self.judge(&mut |_| Some(why.to_owned()));
+        }
+        self
     }
 }
 
@@ -235,6 +256,30 @@ mod tests {
     fn proof(record: DeviceRecord, failed: Option<&str>) -> Proof {
         let next = failed.map_or(Next::GiveBack, |why| Next::Quarantine(why.to_owned()));
         Proof { next, ..Proof::not_needed(record, "a test") }
+    }
+
+    #[test]
+    fn who_judges_can_only_be_stricter() {
+        let mut clean = proof(record("0000:01:00.0", 8), None);
+        clean.judge(&mut |returned| returned.quarantined.clone());
+        assert!(matches!(clean.next, Next::GiveBack));
+        clean.judge(&mut |_| Some("it was not scrubbed".into()));
+        assert!(matches!(&clean.next, Next::Quarantine(why) if why == "it was not scrubbed"));
+        let mut dirty = proof(record("0000:01:00.0", 8), Some("its reset failed"));
+        dirty.judge(&mut |returned| {
+            assert_eq!(returned.quarantined.as_deref(), Some("its reset failed"));
+            None
+        });
+        assert!(matches!(&dirty.next, Next::Quarantine(why) if why == "its reset failed"));
+        assert_eq!(dirty.returned.quarantined, None, "it is not written down yet");
+    }
+
+    #[test]
+    fn what_was_to_be_judged_and_was_not_goes_to_nobody() {
+        let unasked = proof(record("0000:01:00.0", 8), None).unjudged();
+        assert!(matches!(unasked.next, Next::GiveBack));
+        let judged = DeviceRecord { judged: true, ..record("0000:01:00.0", 8) };
+        assert!(matches!(proof(judged, None).unjudged().next, Next::Quarantine(_)));
     }
 
     #[test]

@@ -127,6 +127,9 @@ pub(crate) struct DeviceRecord {
     /// SHA-256 of its option ROM, where its pool wants that compared.
     #[serde(default)]
     pub(crate) firmware: Option<String>,
+    /// Somebody judges it when it comes back.
+    #[serde(default)]
+    pub(crate) judged: bool,
     /// Config space as first seen; a host driver may have had bus mastering and messages on.
     pub(crate) config: ConfigSnapshot,
 }
@@ -408,6 +411,7 @@ pub(crate) mod tests {
             reset_method: "pm".into(),
             state: DeviceState::Attached,
             firmware: None,
+            judged: false,
             config,
         }
     }

@@ -28,30 +28,6 @@ pub(crate) struct Images {
     pub(crate) backings: Vec<Option<Image>>,
 }
 
-impl Images {
-    /// The same files by descriptors of their own.
-    pub(crate) fn try_clone(&self, guest: &str) -> Result<Self, Refusal> {
-        let copy = |image: &Image| {
-            let fd = image.fd.try_clone().map_err(|error| {
-                Refusal::new("keep-failed", guest, format_args!("a descriptor: {error}"), "try again")
-            })?;
-            Ok(Image {
-                fd,
-                size_bytes: image.size_bytes,
-                file_bytes: image.file_bytes,
-                path: image.path.clone(),
-            })
-        };
-        Ok(Self {
-            kernel: copy(&self.kernel)?,
-            initrd: self.initrd.as_ref().map(copy).transpose()?,
-            disks: self.disks.iter().map(copy).collect::<Result<_, Refusal>>()?,
-            backings: (self.backings.iter().map(|backing| backing.as_ref().map(copy).transpose()))
-                .collect::<Result<_, Refusal>>()?,
-        })
-    }
-}
-
 /// Who asks, and what for.
 pub(crate) struct Question<'a> {
     pub(crate) paths: &'a Paths,
@@ -379,7 +355,7 @@ fn request(
             devices: devices.collect(),
             disks: disks.collect(),
             nets: nets.collect(),
-            attrs: Attrs::new(),
+            attrs: facts::guest(guest),
         },
         old: None,
         tenant: Tenant {

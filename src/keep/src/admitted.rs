@@ -42,6 +42,11 @@ impl Admitted {
         self.question.lock().unwrap_or_else(PoisonError::into_inner).guest.clone()
     }
 
+    /// Something of the guest has gone, which needs nobody's leave.
+    pub(crate) fn becomes(&self, change: impl FnOnce(&mut GuestSpec)) {
+        change(&mut self.question.lock().unwrap_or_else(PoisonError::into_inner).guest);
+    }
+
     /// May this be done, and the guest be as `spec` says? `change` tells what is to change, in words: `add disk 1`. The decision is
     /// kept; after a yes, the guest is so.
     ///
@@ -104,13 +109,16 @@ impl Admitted {
         tenant.usage = Some(beside::usage(&beside, &tenant.name));
         let mut attrs = before.attrs;
         attrs.insert("change".into(), change.to_owned());
+        let mut host = admission::host_state(facts::host());
+        // Its cell is as it was closed.
+        host.attrs.extend(before.host.attrs.into_iter().filter(|(name, _)| name == "weakened"));
         let changes = matches!(operation, Operation::Update | Operation::HotPlug);
         Request {
             operation,
             old: changes.then_some(before.guest),
             guest: spec,
             tenant,
-            host: admission::host_state(facts::host()),
+            host,
             beside,
             now_seconds: now_seconds(),
             attrs,

@@ -1,25 +1,23 @@
 //! What comes and goes while a guest runs: opened, judged and locked as if the guest were about to start with it.
 
 use std::{
-    collections::{BTreeMap, BTreeSet},
+    collections::BTreeMap,
     net::Ipv4Addr,
     os::fd::{AsFd, OwnedFd},
     path::{Path, PathBuf},
-    sync::{Mutex, PoisonError},
+    sync::{Arc, Mutex, PoisonError},
     time::Duration,
 };
 
-use casemate_host::{Host, Image, Tap, TapRequest, open_image};
-use casemate_spec::{CellPart, Disk, DiskFormat, LIMITS, Located, Net, Refusal};
+use casemate_host::{Image, Tap, TapRequest, open_image};
+use casemate_policy::{Attrs, Disk, GuestSpec, Net, Operation};
+use casemate_spec::{LIMITS, Refusal};
 use casemate_wire::{Answer, Ask, Card, Slot};
 use serde::{Deserialize, Serialize};
 use serde_json::{Value, json};
 
 use crate::{
-    Paths,
-    admission::{self, Images, Inventory, Question},
-    cell::mac,
-    operator::Operator,
+    Paths, Refusals, admitted::Admitted, cell::mac, digest, operator::Operator, operator_socket::first,
     record,
 };
 
@@ -53,34 +51,26 @@ pub enum Attachment {
     },
 }
 
-/// A guest as it is now, and what it takes to judge what comes.
+/// A guest's slots, and who is asked what may go into them.
 pub(crate) struct Attaching {
     paths: Paths,
-    bundle: PathBuf,
-    /// What its cell does without.
-    weakened: Vec<CellPart>,
-    state: Mutex<State>,
+    slots: u8,
+    admitted: Arc<Admitted>,
+    /// By the number of the slot, from 1.
+    taken: Mutex<BTreeMap<u8, Taken>>,
 }
 
-struct State {
-    located: Located,
-    images: Images,
-    /// By the number of the slot, from 1.
-    taken: BTreeMap<u8, Attachment>,
+/// What is in a slot.
+struct Taken {
+    attachment: Attachment,
+    /// A disk stays locked until it was detached, whatever the cell does.
+    _lock: Option<Image>,
 }
 
 impl Attaching {
-    /// A guest that starts, with descriptors of its images, in a cell without the `weakened` parts.
-    pub(crate) fn new(
-        paths: &Paths,
-        bundle: &Path,
-        located: &Located,
-        images: Images,
-        weakened: &BTreeSet<CellPart>,
-    ) -> Self {
-        let state = State { located: located.clone(), images, taken: BTreeMap::new() };
-        let (paths, bundle) = (paths.clone(), bundle.to_owned());
-        Self { paths, bundle, weakened: weakened.iter().copied().collect(), state: Mutex::new(state) }
+    /// A guest that starts, with so many slots.
+    pub(crate) fn new(paths: &Paths, slots: u8, admitted: Arc<Admitted>) -> Self {
+        Self { paths: paths.clone(), slots, admitted, taken: Mutex::default() }
     }
 
     /// Opens and judges `attachment`, and puts it into a free slot.
@@ -89,16 +79,19 @@ impl Attaching {
     /// What a guest that starts with it would be refused for; `hotplug-no-slot`; what the cell refuses.
     pub(crate) fn attach(&self, operator: &Operator, attachment: &Attachment) -> Result<Value, Refusal> {
         // One after the other: each is judged with what came before it.
-        let mut state = self.state.lock().unwrap_or_else(PoisonError::into_inner);
-        let slot = state.free_slot(operator.guest())?;
-        let fd = match attachment {
-            Attachment::Disk { path, read_only } => self.open_disk(&mut state, path, *read_only)?,
-            Attachment::Net { tap, host_address } => self.open_net(&mut state, tap, *host_address)?,
+        let mut taken = self.taken.lock().unwrap_or_else(PoisonError::into_inner);
+        let slot = self.free_slot(&taken, operator.guest())?;
+        let (fd, size_bytes, lock) = match attachment {
+            Attachment::Disk { path, read_only } => {
+                let (image, lock) = self.open_disk(path, *read_only)?;
+                (image.fd, Some(image.size_bytes), Some(lock))
+            }
+            Attachment::Net { tap, host_address } => (self.open_net(tap, *host_address)?, None, None),
         };
-        let card = match (attachment, &fd) {
-            (Attachment::Disk { read_only, .. }, Opened::Disk(image)) => Card::Disk(casemate_wire::Disk {
+        let card = match (attachment, size_bytes) {
+            (Attachment::Disk { read_only, .. }, Some(size_bytes)) => Card::Disk(casemate_wire::Disk {
                 image: Slot(0),
-                size_bytes: image.size_bytes,
+                size_bytes,
                 read_only: *read_only,
                 serial: format!("slot{slot}"),
                 queues: 1,
@@ -110,20 +103,16 @@ impl Attaching {
                 vhost: None,
             }),
         };
-        let (fd, size_bytes) = match fd {
-            Opened::Disk(image) => (image.fd, Some(image.size_bytes)),
-            Opened::Net(fd) => (fd, None),
-        };
-        record::give(&self.paths, operator.guest(), fd.as_fd(), size_bytes)?;
+        let told = record::give(&self.paths, operator.guest(), fd.as_fd(), size_bytes);
         let ask = Ask::Add { slot: slot - 1, card };
-        match operator.ask_for(ask, vec![fd], ADD_PATIENCE) {
+        match told.and_then(|()| operator.ask_for(ask, vec![fd], ADD_PATIENCE)) {
             // Whoever gave no answer may have done it: a later detach tells.
             Err(refusal) if refusal.code != "guest-no-answer" => {
-                state.forget(attachment);
+                self.forget(attachment);
                 Err(refusal)
             }
             answer => {
-                state.taken.insert(slot, attachment.clone());
+                taken.insert(slot, Taken { attachment: attachment.clone(), _lock: lock });
                 answer?;
                 Ok(json!({ "guest": operator.guest(), "slot": slot }))
             }
@@ -158,131 +147,93 @@ impl Attaching {
             Answer::Removed { forced } => forced,
             _ => false,
         };
-        let mut state = self.state.lock().unwrap_or_else(PoisonError::into_inner);
-        if let Some(gone) = state.taken.remove(&slot) {
-            state.forget(&gone);
+        let mut taken = self.taken.lock().unwrap_or_else(PoisonError::into_inner);
+        if let Some(gone) = taken.remove(&slot) {
+            self.forget(&gone.attachment);
         }
         Ok(json!({ "guest": operator.guest(), "slot": slot, "forced": forced }))
     }
 
-    fn open_disk(&self, state: &mut State, path: &Path, read_only: bool) -> Result<Opened, Refusal> {
-        if !path.is_absolute() {
-            let cause = "this is no absolute path";
-            return Err(Refusal::new("bad-path", path.display(), cause, "name the disk from / on"));
-        }
-        let image = open_image(path, read_only)?;
-        let copy = Image {
-            fd: image.fd.try_clone().map_err(|error| {
-                Refusal::new(
-                    "keep-failed",
-                    path.display(),
-                    format_args!("its descriptor: {error}"),
-                    "try again",
-                )
-            })?,
-            size_bytes: image.size_bytes,
-            file_bytes: image.file_bytes,
-            path: image.path.clone(),
-        };
-        let disk =
-            Disk { path: path.to_owned(), format: DiskFormat::Raw, backing: None, read_only, queues: None };
-        state.located.guest.disks.push(disk);
-        state.images.backings.push(None);
-        // With it the lock stays until the disk was detached, whatever the cell does.
-        state.images.disks.push(copy);
-        let allowed = self.judge(state);
-        if allowed.is_err() {
-            state.images.disks.pop();
-            state.images.backings.pop();
-            state.located.guest.disks.pop();
-        }
-        allowed.map(|()| Opened::Disk(image))
-    }
-
-    fn open_net(
-        &self,
-        state: &mut State,
-        tap: &str,
-        host_address: Option<(Ipv4Addr, u8)>,
-    ) -> Result<Opened, Refusal> {
-        state.located.guest.nets.push(Net { tap: tap.to_owned(), host_address, mac: None, vhost: false });
-        let made = self.judge(state).and_then(|()| {
-            let host_address = host_address.map(|(address, length)| (address.into(), length));
-            Tap::create(&TapRequest { name: tap.to_owned(), host_address, bridge: None })
-        });
-        if made.is_err() {
-            state.located.guest.nets.pop();
-        }
-        made.map(|tap| Opened::Net(tap.fd))
-    }
-
-    /// Asks the policies whether the guest may be as it is to become.
-    fn judge(&self, state: &mut State) -> Result<(), Refusal> {
-        let mut located = state.located.clone();
-        let functions =
-            if located.guest.devices.is_empty() { Vec::new() } else { Host::live().functions()? };
-        let (report, _) = admission::ask(Question {
-            paths: &self.paths,
-            bundle: &self.bundle,
-            override_why: None,
-            located: &mut located,
-            images: &mut state.images,
-            inventory: Inventory { functions: &functions, pools: None, ledger: None },
-            weakened: &self.weakened,
-        })
-        .map_err(|refusals| first(refusals.0))?;
-        if report.changes.is_empty() {
-            return Ok(());
-        }
-        let cause = format!("policies allow it with changes alone: {}", report.changes.join(", "));
-        let remedy = "a guest that runs is not changed so: start it anew with what is to be added";
-        Err(Refusal::new("hotplug-changed", &state.located.guest.name, cause, remedy))
-    }
-}
-
-/// Of several refusals, one stands for all.
-fn first(refusals: Vec<Refusal>) -> Refusal {
-    let none = || Refusal::new("keep-failed", "", "it was refused without a reason", "report it");
-    refusals.into_iter().next().unwrap_or_else(none)
-}
-
-enum Opened {
-    Disk(Image),
-    Net(OwnedFd),
-}
-
-impl State {
-    fn free_slot(&self, guest: &str) -> Result<u8, Refusal> {
-        let slots = self.located.guest.hotplug.slots;
-        (1..=slots).find(|slot| !self.taken.contains_key(slot)).ok_or_else(|| {
-            let (cause, remedy) = match slots {
+    fn free_slot(&self, taken: &BTreeMap<u8, Taken>, guest: &str) -> Result<u8, Refusal> {
+        (1..=self.slots).find(|slot| !taken.contains_key(slot)).ok_or_else(|| {
+            let (cause, remedy) = match self.slots {
                 0 => ("this guest has no slots".to_owned(), "start it with `slots` in its table [hotplug]"),
-                _ => (format!("its {slots} slots are taken"), "detach something first"),
+                slots => (format!("its {slots} slots are taken"), "detach something first"),
             };
             Refusal::new("hotplug-no-slot", guest, cause, remedy)
         })
     }
 
+    /// The image, and another descriptor of it that holds its lock.
+    fn open_disk(&self, path: &Path, read_only: bool) -> Result<(Image, Image), Refusal> {
+        if !path.is_absolute() {
+            let cause = "this is no absolute path";
+            return Err(Refusal::new("bad-path", path.display(), cause, "name the disk from / on"));
+        }
+        let image = open_image(path, read_only)?;
+        let fd = image.fd.try_clone().map_err(|error| {
+            Refusal::new("keep-failed", path.display(), format_args!("its descriptor: {error}"), "try again")
+        })?;
+        let lock = Image {
+            fd,
+            size_bytes: image.size_bytes,
+            file_bytes: image.file_bytes,
+            path: image.path.clone(),
+        };
+        let wanted = self.admitted.policies().current().needs().disk_sha256;
+        let disk = Disk {
+            path: image.path.to_string_lossy().into_owned(),
+            size_bytes: image.size_bytes,
+            read_only,
+            sha256: if wanted && read_only { digest::disk(&image)? } else { None },
+            attrs: Attrs::new(),
+        };
+        let change = format!("add disk {}", disk.path);
+        self.judge(&change, |spec| spec.disks.push(disk))?;
+        Ok((image, lock))
+    }
+
+    fn open_net(&self, tap: &str, host_address: Option<(Ipv4Addr, u8)>) -> Result<OwnedFd, Refusal> {
+        let address = host_address.map(|(address, length)| format!("{address}/{length}"));
+        let attrs = address.map(|address| ("host-address".to_owned(), address)).into_iter().collect();
+        let net = Net { tap: tap.to_owned(), mac: None, attrs };
+        self.judge(&format!("add net {tap}"), |spec| spec.nets.push(net))?;
+        let host_address = host_address.map(|(address, length)| (address.into(), length));
+        match Tap::create(&TapRequest { name: tap.to_owned(), host_address, bridge: None }) {
+            Ok(tap) => Ok(tap.fd),
+            Err(refusal) => {
+                self.forget(&Attachment::Net { tap: tap.to_owned(), host_address: None });
+                Err(refusal)
+            }
+        }
+    }
+
+    /// Asks the policies whether the guest may be as it is to become.
+    fn judge(&self, change: &str, make: impl FnOnce(&mut GuestSpec)) -> Result<(), Refusal> {
+        let mut spec = self.admitted.spec();
+        make(&mut spec);
+        let Refusals(refusals) = match self.admitted.ask(Operation::HotPlug, spec, change) {
+            Ok(_) => return Ok(()),
+            Err(refusals) => refusals,
+        };
+        Err(first(Refusals(refusals)))
+    }
+
     /// The guest no longer has it.
-    fn forget(&mut self, attachment: &Attachment) {
-        let guest = &mut self.located.guest;
-        match attachment {
+    fn forget(&self, attachment: &Attachment) {
+        self.admitted.becomes(|spec| match attachment {
             Attachment::Disk { path, .. } => {
-                if let Some(place) = guest.disks.iter().rposition(|disk| disk.path == *path) {
-                    guest.disks.remove(place);
-                    if place < self.images.disks.len() {
-                        self.images.disks.remove(place);
-                    }
-                    if place < self.images.backings.len() {
-                        self.images.backings.remove(place);
-                    }
+                // As it was opened, without links.
+                let path = std::fs::canonicalize(path).unwrap_or_else(|_| path.clone());
+                if let Some(place) = spec.disks.iter().rposition(|disk| Path::new(&disk.path) == path) {
+                    spec.disks.remove(place);
                 }
             }
             Attachment::Net { tap, .. } => {
-                if let Some(place) = guest.nets.iter().rposition(|net| net.tap == *tap) {
-                    guest.nets.remove(place);
+                if let Some(place) = spec.nets.iter().rposition(|net| net.tap == *tap) {
+                    spec.nets.remove(place);
                 }
             }
-        }
+        });
     }
 }

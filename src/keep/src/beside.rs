@@ -14,6 +14,8 @@ use casemate_policy::{Amounts, Attrs, Neighbour};
 use casemate_spec::{Guest, PciAddress};
 use serde::{Deserialize, Serialize};
 
+use crate::facts;
+
 /// An account is some hundred bytes.
 const MOST_BYTES: u64 = 64 << 10;
 
@@ -25,6 +27,9 @@ struct Account {
     vcpus: u32,
     memory_bytes: u64,
     devices: Vec<PciAddress>,
+    /// What policies are told of a guest besides.
+    #[serde(default)]
+    attrs: Attrs,
     /// The process that watches over it: an account whose process is gone is nobody's.
     keep: Process,
 }
@@ -44,6 +49,7 @@ pub(crate) fn write(runtime: &Path, guest: &Guest) -> io::Result<()> {
         vcpus: guest.vcpus.into(),
         memory_bytes: guest.memory.bytes(),
         devices: guest.devices.iter().map(|device| device.address).collect(),
+        attrs: facts::guest(guest),
         keep,
     };
     // Whoever reads it sees the one or the other, never half of one.
@@ -71,7 +77,7 @@ pub(crate) fn read(runtime: &Path, but: &str) -> Vec<Neighbour> {
             vcpus: account.vcpus,
             memory_bytes: account.memory_bytes,
             devices: account.devices,
-            attrs: Attrs::new(),
+            attrs: account.attrs,
         })
         .collect();
     // The same question in the same order, whatever the folder's.

@@ -90,6 +90,15 @@ pub enum Happening {
         /// The plugins, by name and digest.
         plugins: Vec<(String, String)>,
     },
+    /// Policies had something to say about a device that it gave back.
+    DeviceJudged {
+        /// Where it sits.
+        device: String,
+        /// Why nobody gets it; empty when the host has it back.
+        quarantine: Vec<String>,
+        /// What an operator should know.
+        warnings: Vec<String>,
+    },
     /// The bundle was read anew and is no good; the one before it goes on.
     BundleRefused {
         /// The stable code.
@@ -123,6 +132,11 @@ impl std::fmt::Display for Happening {
             Self::BundleRead { plugins, .. } => {
                 let names: Vec<_> = plugins.iter().map(|(name, _)| name.as_str()).collect();
                 write!(f, "the bundle was read anew: {}", names.join(", "))
+            }
+            Self::DeviceJudged { device, quarantine, warnings } => {
+                let what = if quarantine.is_empty() { "given back" } else { "put into quarantine" };
+                let said: Vec<_> = quarantine.iter().chain(warnings).map(String::as_str).collect();
+                write!(f, "{device} was {what}: {}", said.join("; "))
             }
             Self::BundleRefused { message, .. } => {
                 write!(f, "the bundle was read anew and refused, the one before goes on: {message}")

@@ -4,6 +4,7 @@ use std::{fs, path::Path};
 
 use casemate_host::PciFunction;
 use casemate_policy::Attrs;
+use casemate_spec::{CpuList, Guest};
 
 /// Logical processors of a host that are told of at most: 4,096 take some 60 KB of a request.
 const PROCESSORS_MOST: usize = 4096;
@@ -29,6 +30,28 @@ fn host_below(root: &Path) -> Attrs {
     add("nested", nested.map(|value| matches!(value.as_str(), "1" | "Y").to_string()));
     add("smt", line(&root.join("sys/devices/system/cpu/smt/active")).map(|value| (value == "1").to_string()));
     attrs
+}
+
+/// What is told of a guest.
+pub(crate) fn guest(guest: &Guest) -> Attrs {
+    let mut pins: Vec<u16> = guest.cpu.pins.iter().flat_map(CpuList::cpus).collect();
+    pins.sort_unstable();
+    pins.dedup();
+    let pins: Vec<_> = pins.iter().map(ToString::to_string).collect();
+    let yes = |is: bool| is.then(|| "true".to_owned());
+    [
+        ("cpu-pins", Some(pins.join(" "))),
+        ("cpu-model", Some(guest.cpu.model.name().to_owned())),
+        ("nested", yes(guest.cpu.nested)),
+        ("pages", Some(guest.ram.pages.name().to_owned())),
+        ("prefault", yes(guest.ram.prefault)),
+        ("numa-node", guest.ram.numa_node.map(|node| node.to_string())),
+        ("vsock", yes(guest.vsock.is_some())),
+        ("slots", (guest.hotplug.slots > 0).then(|| guest.hotplug.slots.to_string())),
+    ]
+    .into_iter()
+    .filter_map(|(name, value)| Some((name.to_owned(), value.filter(|value| !value.is_empty())?)))
+    .collect()
 }
 
 /// What is told of a device.

@@ -37,6 +37,9 @@ pub(crate) struct Charge {
     pub(crate) memory_bytes: u64,
     /// Its physical devices: they reach all of its memory.
     pub(crate) devices: Vec<String>,
+    /// How many disks and network cards it has started with.
+    pub(crate) disks: usize,
+    pub(crate) nets: usize,
     pub(crate) bounds: ResourceBounds,
     /// Its cell's cgroup, and the processors that it may keep busy at most.
     pub(crate) cgroup: PathBuf,

@@ -31,6 +31,7 @@ mod operator_socket;
 mod paths;
 mod policies;
 mod record;
+mod releasing;
 mod report;
 mod run;
 mod virtual_functions;

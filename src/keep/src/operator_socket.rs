@@ -348,7 +348,7 @@ fn carry_out(asked: &Asked, request: &OperatorRequest) -> Result<Value, Refusal>
 }
 
 /// An answer has room for one.
-fn first(refusals: Refusals) -> Refusal {
+pub(crate) fn first(refusals: Refusals) -> Refusal {
     refusals.0.into_iter().next().unwrap_or_else(|| {
         Refusal::new("operator-request", "policies", "no policies were asked about this guest", "see its log")
     })

@@ -15,6 +15,7 @@ use casemate_host::{
     Choice, Claim, ClaimRequest, Host, Image, Ledger, Owner, PciFunction, Pools, Tap, TapRequest, assignable,
     claim, judge_dma, open_image, open_initrd, open_kernel, open_qcow2, placeable,
 };
+use casemate_policy::Kind;
 use casemate_spec::{
     Backing, CellPart, CellRules, DiskFormat, LIMITS, Located, PciAddress, Refusal, ResourceBounds, Vsock,
     parse_guest,
@@ -33,6 +34,7 @@ use crate::{
     operator,
     operator_socket::{OperatorSocket, Reach},
     record::{self, Facts},
+    releasing::Releasing,
     virtual_functions::{Virtual, set_networks},
     vsock::GuestSocket,
     watch::{self, StopSignals, Watching},
@@ -148,10 +150,17 @@ pub fn run(
         let cause = format_args!("signals cannot be watched: {error}");
         Refusal::new("keep-failed", &located.guest.name, cause, "try again")
     })?;
-    let claim = take_devices(&located, &host, &ledger, Wanted { addresses, unchecked, digests }, tell)?;
+    let policies = admitted.policies();
+    let judged = policies.current().has(Kind::Device);
+    let given = functions.iter().filter(|function| addresses.contains(&function.address));
+    let given: Vec<_> = given
+        .map(|function| (function.clone(), pools.pool_of(function).map(|pool| pool.name.to_string())))
+        .collect();
+    let wanted = Wanted { addresses, unchecked, digests, judged };
+    let claim = take_devices(&located, &host, &ledger, wanted, tell)?;
     drop(choosing);
     if let Some(Err(refusal)) = claim.as_ref().map(|claim| set_networks(&located, &host, &pools, claim)) {
-        let devices = claim.map(|claim| claim.release(&host, &ledger)).unwrap_or_default();
+        let devices = claim.map(|claim| claim.release(&host, &ledger, &mut |_| None)).unwrap_or_default();
         tell(Step::Returned { devices: devices.into_iter().map(DeviceReport::from).collect() });
         return Err(refusal.into());
     }
@@ -175,9 +184,16 @@ pub fn run(
     };
     let outcome = prepared.run(claim.as_ref(), &ledger, console, tell);
 
-    // Give back, whatever happened.
+    // Give back, whatever happened. By the bundle as it is now: it may have been read anew.
+    let releasing = Releasing {
+        engine: &policies.current(),
+        guest: &located.guest,
+        functions: given,
+        events: Events::below(&paths.state),
+    };
     let devices: Vec<DeviceReport> = claim
-        .map(|claim| claim.release(&host, &ledger).into_iter().map(DeviceReport::from).collect())
+        .map(|claim| claim.release(&host, &ledger, &mut |returned| releasing.judge(returned)))
+        .map(|returned| returned.into_iter().map(DeviceReport::from).collect())
         .unwrap_or_default();
     if !devices.is_empty() {
         tell(Step::Returned { devices: devices.clone() });
@@ -300,13 +316,8 @@ impl Prepared<'_> {
             Refusal::new("keep-failed", &guest.name, cause, "try again")
         })?;
         let disks = Disks::of(self.paths, guest, self.images, &started)?;
-        let attaching = if guest.hotplug.slots > 0 {
-            let images = self.images.try_clone(guest.name.as_str())?;
-            let weakened = started.cell.weakened();
-            Some(Attaching::new(self.paths, self.options.policy, self.located, images, weakened))
-        } else {
-            None
-        };
+        let attaching = (guest.hotplug.slots > 0)
+            .then(|| Attaching::new(self.paths, guest.hotplug.slots, Arc::clone(&self.admitted)));
         let _governing = Governing::start(self.charge(&started), self.admitted.policies(), operator.clone())?;
         let reach = Reach { disks, attaching, admitted: Some(Arc::clone(&self.admitted)) };
         let _socket = OperatorSocket::open(self.paths, operator, reach)?;
@@ -360,6 +371,8 @@ impl Prepared<'_> {
             vcpus: guest.vcpus,
             memory_bytes: guest.memory.bytes(),
             devices: guest.devices.iter().map(|device| device.address.to_string()).collect(),
+            disks: guest.disks.len(),
+            nets: guest.nets.len(),
             bounds: self.resources,
             cgroup: started.cgroup.parent.join(guest.name.as_str()),
             cpus_most: started.cgroup.cpus_max,
@@ -512,6 +525,8 @@ struct Wanted {
     unchecked: Vec<PciAddress>,
     /// Those whose option ROM is compared before and after.
     digests: Vec<PciAddress>,
+    /// Whether policies judge what comes back.
+    judged: bool,
 }
 
 fn take_devices(
@@ -521,14 +536,14 @@ fn take_devices(
     wanted: Wanted,
     tell: &mut dyn FnMut(Step),
 ) -> Result<Option<Claim>, Refusal> {
-    let Wanted { addresses, unchecked, digests } = wanted;
+    let Wanted { addresses, unchecked, digests, judged } = wanted;
     if addresses.is_empty() {
         return Ok(None);
     }
     tell(Step::Claiming { devices: addresses.clone() });
     let first = addresses.first().copied();
     let owner = Owner::this_process(located.guest.name.as_str())?;
-    let claim = claim(host, ledger, ClaimRequest { owner: owner.clone(), addresses, digests })
+    let claim = claim(host, ledger, ClaimRequest { owner: owner.clone(), addresses, digests, judged })
         .map_err(|refusal| at_device(located, refusal))?;
     let needs = cell::dma_needs(&located.guest);
     let fits = first
@@ -536,7 +551,8 @@ fn take_devices(
         .map_err(|refusal| at_device(located, refusal));
     if let Err(refusal) = fits.and_then(|()| ledger.attach(&owner, located.guest.tenant.as_str(), &unchecked))
     {
-        let devices = claim.release(host, ledger).into_iter().map(DeviceReport::from).collect();
+        let returned = claim.release(host, ledger, &mut |_| None);
+        let devices = returned.into_iter().map(DeviceReport::from).collect();
         tell(Step::Returned { devices });
         return Err(refusal);
     }

@@ -55,6 +55,8 @@ struct RawCase {
     /// How often a governor looks at it before it's seen what it wants.
     #[serde(default)]
     after: u32,
+    /// In those looks, what was otherwise than in the question; `set` when left out.
+    before: Option<BTreeMap<String, Value>>,
 }
 
 #[derive(Clone, Copy, Deserialize, PartialEq)]
@@ -210,23 +212,25 @@ impl From<Tick> for Answer {
 
 impl RawCase {
     fn ask(&self, engine: &Engine, asked: Asked, base: &Value) -> Result<Answer, String> {
-        let question = question(base, &self.set)?;
+        let now = question(base, &self.set)?;
         let unfit = |error: serde_json::Error| error.to_string();
         Ok(match asked {
             Asked::Admission => {
-                let request: Request = serde_json::from_value(question).map_err(unfit)?;
+                let request: Request = serde_json::from_value(now).map_err(unfit)?;
                 Stance::from(&Outcome::from(&engine.admit(&request, None))).into()
             }
             Asked::Resources => {
-                let samples: Samples = serde_json::from_value(question).map_err(unfit)?;
+                let samples: Samples = serde_json::from_value(now).map_err(unfit)?;
+                let before = question(base, self.before.as_ref().unwrap_or(&self.set))?;
+                let before: Samples = serde_json::from_value(before).map_err(unfit)?;
                 let mut memory = Memory::new();
                 for _ in 0..self.after.min(10_000) {
-                    engine.tick(&samples, &mut memory);
+                    engine.tick(&before, &mut memory);
                 }
                 engine.tick(&samples, &mut memory).into()
             }
             Asked::Device => {
-                let device: ReleasedDevice = serde_json::from_value(question).map_err(unfit)?;
+                let device: ReleasedDevice = serde_json::from_value(now).map_err(unfit)?;
                 let ruling = engine.release(&device);
                 let codes = |reasons: &[crate::Reason]| -> BTreeSet<String> {
                     reasons.iter().map(|reason| format!("{}/{}", reason.plugin, reason.code)).collect()

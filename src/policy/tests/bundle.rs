@@ -231,7 +231,19 @@ fn recorded_questions_are_asked_again_and_differences_told() {
 
 #[test]
 fn each_shipped_plugin_answers_its_cases_and_each_of_its_reasons_was_seen() {
-    for plugin in ["limits", "quota", "devices", "images", "schedule"] {
+    for plugin in [
+        "balloon",
+        "devices",
+        "fair-share",
+        "hardening",
+        "idle",
+        "images",
+        "limits",
+        "network",
+        "placement",
+        "quota",
+        "schedule",
+    ] {
         let file = root().join("plugins").join(plugin).join("cases.toml");
         let (results, coverage) = run_cases(&file, shared_cache(), compiler()).unwrap();
         let failed: Vec<_> = results.iter().filter(|result| result.instead.is_some()).collect();

@@ -9,7 +9,7 @@ use std::{
 
 use casemate_policy::{Bounds, Deed, GuestSample, Knob, Rate};
 use casemate_spec::{Refusal, ResourceBounds};
-use casemate_wire::{Ask, BalloonStatistics};
+use casemate_wire::{Ask, BalloonStatistics, DeviceKind, Limits};
 
 use super::Charge;
 use crate::operator::{GuestState, Operator, Order};
@@ -40,6 +40,8 @@ pub(super) struct Actor {
     cpus_most: u32,
     memory_bytes: u64,
     pinned: bool,
+    disks: usize,
+    nets: usize,
     /// What governors have set, so far.
     cpu_limit: Option<u32>,
     balloon_bytes: u64,
@@ -60,6 +62,8 @@ impl Actor {
             cpus_most: charge.cpus_most,
             memory_bytes: charge.memory_bytes,
             pinned: !charge.devices.is_empty(),
+            disks: charge.disks,
+            nets: charge.nets,
             cpu_limit: None,
             balloon_bytes: charge.memory_bytes,
             disk_limit: Rate::default(),
@@ -194,8 +198,13 @@ impl Actor {
                 drop(self.operator.ask(Ask::Balloon { target_bytes }, Vec::new()).map_err(in_words)?);
                 self.balloon_bytes = bytes;
             }
-            Deed::DiskLimit(_) | Deed::NetLimit(_) => {
-                return Err("this Casemate can't change it while a guest runs".into());
+            Deed::DiskLimit(rate) => {
+                self.limit(DeviceKind::Disk, self.disks, rate)?;
+                self.disk_limit = rate;
+            }
+            Deed::NetLimit(rate) => {
+                self.limit(DeviceKind::Net, self.nets, rate)?;
+                self.net_limit = rate;
             }
             Deed::Pause => {
                 drop(self.operator.ask(Ask::Pause, Vec::new()).map_err(in_words)?);
@@ -210,6 +219,29 @@ impl Actor {
         }
         Ok(())
     }
+
+    /// Limits all its disks or network cards, each to its part.
+    fn limit(&self, kind: DeviceKind, count: usize, rate: Rate) -> Result<(), String> {
+        if count == 0 {
+            return Err("it has none".into());
+        }
+        let limits = share(rate, count);
+        for number in (0..count).filter_map(|number| u16::try_from(number).ok()) {
+            let asked = self.operator.ask(Ask::Limit { kind, number, limits }, Vec::new());
+            drop(asked.map_err(|refusal| refusal.to_string())?);
+        }
+        Ok(())
+    }
+}
+
+/// What one of so many devices may do when all of them together may do this; what is done in a second may be done at once.
+fn share(rate: Rate, count: usize) -> Limits {
+    let share = |whole: Option<u64>| {
+        let whole = whole?;
+        let per_second = whole.div_ceil(u64::try_from(count).unwrap_or(u64::MAX).max(1)).max(1);
+        Some(casemate_wire::Rate { per_second, burst: per_second })
+    };
+    Limits { bytes: share(rate.bytes_a_second), operations: share(rate.requests_a_second) }
 }
 
 fn write(cgroup: &Path, file: &str, value: &str) -> Result<(), String> {
@@ -242,6 +274,8 @@ mod tests {
             cpus_most: 3,
             memory_bytes: 1 << 30,
             pinned,
+            disks: 2,
+            nets: 1,
             cpu_limit: None,
             balloon_bytes: 1 << 30,
             disk_limit: Rate::default(),
@@ -294,6 +328,19 @@ mod tests {
         one.turned.insert(Knob::Balloon, Instant::now());
         assert!(one.too_soon(&Deed::Balloon(512 << 20)).is_some());
         assert!(one.too_soon(&Deed::Balloon(700 << 20)).is_none());
+    }
+
+    #[test]
+    fn a_limit_is_of_all_devices_together() {
+        let rate = Rate { bytes_a_second: Some(1_000_001), requests_a_second: None };
+        let Limits { bytes, operations } = share(rate, 2);
+        assert_eq!(bytes, Some(casemate_wire::Rate { per_second: 500_001, burst: 500_001 }));
+        assert_eq!(operations, None);
+        let nothing = Rate { bytes_a_second: Some(0), requests_a_second: Some(1) };
+        assert_eq!(share(nothing, 8).bytes.map(|rate| rate.per_second), Some(1), "0 is no rate");
+        let (_folder, mut one, _orders) = actor(false);
+        one.nets = 0;
+        assert_eq!(one.act(&Deed::NetLimit(rate)), Outcome::Not("it has none".into()));
     }
 
     #[test]
