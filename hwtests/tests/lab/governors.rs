@@ -3,6 +3,7 @@
 use std::{
     fs,
     path::{Path, PathBuf},
+    thread,
     time::Duration,
 };
 
@@ -20,14 +21,17 @@ fn built(plugin: &str) -> PathBuf {
     Path::new(env!("CARGO_MANIFEST_DIR")).join("../plugins/built").join(plugin)
 }
 
-/// Writes a bundle: one that admits everything, and a governor that does as its settings say. The file is replaced as a whole.
+/// Writes a bundle: one that admits everything, and a governor that does as its settings say.
 fn write_bundle(ctx: &Ctx, settings: &str, more: &str) -> Result<PathBuf, Failure> {
+    let steward = format!("settings = {{ {settings} }}\n{more}\n");
+    write_plugins(ctx, &[("limits", "limits.wasm", ""), ("steward", "tests/steward.wasm", &steward)])
+}
+
+/// Writes a bundle of these plugins: name, file, and what else stands there. The file is replaced as a whole.
+fn write_plugins(ctx: &Ctx, plugins: &[(&str, &str, &str)]) -> Result<PathBuf, Failure> {
     let path = ctx.directory().join("governed.toml");
     let mut text = String::new();
-    for (name, file, rest) in [
-        ("limits", "limits.wasm", String::new()),
-        ("steward", "tests/steward.wasm", format!("settings = {{ {settings} }}\n{more}\n")),
-    ] {
+    for (name, file, rest) in plugins {
         let plugin = built(file);
         let digest = ctx.shell(&format!("sha256sum {} | cut -d' ' -f1", plugin.display()))?;
         text.push_str(&format!(
@@ -133,4 +137,91 @@ pub(crate) fn act_within_bounds_and_tell(ctx: &mut Ctx) -> Result<(), Failure> {
     running.wait(SOON)?.success()?;
     expect!(!Path::new(&format!("/run/casemate/{}.sample", ctx.name())).exists(), "its sample stayed");
     Ok(())
+}
+
+/// What a guest's cell has used of processors, in seconds.
+fn used_seconds(guest: &str) -> Result<f64, Failure> {
+    let stat = fs::read_to_string(format!("/sys/fs/cgroup/casemate/{guest}/cpu.stat"))?;
+    let used = stat.lines().find_map(|line| line.strip_prefix("usage_usec "));
+    let used = used.and_then(|used| used.trim().parse::<f64>().ok());
+    Ok(used.ok_or_else(|| Failure::new(format_args!("no usage in {stat}")))? / 1e6)
+}
+
+/// Two guests of strangers on one processor: who uses more than its share, which is a fifth, gives way to who has more; and memory
+/// that one does not use goes to the host until it needs it.
+pub(crate) fn fair_share_and_balloon(ctx: &mut Ctx) -> Result<(), Failure> {
+    let bundle = write_plugins(
+        ctx,
+        &[
+            ("limits", "limits.wasm", ""),
+            (
+                "fair-share",
+                "fair-share.wasm",
+                "settings = { burst_seconds = 10, shares = { quiet = 400 } }\nmay_do = [\"cpu-weight\", \"cpu-limit\"]\n",
+            ),
+            // More than the lab has, so that it is always short.
+            (
+                "balloon",
+                "balloon.wasm",
+                "settings = { keep_free = \"64 GiB\", spare_percent = 100, step_percent = 50 }\nmay_do = [\"balloon\"]\n",
+            ),
+        ],
+    )?;
+    let start = |name: &str, memory: &str, script: &str| {
+        let text = ctx.guest(script)?.named(name).memory(memory).to_toml()?;
+        let file = ctx.directory().join(format!("{name}.toml"));
+        fs::write(&file, text.replace("tenant = \"demo\"", &format!("tenant = \"{name}\"")))?;
+        let words = ["casemate", "run", "--json", "--stdin", "--policy"].map(Path::new);
+        ctx.start(words.into_iter().chain([bundle.as_path(), &file]))
+    };
+    let work = "echo it works; while :; do :; done";
+    let noisy = start("noisy", "128 MiB", work)?;
+    noisy.wait_for_text("it works", SOON)?;
+    let quiet = start(
+        "quiet",
+        "512 MiB",
+        &format!(
+            "echo it waits; until [ -e /run/go ]; do sleep 1; [ $(awk '/MemFree/ {{ print $2 }}' /proc/meminfo) -lt 300000 ] && touch /run/go; done
+            dd if=/dev/zero of=/run/fill bs=1M count=130 2>/dev/null; {work}"
+        ),
+    )?;
+    quiet.wait_for_text("it waits", SOON)?;
+    let of = |event: &Value, guest: &str, deed: &str, code: &str| {
+        is(event, "/guest", guest) && is(event, "/action/deed", deed) && is(event, "/action/why/code", code)
+    };
+    let seen = |guest: &'static str, deed: &'static str, code: &'static str| {
+        wait_for_any(ctx, &format!("{deed} of {guest} for {code}"), move |event| of(event, guest, deed, code))
+    };
+    seen("noisy", "cpu-weight", "credit")?;
+    seen("quiet", "balloon", "host-short")?;
+    quiet.wait_for_text("it works", SOON * 2)?;
+    seen("quiet", "balloon", "guest-short")?;
+    seen("noisy", "cpu-limit", "noisy")?;
+    let before = (used_seconds("noisy")?, used_seconds("quiet")?);
+    thread::sleep(Duration::from_secs(10));
+    let (noisy_used, quiet_used) = (used_seconds("noisy")? - before.0, used_seconds("quiet")? - before.1);
+    println!("# in 10 s the one that had used its share got {noisy_used:.1} s, the other {quiet_used:.1} s");
+    expect!(quiet_used > 2.0 * noisy_used, "{noisy_used:.1} s and {quiet_used:.1} s");
+    for running in [noisy, quiet] {
+        running.signal(Signal::TERM)?;
+        running.signal(Signal::TERM)?;
+        running.wait(SOON)?;
+    }
+    Ok(())
+}
+
+/// Waits for something that was done to any guest.
+fn wait_for_any(ctx: &Ctx, what: &str, fits: impl Fn(&Value) -> bool) -> Result<(), Failure> {
+    let mut failed = None;
+    wait_until(what, SOON, || {
+        let run = ctx.run(["casemate", "--json", "events", "--last", "1000"]);
+        let lines = run.map(|run| run.stdout);
+        let found = lines.as_ref().is_ok_and(|lines| {
+            let mut events = lines.lines().filter_map(|line| serde_json::from_str::<Value>(line).ok());
+            events.any(|event| is(&event, "/event", "done") && fits(&event))
+        });
+        failed = lines.err();
+        found || failed.is_some()
+    })?;
+    failed.map_or(Ok(()), Err)
 }

@@ -104,8 +104,11 @@ fn spare(settings: &Settings, guest: &GuestSample) -> u64 {
     let (Some(available), Some(kept)) = (guest.memory.available_bytes, kept(settings, guest)) else {
         return 0;
     };
-    let least = guest.bounds.memory_least_bytes;
-    available.saturating_sub(kept).min(guest.memory.given_bytes.saturating_sub(least))
+    // What its balloon is still to take of it, it has no longer.
+    let coming = guest.memory.given_bytes.saturating_sub(guest.knobs.balloon_bytes);
+    let left = guest.knobs.balloon_bytes.min(guest.memory.given_bytes);
+    let unused = available.saturating_sub(kept.saturating_add(coming));
+    unused.min(left.saturating_sub(guest.bounds.memory_least_bytes))
 }
 
 /// What a guest that is short wants back; nothing while it has all.
@@ -129,7 +132,7 @@ fn give_back(guest: &GuestSample, bytes: u64, free: u64) -> Option<Action> {
     }
     let available = guest.memory.available_bytes.unwrap_or(0);
     let message = format!("it has {} left", in_mib(available));
-    let target = guest.memory.given_bytes.saturating_add(bytes).min(guest.memory_bytes);
+    let target = most(guest).saturating_add(bytes).min(guest.memory_bytes);
     Some(act(guest, Deed::Balloon(target), Reason::new("guest-short", message)))
 }
 
@@ -142,18 +145,23 @@ fn take(settings: &Settings, guest: &GuestSample, wanted: u64, all: u64) -> Opti
         return None;
     }
     let message = format!("the host wants {} more, and it can spare {}", in_mib(wanted), in_mib(own));
-    let target = guest.memory.given_bytes.saturating_sub(bytes);
+    let target = guest.knobs.balloon_bytes.min(guest.memory.given_bytes).saturating_sub(bytes);
     Some(act(guest, Deed::Balloon(target), Reason::new("host-short", message)))
 }
 
 fn give_slowly(settings: &Settings, guest: &GuestSample) -> Option<Action> {
-    let missing = guest.memory_bytes.saturating_sub(guest.memory.given_bytes);
+    let missing = guest.memory_bytes.saturating_sub(most(guest));
     if missing < STEP_LEAST {
         return None;
     }
-    let target = guest.memory.given_bytes.saturating_add(step(settings, guest).min(missing));
+    let target = most(guest).saturating_add(step(settings, guest).min(missing));
     let why = Reason::new("plenty", "the host has plenty").severity(Severity::Low);
     Some(act(guest, Deed::Balloon(target), why))
+}
+
+/// What it has, or is about to have back.
+fn most(guest: &GuestSample) -> u64 {
+    guest.memory.given_bytes.max(guest.knobs.balloon_bytes)
 }
 
 fn in_mib(bytes: u64) -> String {
@@ -171,7 +179,7 @@ mod tests {
     /// A guest of 4 GiB that has `given` of them and `available` to spare or use.
     fn guest(name: &str, given: u64, available: u64) -> GuestSample {
         let mut guest = guest_sample(name);
-        guest.memory.given_bytes = given;
+        (guest.memory.given_bytes, guest.knobs.balloon_bytes) = (given, given);
         guest.memory.available_bytes = Some(available);
         guest
     }
@@ -229,6 +237,21 @@ mod tests {
         assert_eq!(tick(GIB + 1, vec![calm.clone()]), [], "neither short nor plenty");
         assert_eq!(tick(3 * GIB, vec![calm]), [("calm".into(), 2 * GIB + step, "plenty".into())]);
         assert_eq!(tick(3 * GIB, vec![guest("whole", 4 * GIB, GIB)]), []);
+    }
+
+    #[test]
+    fn a_balloon_that_is_still_on_its_way_is_let_arrive() {
+        let mut inflating = guest("a", 3 * GIB, 2 * GIB);
+        inflating.knobs.balloon_bytes = 2 * GIB;
+        assert_eq!(
+            spare(&Settings::default(), &inflating),
+            GIB - kept(&Settings::default(), &inflating).unwrap()
+        );
+        let seen = tick(GIB - (300 << 20), vec![inflating]);
+        assert!(seen[0].1 < 2 * GIB, "it would be given some back for the host's need: {seen:?}");
+        let mut deflating = guest("b", 2 * GIB, GIB);
+        deflating.knobs.balloon_bytes = 4 * GIB;
+        assert_eq!(tick(3 * GIB, vec![deflating]), []);
     }
 
     #[test]
