@@ -13,7 +13,7 @@ use toml::Spanned;
 use crate::{
     Fault, PolicyError,
     change::{CASEMATE, Field},
-    limits::{HOST_LIMITS, PluginLimits},
+    limits::{HOST_LIMITS, Lane, PluginLimits},
     rule::{Level, Mode, Rule, Rules, Selector},
     samples::Deed,
 };
@@ -76,6 +76,8 @@ struct RawEntry {
 #[derive(Default, Deserialize)]
 #[serde(deny_unknown_fields)]
 struct RawLimits {
+    #[serde(default)]
+    lane: Lane,
     memory: Option<Spanned<String>>,
     fuel: Option<Spanned<u64>>,
     deadline_ms: Option<Spanned<u64>>,
@@ -185,7 +187,7 @@ impl Reader<'_> {
     }
 
     fn limits(&self, key: &str, raw: &RawLimits) -> Result<PluginLimits, PolicyError> {
-        let (default, most) = (PluginLimits::DEFAULT, PluginLimits::MOST);
+        let (default, most) = (raw.lane.limits(), PluginLimits::MOST);
         let memory_bytes = match &raw.memory {
             None => default.memory_bytes,
             Some(memory) => {

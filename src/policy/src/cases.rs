@@ -10,8 +10,8 @@ use serde::Deserialize;
 use serde_json::Value;
 
 use crate::{
-    Action, Compiler, Config, Engine, Fault, Memory, Outcome, PolicyError, ReleasedDevice, Request, Samples,
-    Stance, Tick,
+    Action, Compiler, Config, Engine, Fault, Lane, Memory, Outcome, PolicyError, ReleasedDevice, Request,
+    Samples, Stance, Tick,
 };
 
 #[derive(Deserialize)]
@@ -19,8 +19,10 @@ use crate::{
 struct RawCases {
     /// The bundle, counted from this file's folder.
     bundle: Option<String>,
-    /// Or one plugin.
+    /// Or one plugin, and the lane that it is for.
     plugin: Option<String>,
+    #[serde(default)]
+    lane: Lane,
     /// Of the plugin, for cases that have none of their own.
     #[serde(default)]
     settings: serde_json::Map<String, Value>,
@@ -132,7 +134,7 @@ pub fn run_cases(
         }
         (None, Some(plugin)) => {
             let settings = Value::Object(settings.clone()).to_string();
-            Engine::open_plugin(&folder.join(plugin), &settings, cache, compiler)
+            Engine::open_plugin(&folder.join(plugin), raw.lane, &settings, cache, compiler)
         }
         _ => Err(bad(&"it names either a `bundle` or a `plugin`")),
     };

@@ -12,7 +12,7 @@ use crate::{
     change::Field,
     compiler::Compiler,
     contract::{self, Description},
-    limits::{HOST_LIMITS, PluginLimits},
+    limits::{HOST_LIMITS, Lane, PluginLimits},
     oci,
     plugin::{Kind, Loader, Parts, Plugin, surface},
     rule::Rules,
@@ -25,7 +25,7 @@ use crate::{
 const WASMTIME: &str = "48.0.8";
 
 /// Counts up when [`engine_config`], or what the compiler adds to it, changes: what was compiled before is not used again.
-const CONFIG_VERSION: u32 = 1;
+const CONFIG_VERSION: u32 = 2;
 
 /// Where things are.
 #[derive(Clone, Copy)]
@@ -111,8 +111,9 @@ pub fn engine_config() -> wasmtime::Config {
         // What differs from one processor to another, or asks for threads, is not to be had.
         .wasm_relaxed_simd(false)
         .wasm_memory64(false)
-        .wasm_multi_memory(false)
         .wasm_custom_page_sizes(false)
+        // What passes text between the parts of a component sees the memories of both; all together are limited.
+        .wasm_multi_memory(true)
         // Bounds are checked in the code: no signal handler in the process that decides, no guard pages.
         .signals_based_traps(false)
         .memory_reservation(PluginLimits::MOST.memory_bytes as u64)
@@ -160,12 +161,13 @@ impl Engine {
         if engine.has(Kind::Admission) { Ok(engine) } else { Err(nobody_admits(config.bundle.display())) }
     }
 
-    /// One plugin as a bundle of its own, enforced, with these settings (a JSON object).
+    /// One plugin as a bundle of its own, enforced, in this lane, with these settings (a JSON object).
     ///
     /// # Errors
     /// As [`Engine::open`].
     pub fn open_plugin(
         file: &Path,
+        lane: Lane,
         settings: &str,
         cache: &Path,
         compiler: Compiler<'_>,
@@ -179,7 +181,7 @@ impl Engine {
             path: file.to_owned(),
             digest: seen.digest.clone(),
             settings: settings.to_owned(),
-            limits: PluginLimits::DEFAULT,
+            limits: lane.limits(),
             rules: Rules::default(),
             may_change,
             may_do,
@@ -360,7 +362,8 @@ pub fn install(file: &Path, cache: &Path, compiler: Compiler<'_>) -> Result<Insp
     let parts = Parts {
         name: &name,
         digest: &digest,
-        limits: PluginLimits::DEFAULT,
+        // Nobody has said yet which lane it is for, and it's asked for its description alone.
+        limits: PluginLimits::SCRIPTED,
         settings: "{}",
         rules: Rules::default(),
         may_change: Vec::new(),

@@ -47,7 +47,7 @@ pub use compiler::{Compiler, EXIT_INVALID, Ended, Launch, Plain, Streams};
 pub use engine::{Config, Engine, Inspection, Installed, Needs, Substitute, engine_config, install};
 pub use error::{Fault, PolicyError};
 pub use govern::{Conflict, Failure, Memory, Tick};
-pub use limits::{HOST_LIMITS, HostLimits, PluginLimits};
+pub use limits::{HOST_LIMITS, HostLimits, Lane, PluginLimits};
 pub use plugin::Kind;
 pub use record::{Difference, Outcome, Record, Stance, replay};
 pub use released::{Check, CheckOutcome, ReleasedDevice, Ruling};

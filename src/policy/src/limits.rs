@@ -25,6 +25,14 @@ impl PluginLimits {
         table_elements: 4_096,
         instances: 8,
     };
+    /// For plugins that bring an interpreter: QuickJS takes half a million instructions to come to itself.
+    pub const SCRIPTED: Self = Self {
+        memory_bytes: 64 << 20,
+        fuel: 100_000_000,
+        deadline_ms: 5_000,
+        table_elements: 16_384,
+        instances: 16,
+    };
     /// The most that a bundle may set: enough for an interpreter in a plugin.
     pub const MOST: Self = Self {
         memory_bytes: 64 << 20,
@@ -33,6 +41,27 @@ impl PluginLimits {
         table_elements: 16_384,
         instances: 16,
     };
+}
+
+/// What a plugin is written in, which says where its limits begin.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, serde::Deserialize)]
+#[serde(rename_all = "kebab-case")]
+pub enum Lane {
+    /// A compiled language: [`PluginLimits::DEFAULT`].
+    #[default]
+    Native,
+    /// A language with an interpreter: [`PluginLimits::SCRIPTED`].
+    Scripted,
+}
+
+impl Lane {
+    /// The limits that hold where a bundle sets no others.
+    pub const fn limits(self) -> PluginLimits {
+        match self {
+            Self::Native => PluginLimits::DEFAULT,
+            Self::Scripted => PluginLimits::SCRIPTED,
+        }
+    }
 }
 
 /// What no bundle can change.
@@ -95,3 +124,4 @@ pub const HOST_LIMITS: HostLimits = HostLimits {
 // An answer in bounds has to get across.
 const _: () = assert!(HOST_LIMITS.crossing_bytes >= HOST_LIMITS.answer_bytes + HOST_LIMITS.reasons * 512);
 const _: () = assert!(PluginLimits::DEFAULT.memory_bytes <= PluginLimits::MOST.memory_bytes);
+const _: () = assert!(PluginLimits::SCRIPTED.memory_bytes <= PluginLimits::MOST.memory_bytes);

@@ -243,6 +243,7 @@ fn each_shipped_plugin_answers_its_cases_and_each_of_its_reasons_was_seen() {
         "placement",
         "quota",
         "schedule",
+        "scripted/naming",
     ] {
         let file = root().join("plugins").join(plugin).join("cases.toml");
         let (results, coverage) = run_cases(&file, shared_cache(), compiler()).unwrap();
