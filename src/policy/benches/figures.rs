@@ -89,6 +89,9 @@ fn shipped() -> Vec<String> {
         ("quota", "default = { guests = 30, vcpus = 240, memory = '640 GiB', devices = 30 }"),
         ("devices", "grant = [{ tenants = ['*'], kinds = ['8086:'] }]"),
         ("images", "folders = ['/boot/', '/srv/']"),
+        ("network", "grant = [{ tenants = ['*'], taps = ['*'] }]"),
+        ("hardening", ""),
+        ("placement", "dedicated = ['nobody']"),
         ("schedule", "closed = [{ days = ['sun'], from = '12:00', to = '12:01', tenants = ['nobody'] }]"),
     ]
     .iter()
@@ -121,6 +124,12 @@ fn main() {
     Measured::of(CALLS, || drop(black_box(every.admit(&request(), None).unwrap())))
         .print(&format!("{} plugins asked", all.len()));
 
+    let naming = entry("naming", &root().join("plugins/built/naming.wasm"), "default = '^[a-z]+$'");
+    let script = open(&format!("{naming}limits = {{ lane = 'scripted' }}\n")).unwrap();
+    assert!(script.admit(&request(), None).unwrap().is_allowed());
+    Measured::of(2_000, || drop(black_box(script.admit(&request(), None).unwrap())))
+        .print("one in JavaScript asked, in a new instance");
+
     let (few, many) = (
         Measured::of(300, || drop(open(&all[0]).unwrap())),
         Measured::of(300, || drop(open(&all.concat()).unwrap())),
@@ -137,6 +146,14 @@ fn main() {
         let mut memory = Memory::new();
         Measured::of(500, || drop(black_box(governed.tick(&samples, &mut memory))))
             .print(&format!("{count} guests looked at by a governor"));
+    }
+    let fair = entry("fair-share", &root().join("plugins/built/fair-share.wasm"), "");
+    let governed = open(&format!("{fair}{}", entry("no", &deny_all(), ""))).unwrap();
+    for count in [10, 1_000] {
+        let samples = samples(count);
+        let mut memory = Memory::new();
+        Measured::of(500, || drop(black_box(governed.tick(&samples, &mut memory))))
+            .print(&format!("{count} guests looked at by fair-share"));
     }
 
     println!("\n| memory of this process | KiB resident |\n|---|---|");
