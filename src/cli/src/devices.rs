@@ -7,6 +7,7 @@ use casemate_keep::Paths;
 use casemate_spec::{PciAddress, Refusal};
 use clap::{Args, Subcommand};
 use serde::Serialize;
+use serde_json::json;
 
 use crate::output::{self, Failure};
 
@@ -55,8 +56,8 @@ struct Line<'a> {
 pub(crate) fn devices(paths: &Paths, options: &Options, json: bool) -> Result<ExitCode, Failure> {
     let host = Host::live();
     match &options.command {
-        Some(Command::Quarantine { address, why }) => return quarantine(paths, &host, *address, why),
-        Some(Command::Free { address }) => return free(paths, *address),
+        Some(Command::Quarantine { address, why }) => return quarantine(paths, &host, *address, why, json),
+        Some(Command::Free { address }) => return free(paths, *address, json),
         None => {}
     }
     let functions = host.functions()?;
@@ -126,21 +127,36 @@ fn details(function: &PciFunction) {
     output::line(&format!("  {}", words.join(", ")));
 }
 
-fn quarantine(paths: &Paths, host: &Host, address: PciAddress, why: &str) -> Result<ExitCode, Failure> {
+fn quarantine(
+    paths: &Paths,
+    host: &Host,
+    address: PciAddress,
+    why: &str,
+    json: bool,
+) -> Result<ExitCode, Failure> {
     let functions = host.functions()?;
     let function = functions.iter().find(|function| function.address == address).ok_or_else(|| {
         let remedy = "casemate devices shows what there is";
         Refusal::new("device-missing", address, "there is no such PCI device on this host", remedy)
     })?;
     Ledger::open(&paths.state)?.quarantine(address, (function.vendor, function.device), why)?;
-    output::line(&format!(
-        "{address} is in quarantine: no guest gets it until casemate devices free {address}"
-    ));
+    if json {
+        output::json(&json!({ "address": address, "state": DeviceState::Quarantined, "why": why }));
+    } else {
+        output::line(&format!(
+            "{address} is in quarantine: no guest gets it until casemate devices free {address}"
+        ));
+    }
     Ok(ExitCode::SUCCESS)
 }
 
-fn free(paths: &Paths, address: PciAddress) -> Result<ExitCode, Failure> {
+fn free(paths: &Paths, address: PciAddress, json: bool) -> Result<ExitCode, Failure> {
     let life = Ledger::open(&paths.state)?.pardon(address)?;
+    if json {
+        // As it is now, and what was known of it before.
+        output::json(&json!({ "address": address, "state": DeviceState::Free, "before": life }));
+        return Ok(ExitCode::SUCCESS);
+    }
     if life.state == DeviceState::Quarantined {
         let why = life.why.unwrap_or_default();
         output::line(&format!("{address} is out of quarantine, where it was because: {why}"));

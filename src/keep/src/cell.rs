@@ -11,10 +11,12 @@ use std::{
 
 use casemate_host::{Claim, DmaNeeds, Host, Image, Tap};
 use casemate_jail::{Cell, CellPlan, CgroupPlan, IoPlan, Program, Rlimits};
-use casemate_spec::{CellPart, CellRules, CpuList, CpuModel, DiskFormat, Guest, Pages, Ram, Refusal};
+use casemate_spec::{
+    CellPart, CellRules, CpuList, CpuModel, DiskFormat, Guest, IoLimits, Pages, Ram, Refusal,
+};
 use casemate_wire::{
-    self as wire, Assigned, Below, Channel, Cpu, CpuRange, Disk, Format, FromCell, Hotplug, Machine, Model,
-    Net, Slot, ToCell, VERSION, Vsock,
+    self as wire, Assigned, Below, Channel, Cpu, CpuRange, DeviceKind, Disk, Format, FromCell, Hotplug,
+    Limited, Machine, Model, Net, Slot, ToCell, VERSION, Vsock,
 };
 use rustix::{
     fs::{FlockOperation, flock},
@@ -413,6 +415,7 @@ fn send_machine(
             memory_bytes: guest.hotplug.memory.bytes(),
             prefetchable_bytes: guest.hotplug.prefetchable_memory.bytes(),
         },
+        limits: limits(guest),
     };
     let message = ToCell::Start { version: VERSION, machine: Box::new(machine) };
     channel.send(&message, &fds.0).map_err(|error| {
@@ -423,6 +426,22 @@ fn send_machine(
             "try again",
         )
     })
+}
+
+/// What is limited of the guest's disks and network cards.
+fn limits(guest: &Guest) -> Vec<Limited> {
+    let disks = guest.disks.iter().map(|disk| disk.limits).zip(0..).map(|all| (DeviceKind::Disk, all));
+    let nets = guest.nets.iter().map(|net| net.limits).zip(0..).map(|all| (DeviceKind::Net, all));
+    let rate = |rate: casemate_spec::Rate| wire::Rate { per_second: rate.per_second, burst: rate.burst };
+    disks
+        .chain(nets)
+        .filter(|(_, (limits, _))| *limits != IoLimits::default())
+        .map(|(kind, (limits, number))| Limited {
+            kind,
+            number,
+            limits: wire::Limits { bytes: limits.bytes.map(rate), operations: limits.operations.map(rate) },
+        })
+        .collect()
 }
 
 /// The processors, as the cell is told of them.

@@ -6,8 +6,9 @@ use serde::Deserialize;
 use toml::Spanned;
 
 use crate::{
-    Refusal,
+    IoLimits, Refusal,
     guest::{Reader, short},
+    limit::RawLimit,
 };
 
 /// Queues that an emulated disk can have.
@@ -47,6 +48,8 @@ pub struct Disk {
     pub read_only: bool,
     /// Queues, 1 to [`DISK_QUEUES_MAX`]; one a vCPU, up to 4, when absent.
     pub queues: Option<u8>,
+    /// How much it may do.
+    pub limits: IoLimits,
 }
 
 /// An image under another.
@@ -68,6 +71,7 @@ pub(crate) struct RawDisk {
     #[serde(default)]
     read_only: bool,
     queues: Option<Spanned<i64>>,
+    limit: Option<RawLimit>,
 }
 
 impl Reader<'_> {
@@ -93,7 +97,8 @@ impl Reader<'_> {
                 Some(Backing { path: self.path(&backing)?, format: self.format(format.as_ref())? })
             }
         };
-        Ok(Disk { path, format, backing, read_only: raw.read_only, queues })
+        let limits = self.limits(raw.limit)?;
+        Ok(Disk { path, format, backing, read_only: raw.read_only, queues, limits })
     }
 
     fn format(&mut self, raw: Option<&Spanned<String>>) -> Result<DiskFormat, Refusal> {

@@ -3,7 +3,6 @@
 use std::{
     collections::BTreeMap,
     fmt,
-    net::Ipv4Addr,
     path::{Path, PathBuf},
 };
 
@@ -17,6 +16,7 @@ use crate::{
     disk::{Disk, RawDisk},
     hotplug::RawHotplug,
     locate::locate,
+    net::{Net, RawNet},
     ram::RawRam,
     resources::{RawResources, ResourceBounds},
     vsock::{RawVsock, Vsock},
@@ -144,19 +144,6 @@ pub struct Boot {
     pub command_line: String,
 }
 
-/// An emulated network card on a tap that lives as long as the guest.
-#[derive(Clone, Debug, PartialEq, Eq)]
-pub struct Net {
-    /// Name of the tap, at most 15 bytes.
-    pub tap: String,
-    /// The host's address on the tap and the length of its prefix.
-    pub host_address: Option<(Ipv4Addr, u8)>,
-    /// The card's MAC address; made from guest's name and slot when absent.
-    pub mac: Option<[u8; 6]>,
-    /// Whether the host's kernel serves the card's queues.
-    pub vhost: bool,
-}
-
 /// A physical PCI function to be assigned.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub struct Assigned {
@@ -247,16 +234,6 @@ struct RawBoot {
     kernel: Spanned<String>,
     initrd: Option<Spanned<String>>,
     command_line: Option<Spanned<String>>,
-}
-
-#[derive(Deserialize)]
-#[serde(deny_unknown_fields)]
-struct RawNet {
-    tap: Spanned<String>,
-    host_address: Option<Spanned<String>>,
-    mac: Option<Spanned<String>>,
-    #[serde(default)]
-    vhost: bool,
 }
 
 /// Reads a guest file's text.
@@ -434,39 +411,6 @@ impl Reader<'_> {
         Err(Refusal::new("bad-command-line", "", cause, remedy).at(Some(location)))
     }
 
-    fn net(&mut self, raw: RawNet) -> Result<Net, Refusal> {
-        let location = self.note(&raw.tap);
-        let tap = raw.tap.into_inner();
-        let good = (1..=15).contains(&tap.len())
-            && tap.bytes().all(|b| b.is_ascii_alphanumeric() || b == b'-' || b == b'_');
-        if !good {
-            let cause = format!("{:?} is not a name for a network interface", short(&tap));
-            let refusal = Refusal::new("bad-tap", "", cause, "use 1 to 15 letters, digits, - and _");
-            return Err(refusal.at(Some(location)));
-        }
-        let host_address = raw.host_address.map(|raw| {
-            let location = self.note(&raw);
-            prefix(raw.get_ref()).ok_or_else(|| {
-                let cause = format!("{:?} is not an IPv4 address with a prefix", short(raw.get_ref()));
-                Refusal::new("bad-address", "", cause, "write it as \"192.0.2.1/24\"").at(Some(location))
-            })
-        });
-        let mac = raw.mac.map(|raw| {
-            let location = self.note(&raw);
-            mac(raw.get_ref()).ok_or_else(|| {
-                let cause = format!("{:?} is not the MAC address of one card", short(raw.get_ref()));
-                Refusal::new(
-                    "bad-mac",
-                    "",
-                    cause,
-                    "write six hexadecimal pairs, the first even: \"02:00:00:00:00:01\"",
-                )
-                .at(Some(location))
-            })
-        });
-        Ok(Net { tap, host_address: host_address.transpose()?, mac: mac.transpose()?, vhost: raw.vhost })
-    }
-
     fn count(&self, table: &str, count: usize, most: usize) -> Result<(), Refusal> {
         if count <= most {
             return Ok(());
@@ -481,27 +425,10 @@ pub(crate) fn short(text: &str) -> String {
     text.chars().take(64).collect()
 }
 
-fn prefix(text: &str) -> Option<(Ipv4Addr, u8)> {
-    let (address, length) = text.split_once('/')?;
-    let length: u8 = length.parse().ok()?;
-    Some((address.parse().ok()?, length)).filter(|(_, length)| (1..=30).contains(length))
-}
-
-fn mac(text: &str) -> Option<[u8; 6]> {
-    let mut bytes = [0; 6];
-    let mut parts = text.split(':');
-    for byte in &mut bytes {
-        let part =
-            parts.next().filter(|part| part.len() == 2 && part.bytes().all(|b| b.is_ascii_hexdigit()))?;
-        *byte = u8::from_str_radix(part, 16).ok()?;
-    }
-    let unicast = bytes[0] & 1 == 0 && bytes != [0; 6];
-    (parts.next().is_none() && unicast).then_some(bytes)
-}
-
 #[cfg(test)]
 pub(crate) mod tests {
     use super::*;
+    use crate::{IoLimits, Rate};
     use proptest::prelude::*;
 
     pub(crate) const GOOD: &str = r#"name = "web"
@@ -540,7 +467,7 @@ address = "0000:03:00.0"
         let located = parse(GOOD).unwrap();
         let guest = &located.guest;
         assert_eq!((guest.name.as_str(), guest.vcpus, guest.memory.bytes()), ("web", 2, 512 << 20));
-        assert_eq!(guest.nets[0].host_address, Some((Ipv4Addr::new(192, 0, 2, 1), 24)));
+        assert_eq!(guest.nets[0].host_address, Some((std::net::Ipv4Addr::new(192, 0, 2, 1), 24)));
         assert_eq!(located.location("device[0].address").unwrap().line, 20);
         assert_eq!(located.resolve(&guest.boot.kernel), Path::new("guests/vmlinux"));
     }
@@ -561,6 +488,14 @@ address = "0000:03:00.0"
             ("path = \"web.img\"", "path = \"web.img\"\nbacking = \"base.img\"", "bad-backing"),
             ("path = \"web.img\"", "path = \"web.img\"\nbacking_format = \"raw\"", "bad-backing"),
             ("path = \"web.img\"", "path = \"web.img\"\nqueues = 0", "bad-queues"),
+            ("path = \"web.img\"", "path = \"web.img\"\nlimit = { burst_operations = 1 }", "bad-limit"),
+            ("path = \"web.img\"", "path = \"web.img\"\nlimit = { bytes_per_second = \"x\" }", "bad-limit"),
+            ("tap = \"web0\"", "tap = \"web0\"\nlimit = { operations_per_second = 0 }", "bad-limit"),
+            (
+                "tap = \"web0\"",
+                "tap = \"web0\"\nvhost = true\nlimit = { operations_per_second = 9 }",
+                "bad-limit",
+            ),
             ("tenant = \"acme\"\n", "", "missing-key"),
             ("name = \"web\"", "name = \"Web Server\"", "bad-name"),
             ("memory = \"512 MiB\"", "memory = \"513 KiB\"", "bad-memory"),
@@ -579,6 +514,17 @@ address = "0000:03:00.0"
             assert!(text.starts_with(&format!("[{code}] guests/web.toml:")), "{text}");
             assert_eq!(text.lines().count(), 1, "{text}");
         }
+    }
+
+    #[test]
+    fn limits_are_read() {
+        let limit = "limit = { bytes_per_second = \"10 MiB\", burst_bytes = \"20 MiB\", operations_per_second = 500 }";
+        let text = GOOD.replace("path = \"web.img\"", &format!("path = \"web.img\"\n{limit}"));
+        let guest = parse(&text).unwrap().guest;
+        let [disk] = &guest.disks[..] else { panic!("{:?}", guest.disks) };
+        assert_eq!(disk.limits.bytes, Some(Rate { per_second: 10 << 20, burst: 20 << 20 }));
+        assert_eq!(disk.limits.operations, Some(Rate { per_second: 500, burst: 500 }));
+        assert_eq!(guest.nets[0].limits, IoLimits::default());
     }
 
     #[test]

@@ -1,6 +1,12 @@
 //! How much a disk or a network card may do.
 
-use crate::Refusal;
+use serde::Deserialize;
+use toml::Spanned;
+
+use crate::{
+    ByteSize, Location, Refusal,
+    guest::{Reader, short},
+};
 
 /// The most that any rate or burst may be.
 const MOST: u64 = 1 << 40;
@@ -32,6 +38,59 @@ impl Rate {
             Some(number) => Err(refuse(&format_args!("{number} is out of range"))),
             None => Ok(Some(rate)),
         }
+    }
+}
+
+/// What a device may do from its start on; what is absent is not limited.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+pub struct IoLimits {
+    /// Bytes, of both directions together.
+    pub bytes: Option<Rate>,
+    /// Requests of a disk, frames of a network card.
+    pub operations: Option<Rate>,
+}
+
+/// The key `limit` of a disk or a network card.
+#[derive(Default, Deserialize)]
+#[serde(deny_unknown_fields, default)]
+pub(crate) struct RawLimit {
+    bytes_per_second: Option<Spanned<String>>,
+    burst_bytes: Option<Spanned<String>>,
+    operations_per_second: Option<Spanned<u64>>,
+    burst_operations: Option<Spanned<u64>>,
+}
+
+impl Reader<'_> {
+    pub(crate) fn limits(&mut self, raw: Option<RawLimit>) -> Result<IoLimits, Refusal> {
+        let Some(raw) = raw else { return Ok(IoLimits::default()) };
+        let at = self.note_limit(&raw);
+        let (bytes, burst) = (self.size(raw.bytes_per_second)?, self.size(raw.burst_bytes)?);
+        let located = |refusal: Refusal| refusal.at(at.clone());
+        let number = |raw: Option<Spanned<u64>>| raw.map(Spanned::into_inner);
+        Ok(IoLimits {
+            bytes: Rate::of(bytes, burst).map_err(located)?,
+            operations: Rate::of(number(raw.operations_per_second), number(raw.burst_operations))
+                .map_err(located)?,
+        })
+    }
+
+    /// Where the first of its keys stands.
+    pub(crate) fn note_limit(&mut self, raw: &RawLimit) -> Option<Location> {
+        let texts =
+            [&raw.bytes_per_second, &raw.burst_bytes].map(|raw| raw.as_ref().map(|raw| self.note(raw)));
+        let numbers = [&raw.operations_per_second, &raw.burst_operations]
+            .map(|raw| raw.as_ref().map(|raw| self.note(raw)));
+        texts.into_iter().chain(numbers).flatten().next()
+    }
+
+    fn size(&mut self, raw: Option<Spanned<String>>) -> Result<Option<u64>, Refusal> {
+        let Some(raw) = raw else { return Ok(None) };
+        let location = self.note(&raw);
+        let size: Result<ByteSize, _> = raw.get_ref().parse();
+        size.map(|size| Some(size.bytes())).map_err(|_| {
+            let cause = format!("{:?} is not a size", short(raw.get_ref()));
+            Refusal::new("bad-limit", "", cause, "write it as \"10 MiB\"").at(Some(location))
+        })
     }
 }
 

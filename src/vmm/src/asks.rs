@@ -88,7 +88,7 @@ impl Asks {
             }
             Ask::Balloon { target_bytes } => Some((id, inflate(running, target_bytes))),
             Ask::ResizeDisk { number, size_bytes } => Some((id, resize(running, number, size_bytes))),
-            Ask::Limit { kind, number, limits } => Some((id, limit(running, kind, number, limits))),
+            Ask::Limit { kind, number, limits } => Some((id, limit(&running.devices, kind, number, limits))),
         }
     }
 
@@ -196,7 +196,12 @@ fn resize(running: &Running, number: u16, size_bytes: u64) -> Result<Answer, Ref
 }
 
 /// Limits what a device does.
-fn limit(running: &Running, kind: DeviceKind, number: u16, limits: Limits) -> Result<Answer, Refused> {
+pub(crate) fn limit(
+    devices: &[Emulated],
+    kind: DeviceKind,
+    number: u16,
+    limits: Limits,
+) -> Result<Answer, Refused> {
     let wanted = match kind {
         DeviceKind::Disk => Kind::Block,
         DeviceKind::Net => Kind::Net,
@@ -204,7 +209,7 @@ fn limit(running: &Running, kind: DeviceKind, number: u16, limits: Limits) -> Re
             return refuse("ask-no-device", "only disks and network cards can be limited".into());
         }
     };
-    let Some(device) = nth(running, wanted, number) else {
+    let Some(device) = devices.iter().filter(|device| device.kind == wanted).nth(number.into()) else {
         return refuse("ask-no-device", "this guest has no such device".into());
     };
     let rate = |rate: Rate| casemate_virtio::Rate { per_second: rate.per_second, burst: rate.burst };

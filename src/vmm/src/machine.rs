@@ -15,7 +15,7 @@ use casemate_virtio::{
     Balloon, BalloonControl, Blk, BlkBackend, BlkBelow, BlkFormat, Counters, Device, Finisher, Interrupt,
     KernelNet, Kind, Net, PciParts, PciTransport, Rng, Vsock, Worker, WorkerControl, vector_count,
 };
-use casemate_wire::{CpuRange, Descriptors, End, Format, Machine, Pages};
+use casemate_wire::{CpuRange, Descriptors, End, Format, Limited, Machine, Pages};
 use kvm_ioctls::{DeviceFd, VcpuFd, VmFd};
 use rustix::rand::GetRandomFlags;
 use vm_memory::{GuestMemoryBackend, GuestMemoryMmap};
@@ -23,6 +23,7 @@ use vmm_sys_util::eventfd::EventFd;
 
 use crate::{
     affinity::Placement,
+    asks,
     assigned::{self, Registers, RemoteVfio},
     boot::{self, Entry, Images},
     control::{Control, Requests, Vectors},
@@ -180,6 +181,11 @@ impl Built {
             let streams = KeepStreams::new(descriptors.take(vsock.socket)?);
             let device = Vsock::new(vsock.cid, Box::new(streams)).during("making an epoll set")?;
             parts.add_virtio(Box::new(device), Own::Nothing)?;
+        }
+        for limited in machine.limits {
+            let Limited { kind, number, limits } = limited;
+            asks::limit(&parts.devices, kind, number, limits)
+                .map_err(|refused| Error::device("a limited device", refused.message))?;
         }
         // What an assigned device reaches by DMA is pinned, and must not be given back. Pages that were set aside for this
         // guest would go to another.

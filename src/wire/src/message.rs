@@ -4,7 +4,7 @@ use std::ops::Range;
 
 use serde::{Deserialize, Serialize};
 
-use crate::{Answer, Ask, Event, Refused};
+use crate::{Answer, Ask, DeviceKind, Event, Limits, Refused};
 
 /// Version of this protocol. Both programs come from one build; a mismatch is refused at the first message.
 pub const VERSION: u32 = 2;
@@ -92,6 +92,19 @@ pub struct Machine {
     pub devices: Vec<Assigned>,
     /// Slots for cards that come while the guest runs.
     pub hotplug: Hotplug,
+    /// What of its disks and network cards is limited from the start.
+    pub limits: Vec<Limited>,
+}
+
+/// A device that is limited.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
+pub struct Limited {
+    /// [`DeviceKind::Disk`] or [`DeviceKind::Net`].
+    pub kind: DeviceKind,
+    /// Its number among those of its kind.
+    pub number: u16,
+    /// Its limits.
+    pub limits: Limits,
 }
 
 /// Root ports with a slot each.
