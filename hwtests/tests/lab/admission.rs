@@ -248,11 +248,7 @@ pub(crate) fn a_policy_judges_a_drive(ctx: &mut Ctx) -> Result<(), Failure> {
     let again = ctx.run_guest(&ctx.guest("true")?.device(devices::NVME))?;
     again.refusal("device-quarantined")?;
     ctx.run(["casemate", "devices", "free", devices::NVME])?.success()?;
-    let device = format!("/sys/bus/pci/devices/{}", devices::NVME);
-    ctx.shell(&format!(
-        "echo >{device}/driver_override; echo {0} >{device}/driver/unbind; echo {0} >/sys/bus/pci/drivers_probe",
-        devices::NVME
-    ))?;
+    ctx.run(["casemate", "devices", "release", devices::NVME])?.success()?.printed("nvme has it")?;
     have_drive(ctx)?;
     before.expect_unchanged()
 }

@@ -113,6 +113,7 @@ const TESTS: &[LabTest] = &[
     LabTest::new("pool-gives-a-drive-to-one-tenant", pools::pool_gives_a_drive_to_one_tenant),
     LabTest::new("another-card-is-refused", pools::another_card_is_refused),
     LabTest::new("operator-keeps-a-drive-back", pools::operator_keeps_a_drive_back),
+    LabTest::new("operator-claims-and-releases", pools::operator_claims_and_releases),
     LabTest::new("vfio-many-kinds-in-one-guest", devices::many_kinds_in_one_guest),
     LabTest::new("vfio-dma-ends-with-its-guest", devices::dma_ends_with_its_guest),
     LabTest::new("vfio-failed-reset-is-quarantined", devices::failed_reset_is_quarantined),

@@ -140,3 +140,21 @@ pub(crate) fn operator_keeps_a_drive_back(ctx: &mut Ctx) -> Result<(), Failure> 
     ctx.run(["casemate", "devices", "free", devices::NVME])?.refusal("device-state")?;
     before.expect_unchanged()
 }
+
+/// A drive that an operator keeps for guests goes from one to the next without the host's driver in between.
+pub(crate) fn operator_claims_and_releases(ctx: &mut Ctx) -> Result<(), Failure> {
+    have_drive(ctx)?;
+    let before = HostState::now();
+    let driver = || ctx.driver_of(devices::NVME);
+    ctx.run(["casemate", "devices", "release", devices::NVME])?.refusal("device-state")?;
+    ctx.run(["casemate", "devices", "claim", devices::NVME])?.success()?.printed("is kept for guests")?;
+    expect!(driver().as_deref() == Some("vfio-pci"), "{:?} has it", driver());
+    for _ in ["first", "second"] {
+        let run = ctx.run_guest(&ctx.guest("true")?.device(devices::NVME))?;
+        came_back(run.success()?, devices::NVME, Some("vfio-pci"))?;
+    }
+    let told = ctx.run(["casemate", "--json", "devices", "release", devices::NVME])?;
+    told.success()?.printed("\"driver\":\"nvme\"")?;
+    have_drive(ctx)?;
+    before.expect_unchanged()
+}

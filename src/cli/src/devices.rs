@@ -2,7 +2,9 @@
 
 use std::process::ExitCode;
 
-use casemate_host::{DeviceState, Host, Ledger, Life, PciFunction, Pools, assignable};
+use casemate_host::{
+    DeviceState, Host, Ledger, Life, PciFunction, Pools, assignable, give_to_host, keep_for_guests,
+};
 use casemate_keep::Paths;
 use casemate_spec::{PciAddress, Refusal};
 use clap::{Args, Subcommand};
@@ -25,6 +27,16 @@ pub(crate) struct Options {
 
 #[derive(Subcommand)]
 enum Command {
+    /// Take a free device, with its group, from the host's driver: it stays with vfio-pci, also between guests, until it is released.
+    Claim {
+        /// Where it sits, as in 0000:03:00.0.
+        address: PciAddress,
+    },
+    /// Give a free device that vfio-pci has back to the host's driver: after `claim`, or when it came out of quarantine.
+    Release {
+        /// Where it sits, as in 0000:03:00.0.
+        address: PciAddress,
+    },
     /// Keep a free device from all guests, until it is freed. The host's driver, if it has one, keeps it.
     Quarantine {
         /// Where it sits, as in 0000:03:00.0.
@@ -56,6 +68,8 @@ struct Line<'a> {
 pub(crate) fn devices(paths: &Paths, options: &Options, json: bool) -> Result<ExitCode, Failure> {
     let host = Host::live();
     match &options.command {
+        Some(Command::Claim { address }) => return claim(paths, &host, *address, json),
+        Some(Command::Release { address }) => return release(paths, &host, *address, json),
         Some(Command::Quarantine { address, why }) => return quarantine(paths, &host, *address, why, json),
         Some(Command::Free { address }) => return free(paths, *address, json),
         None => {}
@@ -125,6 +139,29 @@ fn details(function: &PciFunction) {
     words.extend(details.boot_display.then(|| "the boot's display".to_owned()));
     words.extend(function.serials.iter().map(|serial| format!("serial {serial}")));
     output::line(&format!("  {}", words.join(", ")));
+}
+
+fn claim(paths: &Paths, host: &Host, address: PciAddress, json: bool) -> Result<ExitCode, Failure> {
+    for address in keep_for_guests(host, &Ledger::open(&paths.state)?, address)? {
+        if json {
+            output::json(&json!({ "address": address, "driver": "vfio-pci" }));
+        } else {
+            output::line(&format!(
+                "{address} is kept for guests: the host has it back by casemate devices release {address}"
+            ));
+        }
+    }
+    Ok(ExitCode::SUCCESS)
+}
+
+fn release(paths: &Paths, host: &Host, address: PciAddress, json: bool) -> Result<ExitCode, Failure> {
+    let driver = give_to_host(host, &Ledger::open(&paths.state)?, address)?;
+    match driver {
+        _ if json => output::json(&json!({ "address": address, "driver": driver })),
+        Some(driver) => output::line(&format!("{address} is the host's again: {driver} has it")),
+        None => output::line(&format!("{address} is the host's again: no driver takes it")),
+    }
+    Ok(ExitCode::SUCCESS)
 }
 
 fn quarantine(

@@ -157,6 +157,15 @@ pub(crate) fn give_back(host: &Host, record: &DeviceRecord) -> Result<Option<Str
     Err(NotReturned { still_ours: false, why: format!("driver {former} did not take it back: {cause}") })
 }
 
+/// Has the kernel look for a driver that takes the function, and waits until one has, or none is likely to come.
+pub(crate) fn probe(host: &Host, address: PciAddress) {
+    let path = host.path("sys/bus/pci/drivers_probe");
+    // That none takes it is no error of the store's; what has it then is seen elsewhere.
+    if child::write(&path, address.to_string().as_bytes(), host.deadlines.bind).is_ok() {
+        wait(Duration::from_secs(2).min(host.deadlines.bind), || current(host, address).is_some());
+    }
+}
+
 /// Loads VFIO's driver when it is not there.
 pub(crate) fn load_vfio(host: &Host) -> Result<(), Refusal> {
     let driver = host.path("sys/bus/pci/drivers").join(VFIO);
