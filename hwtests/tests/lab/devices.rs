@@ -35,7 +35,7 @@ get() { devmem $(printf '0x%x' $(($1))) $2; }
 "#;
 
 /// Starts a guest under a policy that takes devices of every class, and more of them than the shipped one.
-fn start(ctx: &Ctx, guest: &GuestFile) -> Result<Running, Failure> {
+pub(crate) fn start(ctx: &Ctx, guest: &GuestFile) -> Result<Running, Failure> {
     let bundle = Bundle::write(ctx, "limits", "limits.wasm", "max_devices = 8")?;
     let file = guest.write_into(ctx.directory())?;
     let words = ["casemate", "run", "--json", "--policy"].map(Path::new);
@@ -182,7 +182,7 @@ pub(crate) fn failed_reset_is_quarantined(ctx: &mut Ctx) -> Result<(), Failure> 
 }
 
 /// What an operator does with a device that came out of quarantine.
-fn give_back(address: &str) -> Result<(), Failure> {
+pub(crate) fn give_back(address: &str) -> Result<(), Failure> {
     let directory = format!("/sys/bus/pci/devices/{address}");
     fs::write(format!("{directory}/driver_override"), "\n")?;
     fs::write(format!("{directory}/driver/unbind"), address)?;

@@ -20,6 +20,7 @@ mod host_state;
 mod hotplug;
 mod lab;
 mod network;
+mod notices;
 mod passthrough;
 mod pools;
 mod processors;
@@ -117,6 +118,9 @@ const TESTS: &[LabTest] = &[
     LabTest::new("vfio-many-kinds-in-one-guest", devices::many_kinds_in_one_guest),
     LabTest::new("vfio-dma-ends-with-its-guest", devices::dma_ends_with_its_guest),
     LabTest::new("vfio-failed-reset-is-quarantined", devices::failed_reset_is_quarantined),
+    LabTest::new("vfio-wanted-back-ends-its-guest", notices::wanted_back_ends_its_guest)
+        .deadline_seconds(300),
+    LabTest::new("vfio-failed-device-stops-its-guest", notices::failed_device_stops_its_guest),
     LabTest::new("vfio-card-is-reset-as-a-whole", devices::card_is_reset_as_a_whole),
     LabTest::new("vfio-packets-cost-no-exits", devices::packets_cost_no_exits)
         .long("sends 20,000 packets through emulated cards")

@@ -145,6 +145,12 @@ pub(crate) fn tell(step: &Step, json: bool) {
         Step::Event { event: Event::Panicked } => {
             output::aside("the guest says that its kernel has panicked")
         }
+        Step::DeviceWanted { device } => {
+            output::aside(&format!("the host wants {device} back, so the guest is to end"));
+        }
+        Step::DeviceFailed { device } => output::aside(&format!(
+            "{device} has reported an error that was not corrected, so the guest is stopped"
+        )),
         Step::AskedToPowerOff { grace } => {
             output::aside(&format!("asked the guest to power off; it is stopped in {} s", grace.as_secs()));
         }

@@ -6,7 +6,7 @@ use casemate_spec::{PciAddress, Refusal};
 use sha2::{Digest, Sha256};
 
 use crate::{
-    DeviceState, IommuLimits, Returned,
+    DeviceState, IommuLimits, Notice, Notices, Returned,
     config::{COMMAND, COMMAND_BUS_MASTER, CONFIG_BYTES_MAX, ConfigSnapshot},
     driver, give_back,
     host::{Host, read_bytes},
@@ -47,6 +47,8 @@ pub struct Claim {
     pub devices: Vec<ClaimedDevice>,
     /// What the container can map.
     pub limits: IommuLimits,
+    /// What the kernel tells of the functions.
+    pub notices: Notices,
     owner: Owner,
 }
 
@@ -89,15 +91,16 @@ pub fn claim(host: &Host, ledger: &Ledger, request: ClaimRequest) -> Result<Clai
     let mut records = write_down(host, ledger, &owner, &addresses, judged)?;
     let taken = take(host, &records).and_then(|opened| {
         digest_firmware(ledger, &owner, &mut records, &opened, &digests)?;
-        Ok(opened)
+        let notices = Notices::of(&records, &opened.fds)?;
+        Ok((opened, notices))
     });
     match taken {
-        Ok(Opened { container, groups, fds }) => {
+        Ok((Opened { container, groups, fds }, notices)) => {
             let devices =
                 records.into_iter().zip(fds).map(|(record, fd)| ClaimedDevice::new(record, fd)).collect();
             let limits =
                 vfio::iommu_info(&container).map(|answer| IommuLimits::parse(&answer)).unwrap_or_default();
-            Ok(Claim { container, groups, devices, limits, owner })
+            Ok(Claim { container, groups, devices, limits, notices, owner })
         }
         Err(mut refusal) => {
             if let Err(why) = undo(host, ledger, &owner, records) {
@@ -140,17 +143,26 @@ impl Claim {
         ledger: &Ledger,
         judge: &mut dyn FnMut(&Returned) -> Option<String>,
     ) -> Vec<Returned> {
-        let addresses: Vec<PciAddress> = self.devices.iter().map(|device| device.address).collect();
-        let taken_back = give_back::take_back(ledger, &self.owner, &addresses);
+        let Self { container, groups, devices, notices, owner, .. } = self;
+        let addresses: Vec<PciAddress> = devices.iter().map(|device| device.address).collect();
+        let taken_back = give_back::take_back(ledger, &owner, &addresses);
         let (records, fds): (Vec<_>, Vec<_>) =
-            self.devices.into_iter().map(|device| (device.record, device.fd)).unzip();
-        let mut proofs = give_back::prove(host, records, &self.groups, &fds);
-        proofs.iter_mut().for_each(|proof| proof.judge(judge));
+            devices.into_iter().map(|device| (device.record, device.fd)).unzip();
         // Devices are closed first; the container goes last, and its DMA maps with it.
-        drop(fds);
-        drop(self.groups);
-        drop(self.container);
-        let mut returned = give_back::settle(host, ledger, &self.owner, proofs);
+        let opened = (fds, groups, container);
+        let (mut proofs, opened) =
+            if addresses.iter().any(|address| notices.was_told(Notice::Wanted(*address))) {
+                drop(opened);
+                (give_back::prove_after_request(host, records), None)
+            } else {
+                (give_back::prove(host, records, &opened.1, &opened.0), Some(opened))
+            };
+        for proof in &mut proofs {
+            proof.heed(&notices);
+            proof.judge(judge);
+        }
+        drop(opened);
+        let mut returned = give_back::settle(host, ledger, &owner, proofs);
         if let Err(refusal) = taken_back {
             returned.iter_mut().for_each(|device| give_back::add_error(device, &refusal));
         }

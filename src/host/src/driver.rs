@@ -104,7 +104,7 @@ pub(crate) struct NotReturned {
 /// Waits until no other process binds or unbinds the function: a store of power/control takes the device's lock, as
 /// they do (`control_store` in `drivers/base/power/sysfs.c`), and storing what is there changes nothing. (That of
 /// driver_override waits no more, since Linux 6.12.) Without power management there is no such file, and no wait.
-fn wait_for_moves(host: &Host, address: PciAddress) {
+pub(crate) fn wait_for_moves(host: &Host, address: PciAddress) {
     let control = host.pci(address).join("power/control");
     if let Some(now) = attribute(control.clone()) {
         let _ = child::write(&control, now.as_bytes(), host.deadlines.bind);

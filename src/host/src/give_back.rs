@@ -8,12 +8,14 @@ use casemate_spec::{PciAddress, Refusal};
 use serde::Serialize;
 
 use crate::{
-    claim::{ClaimedGroup, firmware_digest, read_config},
+    claim::{ClaimedGroup, Opened, firmware_digest, open, read_config},
     config::{COMMAND, COMMAND_BUS_MASTER},
     driver,
     host::Host,
+    judge::same_device,
     ledger::{DeviceRecord, Ledger, Owner, Quarantined},
     life::{DeviceState, Move},
+    notices::{Notice, Notices},
     reset,
     sys::vfio,
 };
@@ -101,6 +103,15 @@ impl Proof {
         }
     }
 
+    /// A reset and config space say nothing about why a device reported an error: who has hands looks at it first.
+    pub(crate) fn heed(&mut self, notices: &Notices) {
+        let has_failed = notices.was_told(Notice::Failed(self.record.address));
+        if has_failed && matches!(self.next, Next::GiveBack) {
+            let why = "it reported an error that was not corrected (AER, see dmesg) while a guest had it";
+            self.next = Next::Quarantine(why.into());
+        }
+    }
+
     /// Of one that was to be judged, and whoever would have judged it has died.
     pub(crate) fn unjudged(mut self) -> Self {
         if self.record.judged && self.record.state != DeviceState::Claimed {
@@ -134,6 +145,54 @@ pub(crate) fn prove(
     let resets = reset::all(&records, groups, fds);
     let each = records.into_iter().zip(fds).zip(resets);
     each.map(|((record, fd), reset)| look_at(host, record, fd, reset)).collect()
+}
+
+/// Takes functions again that the host wanted back while a guest had them, and proves them. Whoever unbinds one has its lock,
+/// under which nothing can reset it, until it is closed: so all are closed by now. Until they are proven no driver of the host's
+/// takes them by itself, for `driver_override` still names VFIO's.
+pub(crate) fn prove_after_request(host: &Host, records: Vec<DeviceRecord>) -> Vec<Proof> {
+    let mut proofs = Vec::new();
+    let mut used = Vec::new();
+    for record in records {
+        driver::wait_for_moves(host, record.address);
+        match bind_again(host, &record) {
+            Ok(()) => used.push(record),
+            Err(error) => {
+                proofs.push(Proof::left_alone(host, record, "the host took it from its guest", Some(error)));
+            }
+        }
+    }
+    if used.is_empty() {
+        return proofs;
+    }
+    match open(host, &used) {
+        Ok(Opened { container, groups, fds }) => {
+            proofs.extend(prove(host, used, &groups, &fds));
+            drop((fds, groups, container));
+        }
+        Err(refusal) => proofs.extend(used.into_iter().map(|record| {
+            let why = format!("the host took it from its guest, and it could not be opened again: {refusal}");
+            let proof = Proof::not_needed(record, "it could not be opened");
+            Proof { next: Next::Quarantine(why), ..proof }
+        })),
+    }
+    proofs
+}
+
+/// Why the function is not Casemate's any more: it is gone, as a virtual function of a card whose driver is, or somebody has
+/// given it to another driver.
+fn bind_again(host: &Host, record: &DeviceRecord) -> Result<(), String> {
+    let is_there = || {
+        same_device(host, record.address, (record.vendor, record.device))
+            .map(drop)
+            .map_err(|refusal| refusal.to_string())
+    };
+    is_there()?;
+    if let Some(other) = driver::current(host, record.address).filter(|name| name != driver::VFIO) {
+        return Err(format!("{other} has it, and nobody has proven it clean"));
+    }
+    // It may go while it is looked at.
+    driver::bind_vfio(host, record.address).map_err(|refusal| is_there().err().unwrap_or(refusal.to_string()))
 }
 
 fn look_at(host: &Host, record: DeviceRecord, fd: &OwnedFd, reset: Result<(), String>) -> Proof {

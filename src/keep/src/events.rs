@@ -99,6 +99,16 @@ pub enum Happening {
         /// What an operator should know.
         warnings: Vec<String>,
     },
+    /// The host wants a device back that it has, so it comes to its end in order.
+    DeviceWanted {
+        /// Where it sits.
+        device: String,
+    },
+    /// A device reported an error that was not corrected: the guest is stopped, and the device goes into quarantine.
+    DeviceFailed {
+        /// Where it sits.
+        device: String,
+    },
     /// The bundle was read anew and is no good; the one before it goes on.
     BundleRefused {
         /// The stable code.
@@ -137,6 +147,12 @@ impl std::fmt::Display for Happening {
                 let what = if quarantine.is_empty() { "given back" } else { "put into quarantine" };
                 let said: Vec<_> = quarantine.iter().chain(warnings).map(String::as_str).collect();
                 write!(f, "{device} was {what}: {}", said.join("; "))
+            }
+            Self::DeviceWanted { device } => {
+                write!(f, "the host wants {device} back, and the guest is to end")
+            }
+            Self::DeviceFailed { device } => {
+                write!(f, "{device} reported an error that was not corrected, and the guest is stopped")
             }
             Self::BundleRefused { message, .. } => {
                 write!(f, "the bundle was read anew and refused, the one before goes on: {message}")

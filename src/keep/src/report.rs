@@ -67,6 +67,16 @@ pub enum Step {
         /// What.
         event: Event,
     },
+    /// The host wants a device back that the guest has, so the guest comes to its end in order.
+    DeviceWanted {
+        /// Which.
+        device: PciAddress,
+    },
+    /// A device has reported an error that was not corrected, and its guest is stopped.
+    DeviceFailed {
+        /// Which.
+        device: PciAddress,
+    },
     /// The guest's power button was pressed.
     AskedToPowerOff {
         /// How long it may take before it is stopped.
@@ -101,6 +111,11 @@ pub enum Ending {
     Watchdog,
     /// It was stopped from outside.
     Stopped,
+    /// One of its devices reported an error that was not corrected (PCIe's advanced error reporting), and it was stopped.
+    DeviceFailed {
+        /// Which.
+        device: PciAddress,
+    },
     /// The VMM could not go on: its word.
     Fault {
         /// Why.
@@ -129,6 +144,9 @@ impl std::fmt::Display for Ending {
             Self::TripleFault => f.write_str("triple fault: a processor could not go on"),
             Self::Watchdog => f.write_str("its watchdog was not kept quiet, and it was stopped"),
             Self::Stopped => f.write_str("stopped"),
+            Self::DeviceFailed { device } => {
+                write!(f, "{device} reported an error that was not corrected, and the guest was stopped")
+            }
             Self::Fault { why } => write!(f, "the machine could not go on: {why}"),
             Self::CellDied { how } => write!(f, "the VMM's process died: {how}"),
         }

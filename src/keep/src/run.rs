@@ -325,7 +325,14 @@ impl Prepared<'_> {
         drop((taps, streams));
         let _socket = socket;
         let seen = {
-            let watching = Watching { guest, options: &self.options, signals: &self.signals, orders };
+            let watching = Watching {
+                guest,
+                options: &self.options,
+                signals: &self.signals,
+                orders,
+                notices: claim.map(|claim| &claim.notices),
+                events: Events::below(&self.paths.state),
+            };
             watch::until_end(started, watching, console, tell)?
         };
         tell(Step::Ended { ending: seen.ending.clone() });

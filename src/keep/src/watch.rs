@@ -9,8 +9,9 @@ use std::{
     time::{Duration, Instant},
 };
 
+use casemate_host::{Notice, Notices};
 use casemate_jail::Cell;
-use casemate_spec::{Guest, Refusal};
+use casemate_spec::{Guest, PciAddress, Refusal};
 use casemate_wire::{Answer, Channel, Counters, End, FromCell, ToCell, WireError};
 use rustix::{
     event::{PollFd, PollFlags, Timespec, poll},
@@ -19,7 +20,7 @@ use rustix::{
 use signal_hook::consts::{SIGHUP, SIGINT, SIGQUIT, SIGTERM};
 
 use crate::{
-    Ending, RunOptions, Step,
+    Ending, Events, Happening, RunOptions, Step,
     cell::{Started, first_word, printable},
     console::Console,
     input,
@@ -54,6 +55,9 @@ pub(crate) struct Watching<'a> {
     pub(crate) signals: &'a StopSignals,
     /// What others in this process want of the guest.
     pub(crate) orders: Orders,
+    /// What the kernel tells of its devices.
+    pub(crate) notices: Option<&'a Notices>,
+    pub(crate) events: Events,
 }
 
 /// Watches the cell until its process has ended. The console's bytes go to `console`, steps to `tell`; a signal brings
@@ -67,7 +71,7 @@ pub(crate) fn until_end(
     console: Box<dyn Write + Send>,
     tell: &mut dyn FnMut(Step),
 ) -> Result<Seen, Refusal> {
-    let Watching { guest, options, signals, orders } = watching;
+    let Watching { guest, options, signals, orders, notices, events } = watching;
     let Started { mut cell, channel, console: console_pipe, console_input, log: log_pipe, .. } = started;
     let terminal = console_input.map(|pipe| input::carry(options.input, pipe, signals, guest));
     let _terminal = terminal.transpose()?;
@@ -87,6 +91,7 @@ pub(crate) fn until_end(
         line: options.line.map(LineWatch::new),
         log: LogLines::default(),
         orders,
+        failed: None,
         events: 0,
     };
     let mut console_pipe = Some(console_pipe);
@@ -102,9 +107,10 @@ pub(crate) fn until_end(
             log_pipe.as_ref().map(AsFd::as_fd),
             Some(signals.read.as_fd()),
             Some(watch.orders.wake()),
+            notices.map(Notices::wake),
         ];
         let ready = wait(&fds, if room { SAMPLE } else { RETRY });
-        let [ended, message, console_ready, log_ready, signalled, ordered] = ready;
+        let [ended, message, console_ready, log_ready, signalled, ordered, noticed] = ready;
         if console_ready {
             watch.carry(&mut console_pipe);
         }
@@ -133,6 +139,10 @@ pub(crate) fn until_end(
         }
         if ordered {
             watch.obey(options.grace, &channel, &cell, tell);
+        }
+        if noticed && let Some(notice) = notices.and_then(Notices::next) {
+            log_notice(notice, guest, &events);
+            watch.heed(notice, options.grace, &channel, &cell, tell);
         }
         let late = ended && ended_at.get_or_insert_with(Instant::now).elapsed() > LAST_WORDS;
         if ended && !message && !signalled && !ordered && !console_ready && !log_ready && (room || late) {
@@ -188,6 +198,14 @@ impl StopSignals {
     }
 }
 
+fn log_notice(notice: Notice, guest: &Guest, events: &Events) {
+    let happening = match notice {
+        Notice::Wanted(device) => Happening::DeviceWanted { device: device.to_string() },
+        Notice::Failed(device) => Happening::DeviceFailed { device: device.to_string() },
+    };
+    events.add(guest.name.as_str(), guest.tenant.as_str(), happening);
+}
+
 /// Which of the descriptors have something to say, at the latest after `most`, which is below a second.
 fn wait<const N: usize>(fds: &[Option<BorrowedFd<'_>>; N], most: Duration) -> [bool; N] {
     let mut ready = [false; N];
@@ -241,6 +259,8 @@ struct Watch {
     line: Option<LineWatch>,
     log: LogLines,
     orders: Orders,
+    /// The device whose error ended the guest.
+    failed: Option<PciAddress>,
     /// Events that the cell told.
     events: usize,
 }
@@ -284,6 +304,32 @@ impl Watch {
             self.orders.set_state(GuestState::Ending);
         }
         self.deadline = Some(Instant::now() + patience);
+    }
+
+    /// Begins the guest's end for what the kernel tells of one of its devices.
+    fn heed(
+        &mut self,
+        notice: Notice,
+        grace: Duration,
+        channel: &Channel,
+        cell: &Cell,
+        tell: &mut dyn FnMut(Step),
+    ) {
+        match notice {
+            Notice::Wanted(device) => tell(Step::DeviceWanted { device }),
+            Notice::Failed(device) => tell(Step::DeviceFailed { device }),
+        }
+        if let (Notice::Failed(device), None) = (notice, &self.ended) {
+            self.failed.get_or_insert(device);
+        }
+        // One that is paused would not notice its power button; one whose device has failed is not to go on.
+        let at_once = matches!(notice, Notice::Failed(_)) || self.orders.state() == GuestState::Paused;
+        if at_once && self.ending == FromOutside::Untouched {
+            self.ending = FromOutside::Asked;
+        }
+        if self.ending == FromOutside::Untouched || (at_once && self.ending == FromOutside::Asked) {
+            self.stop(grace, channel, cell, tell);
+        }
     }
 
     /// Does what others in this process want of the guest.
@@ -386,6 +432,10 @@ impl Watch {
                 },
                 counters,
             ),
+        };
+        let ending = match (ending, self.failed) {
+            (Ending::Stopped, Some(device)) => Ending::DeviceFailed { device },
+            (ending, _) => ending,
         };
         Ok(Seen {
             ending,

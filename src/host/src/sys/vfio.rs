@@ -12,9 +12,9 @@ use std::{
 use rustix::io::{pread, pwrite};
 use vfio_bindings::bindings::vfio::{
     VFIO_API_VERSION, VFIO_BASE, VFIO_GROUP_FLAGS_VIABLE, VFIO_IRQ_SET_ACTION_TRIGGER,
-    VFIO_IRQ_SET_DATA_NONE, VFIO_PCI_CONFIG_REGION_INDEX, VFIO_PCI_INTX_IRQ_INDEX, VFIO_PCI_MSI_IRQ_INDEX,
-    VFIO_PCI_MSIX_IRQ_INDEX, VFIO_PCI_ROM_REGION_INDEX, VFIO_TYPE, VFIO_TYPE1v2_IOMMU, vfio_group_status,
-    vfio_region_info,
+    VFIO_IRQ_SET_DATA_EVENTFD, VFIO_IRQ_SET_DATA_NONE, VFIO_PCI_CONFIG_REGION_INDEX, VFIO_PCI_ERR_IRQ_INDEX,
+    VFIO_PCI_INTX_IRQ_INDEX, VFIO_PCI_MSI_IRQ_INDEX, VFIO_PCI_MSIX_IRQ_INDEX, VFIO_PCI_REQ_IRQ_INDEX,
+    VFIO_PCI_ROM_REGION_INDEX, VFIO_TYPE, VFIO_TYPE1v2_IOMMU, vfio_group_status, vfio_region_info,
 };
 use vmm_sys_util::ioctl_io_nr;
 
@@ -193,6 +193,33 @@ pub(crate) fn disable_interrupts(device: impl AsFd) {
         // What it did is seen in config space afterwards.
         let _ = unsafe { ioctl_in(&device, VFIO_DEVICE_SET_IRQS(), &set) };
     }
+}
+
+/// A `vfio_irq_set` with one eventfd behind its front.
+#[repr(C)]
+struct IrqEvent {
+    front: IrqSet,
+    event: i32,
+}
+
+/// Has the kernel write to `event` when somebody wants the device back: at once, and every ten seconds until it is closed.
+pub(crate) fn tell_requests(device: impl AsFd, event: impl AsFd) -> io::Result<()> {
+    tell(device, event, VFIO_PCI_REQ_IRQ_INDEX)
+}
+
+/// Has the kernel write to `event` when the device reports an error that was not corrected. `EINVAL` or `ENOTTY`: it is no
+/// PCIe function.
+pub(crate) fn tell_errors(device: impl AsFd, event: impl AsFd) -> io::Result<()> {
+    tell(device, event, VFIO_PCI_ERR_IRQ_INDEX)
+}
+
+fn tell(device: impl AsFd, event: impl AsFd, index: u32) -> io::Result<()> {
+    let flags = VFIO_IRQ_SET_DATA_EVENTFD | VFIO_IRQ_SET_ACTION_TRIGGER;
+    let front = IrqSet { argsz: size::<IrqEvent>(), flags, index, start: 0, count: 1 };
+    let set = IrqEvent { front, event: event.as_fd().as_raw_fd() };
+    // SAFETY: VFIO_DEVICE_SET_IRQS reads a vfio_irq_set of argsz bytes with `count` descriptors behind its front, and takes a
+    // reference of its own to the file.
+    unsafe { ioctl_in(device, VFIO_DEVICE_SET_IRQS(), &set).map(drop) }
 }
 
 /// Clears `bits` of the 16-bit config register at `register`, through VFIO.
