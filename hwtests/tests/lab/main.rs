@@ -126,6 +126,7 @@ const TESTS: &[LabTest] = &[
         .long("sends 20,000 packets through emulated cards")
         .deadline_seconds(1800),
     LabTest::new("vfio-virtual-functions-of-a-card", virtual_functions::of_a_card_in_two_guests),
+    LabTest::new("vfio-virtual-function-goes-with-its-card", virtual_functions::of_a_card_whose_driver_goes),
     LabTest::new("vfio-virtual-functions-of-a-killed-keep-go", virtual_functions::of_a_killed_keep_go),
     LabTest::new("vfio-virtual-functions-of-a-drive", virtual_functions::of_a_drive_has_its_namespace).long(
         "QEMU 10.0.2 often ends itself when a namespace is taken from a virtual function (nvme_detach_ns)",

@@ -100,6 +100,30 @@ fn expect_none(address: &str) -> Result<(), Failure> {
     Ok(())
 }
 
+/// The driver of the physical function goes, and its virtual functions with it: the guest that has one ends, and is told why.
+pub(crate) fn of_a_card_whose_driver_goes(ctx: &mut Ctx) -> Result<(), Failure> {
+    ctx.load_driver("igb")?;
+    let running = start(ctx, "vf-g", "cards", CARDS, "echo vf-is-there; sleep 1000")?;
+    running.wait_for_text("vf-is-there", SOON)?;
+    ctx.shell(&format!(
+        "timeout 100 sh -c 'echo {} >/sys/bus/pci/drivers/igb/unbind' >/dev/null 2>&1 &",
+        devices::IGB
+    ))?;
+    let step = running.wait_for_step("device-wanted", SOON)?;
+    let run = running.wait(SOON)?;
+    println!("the guest was told by {step}, and came to {}", run.report()?);
+    wait_until("the card has no driver", SOON, || ctx.driver_of(devices::IGB).is_none())?;
+    ctx.shell(&format!("echo {} >/sys/bus/pci/drivers/igb/bind", devices::IGB))?;
+    expect_none(devices::IGB)?;
+    expect!(run.status.code() == Some(4), "the run ended with {:?}, not 4", run.status.code());
+    let report = run.report()?;
+    let error = report.pointer("/devices/0/error").and_then(|error| error.as_str()).unwrap_or_default();
+    expect!(!error.is_empty(), "nobody is told that the device is gone: {report}");
+    let list = ctx.run(["casemate", "devices"])?;
+    expect!(!list.success()?.stdout.contains("vf-g"), "the guest still has something");
+    Ok(())
+}
+
 /// The keep dies, and the next command removes what it made.
 pub(crate) fn of_a_killed_keep_go(ctx: &mut Ctx) -> Result<(), Failure> {
     ctx.load_driver("igb")?;
