@@ -17,8 +17,7 @@ use serde::{Deserialize, Serialize};
 use serde_json::{Value, json};
 
 use crate::{
-    Paths, Refusals, admitted::Admitted, cell::mac, digest, operator::Operator, operator_socket::first,
-    record,
+    Paths, admitted::Admitted, cell::mac, digest, operator::Operator, operator_socket::first, record,
 };
 
 /// How long a cell may take to make a device.
@@ -212,11 +211,7 @@ impl Attaching {
     fn judge(&self, change: &str, make: impl FnOnce(&mut GuestSpec)) -> Result<(), Refusal> {
         let mut spec = self.admitted.spec();
         make(&mut spec);
-        let Refusals(refusals) = match self.admitted.ask(Operation::HotPlug, spec, change) {
-            Ok(_) => return Ok(()),
-            Err(refusals) => refusals,
-        };
-        Err(first(Refusals(refusals)))
+        self.admitted.ask(Operation::HotPlug, spec, change).map(drop).map_err(first)
     }
 
     /// The guest no longer has it.
