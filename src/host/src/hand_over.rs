@@ -28,14 +28,20 @@ pub fn keep_for_guests(
     let all: Vec<_> = std::iter::once(address).chain(mates.iter().filter(is_taken).copied()).collect();
     judge::assignable(host, &functions, Some(ledger), &all)?;
     driver::load_vfio(host)?;
-    for address in &all {
-        driver::bind_vfio(host, *address)?;
+    for (index, address) in all.iter().enumerate() {
+        if let Err(refusal) = driver::bind_vfio(host, *address) {
+            // All or none: what was taken goes home, as far as it can.
+            for taken in all.iter().take(index + 1) {
+                let _ = to_any_driver(host, *taken);
+            }
+            return Err(refusal);
+        }
     }
     Ok(all)
 }
 
 /// Gives a free function that VFIO's driver has to whichever driver of the host's takes it. Tells which that is; none when none
-/// does.
+/// does. It is not proven again: what is free was, when its last guest gave it back, or an operator has vouched for it.
 ///
 /// # Errors
 /// `device-state` when a guest has it or it is in quarantine, or VFIO's driver doesn't have it; `device-unbind-timeout`,
@@ -54,10 +60,18 @@ pub fn give_to_host(host: &Host, ledger: &Ledger, address: PciAddress) -> Result
         let remedy = "leave it: only what vfio-pci has is given back";
         return Err(Refusal::new("device-state", address, cause, remedy));
     }
-    driver::set_driver_override(host, address, None)?;
-    driver::unbind(host, address)?;
-    driver::probe(host, address);
+    to_any_driver(host, address)?;
     Ok(driver::current(host, address))
+}
+
+/// Takes it from VFIO's driver, if that has it, and has whichever driver of the host's wants it take it.
+fn to_any_driver(host: &Host, address: PciAddress) -> Result<(), Refusal> {
+    driver::set_driver_override(host, address, None)?;
+    if driver::current(host, address).as_deref() == Some(VFIO) {
+        driver::unbind(host, address)?;
+    }
+    driver::probe(host, address);
+    Ok(())
 }
 
 #[cfg(test)]

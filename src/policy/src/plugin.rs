@@ -150,16 +150,21 @@ impl Plugin {
     pub(crate) fn link(engine: &wasmtime::Engine, parts: Parts<'_>) -> Result<Self, PolicyError> {
         let Parts { name, digest, limits, settings, rules, may_change, may_do, component } = parts;
         let (imports, exports) = surface(engine, component);
-        let allowed = |import: &String| contract::IMPORTS.iter().any(|start| import.starts_with(start));
-        if let Some(import) = imports.iter().find(|import| !allowed(import)) {
-            let cause = format!("it imports {import:?}; a plugin may import the log and nothing else");
-            return Err(PolicyError::new(Fault::Import, name, cause));
-        }
         let off = |error: &dyn fmt::Display| {
             let cause =
                 format!("it does not speak casemate:policy@1: {error}; it exports {}", exports.join(", "));
             PolicyError::new(Fault::Contract, name, cause)
         };
+        // Told before anything that it wants: all of it has other names there.
+        let is_of_others = |name: &&String| name.starts_with("casemate:policy/") && !name.contains("@1.");
+        if let Some(other) = imports.iter().chain(&exports).find(is_of_others) {
+            return Err(off(&format_args!("it was built for another version, {other}")));
+        }
+        let allowed = |import: &String| contract::IMPORTS.iter().any(|start| import.starts_with(start));
+        if let Some(import) = imports.iter().find(|import| !allowed(import)) {
+            let cause = format!("it imports {import:?}; a plugin may import the log and nothing else");
+            return Err(PolicyError::new(Fault::Import, name, cause));
+        }
         let unfit = |error: wasmtime::Error| off(&format_args!("{error:#}"));
         let kinds: Vec<_> = Kind::ALL
             .into_iter()

@@ -234,6 +234,24 @@ fn a_plugin_that_wants_more_than_the_log_is_not_taken() {
 }
 
 #[test]
+fn a_plugin_for_a_newer_contract_is_told_so() {
+    let folder = tempfile::tempdir().unwrap();
+    let plugin = folder.path().join("newer.wasm");
+    let mut bytes = fs::read(limits()).unwrap();
+    // Of the same length, so that the component stays one.
+    let (old, new) = (b"@1.1.0", b"@2.0.0");
+    let places: Vec<_> = (0..bytes.len() - old.len()).filter(|at| bytes[*at..].starts_with(old)).collect();
+    assert!(!places.is_empty());
+    for at in places {
+        bytes[at..at + new.len()].copy_from_slice(new);
+    }
+    fs::write(&plugin, bytes).unwrap();
+    let error = install(&plugin, shared_cache(), compiler()).unwrap_err();
+    assert_eq!(error.code(), "policy-contract");
+    assert!(error.to_string().contains("@2.0.0"), "{error}");
+}
+
+#[test]
 fn what_is_no_component_is_told_from_a_broken_compiler() {
     let folder = tempfile::tempdir().unwrap();
     let plugin = folder.path().join("p.wasm");
