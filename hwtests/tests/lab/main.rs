@@ -147,7 +147,9 @@ const TESTS: &[LabTest] = &[
     LabTest::new("cell-is-closed-around-the-compiler", cell::is_closed_around_the_policy_compiler),
     LabTest::new("cell-hears-its-keep-alone", cell::hears_its_keep_alone),
     LabTest::new("cell-stops-its-victims", cell::stops_its_victims).deadline_seconds(450),
-    LabTest::new("cell-has-no-idle-rules", filters::rules_are_used).deadline_seconds(600),
+    LabTest::new("cell-has-no-idle-rules", filters::rules_are_used)
+        .long("what threads call by chance, as for a lock that is held, differs from run to run")
+        .deadline_seconds(600),
     // The documents
     LabTest::new("commands-in-the-documents-run", documents::commands_run).deadline_seconds(240),
 ];
