@@ -39,6 +39,8 @@ pub mod devices {
     pub const IGB: &str = "0000:02:00.0";
     /// NVMe controller behind a root port: MSI-X, FLR, SR-IOV; 64 MiB whose first 16 MiB hold a fixed pattern.
     pub const NVME: &str = "0000:03:00.0";
+    /// SHA-256 of that pattern. The SATA disk and the drive's second namespace are nothing else.
+    pub const PATTERN_SHA256: &str = "fffbd2b9d0196749b49a8acb5bfda88626cc338a7832cc0a09a0a4e411d38801";
     /// The PCIe-to-PCI bridge whose children share one IOMMU group.
     pub const BRIDGE: &str = "0000:04:00.0";
     /// Realtek 8139 behind that bridge: INTx only.
