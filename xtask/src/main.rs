@@ -4,6 +4,7 @@
 //! prepares and explores the hardware lab, [`demo`] shows the main job, [`fuzz`] throws
 //! anything at what can be reached from outside, [`tidy`] holds the house rules.
 
+mod bench;
 mod check;
 mod demo;
 mod deny;
@@ -47,6 +48,18 @@ enum Command {
     },
     /// Show the main job: one guest admitted by a policy, jailed, with an NVMe drive and a network card of the host's
     Demo(demo::DemoArguments),
+    /// Measure Casemate beside other VMMs, with the same kernel and image, in turn, in one lab run
+    #[command(
+        after_help = "The others are those on PATH: qemu-system-x86_64. docs/performance.md says how each row is measured and \
+        what it\ndoes not tell. NAME is bench-start or bench-memory."
+    )]
+    Bench {
+        /// A line of JSON for each row
+        #[arg(long)]
+        json: bool,
+        /// Measure this alone
+        name: Option<String>,
+    },
     /// Throw anything at what guests, devices and users can reach, for a while; the test run does so briefly
     #[command(
         after_help = "What is found goes to target/fuzz: inputs that reached new code to corpus, those that failed to \
@@ -90,6 +103,7 @@ fn main() -> ExitCode {
     let outcome = match Arguments::parse().command {
         Command::Test { long, filter } => check::run(long, filter.as_deref()),
         Command::Demo(arguments) => demo::run(&arguments),
+        Command::Bench { json, name } => bench::run(name.as_deref(), json),
         Command::Fuzz { seconds, target } => fuzz::run(target.as_deref(), seconds),
         Command::Lab(LabCommand::Prepare) => lab::prepare().map(|_| ExitCode::SUCCESS),
         Command::Lab(LabCommand::Run { deadline, program }) => lab::run(&program, deadline),

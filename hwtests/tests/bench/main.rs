@@ -1,0 +1,92 @@
+//! Casemate beside other VMMs in one lab: the same kernel, the same image, in turn. `cargo xtask bench` runs it and shows the
+//! table; docs/performance.md says how each row is measured and what it does not tell.
+//!
+//! What is measured is told in lines of the log that begin with `# row `, each with JSON behind it.
+
+mod peers;
+
+use std::{
+    fs,
+    path::PathBuf,
+    process::ExitCode,
+    time::{Duration, Instant},
+};
+
+use casemate_hwtests::harness::{self, Ctx, Failure, GuestImage, LabTest};
+use peers::{Guest, Peer, pss_beyond_kib};
+use serde_json::json;
+
+const BENCHES: &[LabTest] = &[
+    LabTest::new("bench-start", start).deadline_seconds(600),
+    LabTest::new("bench-memory", memory).deadline_seconds(600),
+];
+
+/// For a guest to come so far.
+const SOON: Duration = Duration::from_secs(60);
+const MEMORY_MIB: u64 = 256;
+
+fn main() -> ExitCode {
+    harness::main(BENCHES)
+}
+
+/// Tells a row of which less is better: medians of what was measured, ours first, and how many times better ours is.
+fn tell(name: &str, unit: &str, peers: &[Peer], measured: &[Vec<f64>]) {
+    let median = |values: &Vec<f64>| {
+        let mut values = values.clone();
+        values.sort_by(f64::total_cmp);
+        values.get(values.len() / 2).copied().unwrap_or(f64::NAN)
+    };
+    let Some((ours, others)) = measured.split_first() else { return };
+    for (peer, theirs) in peers.iter().skip(1).zip(others) {
+        let (own, other) = (median(ours), median(theirs));
+        let ratio = other / own;
+        let row = json!({
+            "name": name, "unit": unit, "ours": own, "peer": peer.name(), "theirs": other,
+            "peer_version": peer.version(), "ratio": ratio, "runs": ours.len(),
+        });
+        println!("# row {row}");
+    }
+}
+
+/// A guest that runs `script`, with an image of it in the bench's folder.
+fn guest(ctx: &Ctx, script: &str, disks: Vec<(PathBuf, bool)>) -> Result<Guest, Failure> {
+    let initrd = ctx.directory().join("guest.cpio");
+    GuestImage::new(script).write(ctx.layout(), &initrd)?;
+    Ok(Guest { kernel: ctx.layout().guest_kernel(), initrd, memory_mib: MEMORY_MIB, disks })
+}
+
+/// From the command to the first line of the guest's own program.
+fn start(ctx: &mut Ctx) -> Result<(), Failure> {
+    let (peers, guest) = (Peer::found(ctx)?, guest(ctx, "true", Vec::new())?);
+    let mut measured = vec![Vec::new(); peers.len()];
+    for _ in 0..5 {
+        for (peer, took) in peers.iter().zip(&mut measured) {
+            let begun = Instant::now();
+            let running = peer.start(ctx, &guest)?;
+            running.wait_for_text("CASEMATE-INIT", SOON)?;
+            took.push(begun.elapsed().as_secs_f64() * 1e3);
+            running.wait(SOON)?.success()?;
+        }
+    }
+    tell("start, to init", "ms", &peers, &measured);
+    Ok(())
+}
+
+/// What the VMM's process has beside the guest's memory, with a Linux that has used a disk.
+fn memory(ctx: &mut Ctx) -> Result<(), Failure> {
+    let disk = ctx.directory().join("disk.img");
+    fs::write(&disk, vec![1; 8 << 20])?;
+    let script = "dd if=/dev/vda of=/dev/null bs=64k 2>/dev/null; echo used-all; sleep 4";
+    let (peers, guest) = (Peer::found(ctx)?, guest(ctx, script, vec![(disk, false)])?);
+    let mut measured = vec![Vec::new(); peers.len()];
+    for _ in 0..3 {
+        for (peer, kib) in peers.iter().zip(&mut measured) {
+            let running = peer.start(ctx, &guest)?;
+            running.wait_for_text("used-all", SOON)?;
+            kib.push(pss_beyond_kib(peer.vmm_of(&running)?, guest.memory_mib)?);
+            running.wait(SOON)?.success()?;
+        }
+    }
+    tell("memory beside the guest's", "KiB", &peers, &measured);
+    Ok(())
+}

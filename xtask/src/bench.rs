@@ -1,0 +1,98 @@
+//! `cargo xtask bench`: Casemate beside other VMMs in one lab run, as a table.
+
+use std::{fs, path::Path, process::ExitCode};
+
+use casemate_hwtests::{LabError, Layout};
+use serde::Deserialize;
+
+use crate::{
+    lab,
+    steps::{build_programs, cargo, programs},
+};
+
+/// What lines of a bench's log begin with that tell a row.
+const ROW: &str = "# row ";
+
+#[derive(Deserialize)]
+struct Row {
+    name: String,
+    unit: String,
+    ours: f64,
+    peer: String,
+    peer_version: String,
+    theirs: f64,
+    ratio: f64,
+    runs: u64,
+}
+
+/// Builds, measures, and shows what was measured: as a table, or as a line of JSON for each row.
+pub(crate) fn run(name: Option<&str>, json: bool) -> Result<ExitCode, LabError> {
+    lab::prepare()?;
+    for mut build in build_programs() {
+        if !build.status().is_ok_and(|status| status.success()) {
+            return Ok(ExitCode::FAILURE);
+        }
+    }
+    let logs = Layout::of_workspace().logs();
+    forget_logs(&logs);
+    let mut bench = cargo(&["test", "--release", "--package", "casemate-hwtests", "--test", "bench", "--"]);
+    bench.args(name).env("CASEMATE_PROGRAMS", programs());
+    let ok = bench.status().is_ok_and(|status| status.success());
+    let lines = rows(&logs);
+    if json {
+        lines.iter().for_each(|line| println!("{line}"));
+    } else {
+        table(&lines);
+    }
+    Ok(if ok && !lines.is_empty() { ExitCode::SUCCESS } else { ExitCode::FAILURE })
+}
+
+/// Rows of earlier runs are not told again.
+fn forget_logs(logs: &Path) {
+    for entry in fs::read_dir(logs).into_iter().flatten().flatten() {
+        if entry.file_name().to_string_lossy().starts_with("bench-") {
+            let _ = fs::remove_file(entry.path());
+        }
+    }
+}
+
+/// The rows' JSON, a log after the other.
+fn rows(logs: &Path) -> Vec<String> {
+    let mut paths: Vec<_> =
+        fs::read_dir(logs).into_iter().flatten().flatten().map(|entry| entry.path()).collect();
+    paths.retain(|path| path.file_name().is_some_and(|name| name.to_string_lossy().starts_with("bench-")));
+    paths.sort_unstable();
+    let text = paths.iter().filter_map(|path| fs::read_to_string(path).ok()).collect::<Vec<_>>().join("\n");
+    text.lines().filter_map(|line| line.strip_prefix(ROW)).map(str::to_owned).collect()
+}
+
+fn table(lines: &[String]) {
+    println!("| what | unit | Casemate | the other | which | ratio | runs |\n|---|---|---|---|---|---|---|");
+    for row in lines.iter().filter_map(|line| serde_json::from_str::<Row>(line).ok()) {
+        let Row { name, unit, ours, peer, peer_version, theirs, ratio, runs } = row;
+        println!(
+            "| {name} | {unit} | {ours:.0} | {theirs:.0} | {peer} {peer_version} | {ratio:.2} | {runs} |"
+        );
+    }
+    println!(
+        "\nMedians of runs in turn. A ratio above 1 is in Casemate's favour. docs/performance.md says what it tells."
+    );
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn rows_are_read_off_the_logs() {
+        let folder = tempfile::tempdir().unwrap();
+        let row = r#"{"name":"n","unit":"ms","ours":1.0,"peer":"qemu","peer_version":"10","theirs":2.0,"ratio":2.0,"runs":5}"#;
+        fs::write(folder.path().join("bench-start.log"), format!("$ x\n{ROW}{row}\n# other\n")).unwrap();
+        fs::write(folder.path().join("boots.log"), format!("{ROW}{row}\n")).unwrap();
+        let lines = rows(folder.path());
+        assert_eq!(lines, [row]);
+        assert!(serde_json::from_str::<Row>(&lines[0]).is_ok());
+        forget_logs(folder.path());
+        assert!(rows(folder.path()).is_empty() && folder.path().join("boots.log").exists());
+    }
+}
