@@ -179,13 +179,13 @@ fn inflate(running: &Running, target_bytes: u64) -> Result<Answer, Refused> {
 }
 
 /// The device of this number among those of its kind.
-fn nth(running: &Running, kind: Kind, number: u16) -> Option<&Emulated> {
-    running.devices.iter().filter(|device| device.kind == kind).nth(number.into())
+fn nth(devices: &[Emulated], kind: Kind, number: u16) -> Option<&Emulated> {
+    devices.iter().filter(|device| device.kind == kind).nth(number.into())
 }
 
 /// Tells a disk, and by it the guest, of its new size.
 fn resize(running: &Running, number: u16, size_bytes: u64) -> Result<Answer, Refused> {
-    let Some(disk) = nth(running, Kind::Block, number) else {
+    let Some(disk) = nth(&running.devices, Kind::Block, number) else {
         return refuse("ask-no-device", "this guest has no such disk".into());
     };
     if size_bytes == 0 || !size_bytes.is_multiple_of(512) {
@@ -209,7 +209,7 @@ pub(crate) fn limit(
             return refuse("ask-no-device", "only disks and network cards can be limited".into());
         }
     };
-    let Some(device) = devices.iter().filter(|device| device.kind == wanted).nth(number.into()) else {
+    let Some(device) = nth(devices, wanted, number) else {
         return refuse("ask-no-device", "this guest has no such device".into());
     };
     let rate = |rate: Rate| casemate_virtio::Rate { per_second: rate.per_second, burst: rate.burst };
