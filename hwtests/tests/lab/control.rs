@@ -4,6 +4,7 @@ use std::{
     fs,
     io::{BufRead, BufReader, Read, Write},
     os::unix::net::UnixStream,
+    path::Path,
     thread,
     time::Duration,
 };
@@ -15,6 +16,7 @@ use casemate_hwtests::{
 use serde_json::Value;
 
 use crate::{
+    admission::Bundle,
     endings::{cell_of, ending},
     virtio::resident_bytes,
 };
@@ -272,12 +274,19 @@ pub(crate) fn disk_grows_and_shrinks(ctx: &mut Ctx) -> Result<(), Failure> {
         echo written at the new end | dd of=/dev/vda bs=512 seek=4095 conv=notrunc,sync,fsync && echo has-written
         wait_for 1024; dd if=/dev/vda of=/dev/null bs=512 skip=1023 && echo reads-the-last
         wait_for 3072; sleep 600";
-    let running = ctx.start_guest(&ctx.guest(script)?.vcpus(1).disk(&disk, false))?;
+    let bundle = Bundle::write(ctx, "limits", "limits.wasm", "max_disk = \"2 MiB\"")?;
+    let file = ctx.guest(script)?.vcpus(1).disk(&disk, false).write_into(ctx.directory())?;
+    let run = [Path::new("casemate"), Path::new("run"), Path::new("--policy"), &bundle.path, &file];
+    let running = ctx.start(run)?;
     running.wait_for_text("sees-2048.", SOON)?;
     let refused = |words: &[&str]| ctx.run([&["casemate", "resize", ctx.name()][..], words].concat());
     for words in [&["1"][..], &["0", "1000"], &["0", "0"], &["0", "512KiB"]] {
         refused(words)?.refusal("disk-resize")?;
     }
+    let denied = refused(&["0", "3MiB"])?;
+    let denied = denied.refusal("policy-denied")?;
+    expect!(denied.contains("3 MiB is more than the 2 MiB that a disk may have"), "{denied}");
+    expect!(fs::metadata(&disk)?.len() == 1 << 20, "a disk that was denied has grown");
     operate(ctx, &["resize", ctx.name(), "0", "2MiB"])?;
     running.wait_for_text("sees-4096.", SOON)?;
     running.wait_for_text("has-written", SOON)?;

@@ -47,8 +47,8 @@ impl Default for Settings {
 
 #[derive(Default, Serialize, Deserialize)]
 struct State {
-    /// Processor time that each guest has saved or, below 0, overdrawn, in microseconds.
-    credit_us: BTreeMap<String, i64>,
+    /// Processor time that each guest has saved or, below 0, overdrawn, in microseconds; sorted by name, as samples are.
+    credit_us: Vec<(String, i64)>,
     /// Who is held to its share.
     held: BTreeSet<String>,
 }
@@ -82,24 +82,30 @@ impl Governor for FairShare {
     }
 
     fn tick(settings: Settings, samples: Samples, state: &mut State) -> Vec<Action> {
-        let present: BTreeSet<&str> = samples.guests.iter().map(|guest| guest.name.as_str()).collect();
-        state.credit_us.retain(|name, _| present.contains(name.as_str()));
-        state.held.retain(|name| present.contains(name.as_str()));
         // The first look has no interval, and so no amounts.
         if samples.interval_ms == 0 {
             return Vec::new();
         }
         let shares = fair_shares(&settings, &samples);
         let crowded = crowded(&settings, &samples);
+        let mut before = std::mem::take(state);
+        let mut saved = before.credit_us.into_iter().peekable();
+        state.credit_us.reserve(samples.guests.len());
         let mut actions = Vec::new();
-        for guest in &samples.guests {
-            let fair = shares.get(guest.name.as_str()).copied().unwrap_or(0.0);
-            let credit = settle(&settings, state, guest, fair, samples.interval_ms);
-            actions.extend(weigh(guest, credit));
+        for (guest, fair) in samples.guests.into_iter().zip(shares) {
+            // What isn't taken over is of a guest that is gone.
+            while saved.next_if(|(name, _)| *name < guest.name).is_some() {}
+            let saved_us = saved.next_if(|(name, _)| *name == guest.name).map_or(0, |(_, saved_us)| saved_us);
+            if !before.held.is_empty() && before.held.remove(&guest.name) {
+                state.held.insert(guest.name.clone());
+            }
+            let (credit_us, credit) = settle(&settings, saved_us, &guest, fair, samples.interval_ms);
+            actions.extend(weigh(&guest, credit));
             let waits =
-                Waits { crowded: crowded_by_others(&crowded, guest), interval_ms: samples.interval_ms };
+                Waits { crowded: crowded_by_others(&crowded, &guest), interval_ms: samples.interval_ms };
             let exempt = settings.exempt.contains(&guest.tenant);
-            actions.extend(hold(state, guest, Standing { fair, credit, exempt }, &waits));
+            actions.extend(hold(state, &guest, Standing { fair, credit, exempt }, &waits));
+            state.credit_us.push((guest.name, credit_us));
         }
         actions
     }
@@ -107,9 +113,9 @@ impl Governor for FairShare {
 
 export_governor!(FairShare);
 
-/// How many of the host's processors each guest may have for its own, by name: by vCPUs and shares, and never more than it has
-/// vCPUs.
-fn fair_shares<'a>(settings: &Settings, samples: &'a Samples) -> BTreeMap<&'a str, f64> {
+/// How many of the host's processors each guest may have for its own, in the order of the samples: by vCPUs and shares, and never
+/// more than it has vCPUs.
+fn fair_shares(settings: &Settings, samples: &Samples) -> Vec<f64> {
     let weight = |guest: &GuestSample| {
         let share = settings.shares.get(&guest.tenant).copied().unwrap_or(SHARE);
         f64::from(share) * f64::from(guest.vcpus)
@@ -117,45 +123,55 @@ fn fair_shares<'a>(settings: &Settings, samples: &'a Samples) -> BTreeMap<&'a st
     let all: f64 = samples.guests.iter().map(weight).sum();
     let cpus = f64::from(samples.host.cpus);
     let fair = |guest: &GuestSample| if all > 0.0 { cpus * weight(guest) / all } else { 0.0 };
-    samples.guests.iter().map(|guest| (guest.name.as_str(), fair(guest).min(guest.vcpus.into()))).collect()
+    samples.guests.iter().map(|guest| fair(guest).min(guest.vcpus.into())).collect()
 }
 
 /// Who waits too long, and by how much it is too long: 1 is just so.
-struct Crowd<'a> {
+struct Crowd {
     host: f64,
     /// The guest that waits most, and the one that waits second most.
-    waits: Vec<(&'a str, f64)>,
+    waits: Vec<(String, f64)>,
 }
 
-fn crowded<'a>(settings: &Settings, samples: &'a Samples) -> Crowd<'a> {
+fn crowded(settings: &Settings, samples: &Samples) -> Crowd {
     let host =
         samples.host.cpu.some_share(samples.interval_ms) * 100.0 / f64::from(settings.pressure_percent);
     let vcpu_us =
         |guest: &GuestSample| f64::from(samples.interval_ms) * 1_000.0 * f64::from(guest.vcpus.max(1));
-    let wait = |guest: &'a GuestSample| {
+    let wait = |guest: &GuestSample| {
         let share = guest.cpu.waited_us as f64 / vcpu_us(guest);
-        (guest.name.as_str(), share * 100.0 / f64::from(settings.steal_percent))
+        share * 100.0 / f64::from(settings.steal_percent)
     };
-    let mut waits: Vec<_> = samples.guests.iter().map(wait).collect();
-    waits.sort_by(|one, other| other.1.total_cmp(&one.1));
-    waits.truncate(2);
+    let mut waits = Vec::new();
+    for guest in &samples.guests {
+        let wait = wait(guest);
+        let place = waits.iter().position(|(_, other)| wait > *other).unwrap_or(waits.len());
+        if place < 2 {
+            waits.insert(place, (guest.name.clone(), wait));
+            waits.truncate(2);
+        }
+    }
     Crowd { host, waits }
 }
 
 /// How crowded it is for all but this guest, which does not disturb itself: while none of the others waits, not at all.
-fn crowded_by_others(crowd: &Crowd<'_>, guest: &GuestSample) -> f64 {
+fn crowded_by_others(crowd: &Crowd, guest: &GuestSample) -> f64 {
     let other = crowd.waits.iter().find(|(name, _)| *name != guest.name).map_or(0.0, |(_, wait)| *wait);
     if other > 0.0 { other.max(crowd.host) } else { 0.0 }
 }
 
-/// Books an interval. Gives the credit as a part of what can be saved: -1 to 1.
-fn settle(settings: &Settings, state: &mut State, guest: &GuestSample, fair: f64, interval_ms: u32) -> f64 {
+/// Books an interval. Gives the credit, and the same as a part of what can be saved: -1 to 1.
+fn settle(
+    settings: &Settings,
+    saved_us: i64,
+    guest: &GuestSample,
+    fair: f64,
+    interval_ms: u32,
+) -> (i64, f64) {
     let most = (fair * f64::from(settings.burst_seconds) * 1e6).max(1.0);
     let earned = fair * f64::from(interval_ms) * 1_000.0;
-    let before = state.credit_us.get(&guest.name).copied().unwrap_or(0) as f64;
-    let credit = (before + earned - guest.cpu.used_us as f64).clamp(-most, most);
-    state.credit_us.insert(guest.name.clone(), credit as i64);
-    credit / most
+    let credit = (saved_us as f64 + earned - guest.cpu.used_us as f64).clamp(-most, most);
+    (credit as i64, credit / most)
 }
 
 /// The weight that goes with a credit.

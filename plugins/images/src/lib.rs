@@ -2,7 +2,7 @@
 //! kernel's command line.
 
 use casemate_plugin_sdk::{
-    Change, File, Policy, Reason, Request, Severity, Value, Verdict, export_policy, verdict,
+    Change, File, Policy, Reason, Request, Severity, Value, Verdict, attr, export_policy, verdict,
 };
 use serde::{Deserialize, Deserializer, de::Error};
 
@@ -15,6 +15,8 @@ struct Settings {
     initrds: Option<Vec<Digest>>,
     /// Disks that a guest may have read-only. Disks that it may write to have no digest: `folders` is for them.
     disks: Option<Vec<Digest>>,
+    /// Who may sign: what is signed by one of these needs to be in no list, and what isn't has to be in one.
+    signers: Option<Vec<String>>,
     /// Folders below which all files of a guest have to lie; `{tenant}` stands for the tenant's name.
     folders: Option<Vec<String>>,
     /// Words that the command line must not have: `init=*`; a `*` at the end stands for anything.
@@ -88,18 +90,22 @@ impl Policy for Images {
     fn admit(settings: Settings, request: Request) -> Verdict {
         let guest = &request.guest;
         let mut reasons = Vec::new();
-        reasons.extend(known("kernel", "boot.kernel", &guest.kernel, settings.kernels.as_deref()));
+        let signers = settings.signers.as_deref();
+        let known = |code: &str, field: &str, file: &File, digests: &Option<Vec<Digest>>| {
+            known(code, field, file, &Allowed { digests: digests.as_deref(), signers })
+        };
+        reasons.extend(known("kernel", "boot.kernel", &guest.kernel, &settings.kernels));
         if let Some(initrd) = &guest.initrd {
-            reasons.extend(known("initrd", "boot.initrd", initrd, settings.initrds.as_deref()));
+            reasons.extend(known("initrd", "boot.initrd", initrd, &settings.initrds));
         }
         for (slot, disk) in guest.disks.iter().enumerate().filter(|(_, disk)| disk.read_only) {
             let file = File {
                 path: disk.path.clone(),
                 size_bytes: disk.size_bytes,
                 sha256: disk.sha256.clone(),
-                attrs: Vec::new(),
+                attrs: disk.attrs.clone(),
             };
-            reasons.extend(known("disk", &format!("disk[{slot}].path"), &file, settings.disks.as_deref()));
+            reasons.extend(known("disk", &format!("disk[{slot}].path"), &file, &settings.disks));
         }
         reasons.extend(outside(&settings, &request));
         let (words, missing) = words(&settings, &guest.command_line);
@@ -123,16 +129,40 @@ impl Policy for Images {
 
 export_policy!(Images);
 
-fn known(code: &str, field: &str, file: &File, allowed: Option<&[Digest]>) -> Option<Reason> {
-    let allowed = allowed?;
-    let message = match &file.sha256 {
+/// What of a kind is allowed.
+struct Allowed<'a> {
+    digests: Option<&'a [Digest]>,
+    signers: Option<&'a [String]>,
+}
+
+fn known(code: &str, field: &str, file: &File, allowed: &Allowed<'_>) -> Option<Reason> {
+    let Allowed { digests, signers } = *allowed;
+    let signer = attr(&file.attrs, "signer");
+    let listed = file
+        .sha256
+        .as_ref()
+        .is_some_and(|digest| digests.iter().copied().flatten().any(|one| one.0 == *digest));
+    let signed = signer.is_some_and(|signer| signers.iter().copied().flatten().any(|one| one == signer));
+    if listed || signed || (digests.is_none() && signers.is_none()) {
+        return None;
+    }
+    let what = match &file.sha256 {
         None => format!("nobody knows the digest of {}", file.path),
-        Some(digest) if allowed.iter().any(|known| known.0 == *digest) => return None,
-        Some(digest) => {
-            format!("{} (sha256 {digest}) is none of the {} that are allowed", file.path, allowed.len())
-        }
+        Some(digest) => format!("{} (sha256 {digest})", file.path),
     };
-    let remedy = "choose one that is allowed, or have an operator add this one's digest";
+    let mut message = what;
+    if let (Some(digests), Some(_)) = (digests, &file.sha256) {
+        message.push_str(&format!(" is none of the {} that are allowed", digests.len()));
+    }
+    if let Some(signers) = signers {
+        let by = signer.map_or("by nobody that this host knows".to_owned(), |signer| format!("by {signer}"));
+        let and = if digests.is_some() { ", and" } else { "" };
+        message.push_str(&format!("{and} is signed {by}, and not by {}", signers.join(" or ")));
+    }
+    let remedy = match signers {
+        None => "choose one that is allowed, or have an operator add this one's digest",
+        Some(_) => "choose one that is allowed, or put its signature beside it: FILE.minisig",
+    };
     Some(Reason::new(code, message).field(field).severity(Severity::High).remedy(remedy))
 }
 
@@ -235,6 +265,21 @@ mod tests {
         request.guest.kernel.sha256 = Some("0".repeat(64));
         assert_eq!(codes(&only("kernels"), request.clone()), ["kernel boot.kernel"]);
         assert_eq!(codes(r#"{"kernels": []}"#, request), ["kernel boot.kernel"]);
+    }
+
+    #[test]
+    fn a_signature_stands_for_a_place_in_a_list() {
+        let json = r#"{"signers": ["release", "security"]}"#;
+        assert_eq!(codes(json, request()), ["kernel boot.kernel"], "nobody signed it");
+        let mut signed = request();
+        signed.guest.kernel.attrs = vec![("signer".into(), "security".into())];
+        assert_eq!(codes(json, signed.clone()), [""; 0]);
+        assert_eq!(codes(&format!(r#"{{"kernels": ["{GOOD}"]}}"#), signed.clone()), ["kernel boot.kernel"]);
+        signed.guest.kernel.attrs = vec![("signer".into(), "intern".into())];
+        assert_eq!(codes(json, signed.clone()), ["kernel boot.kernel"]);
+        signed.guest.kernel.sha256 = Some(GOOD.into());
+        let both = format!(r#"{{"kernels": ["{GOOD}"], "signers": ["release"]}}"#);
+        assert_eq!(codes(&both, signed), [""; 0], "it's in the list");
     }
 
     #[test]

@@ -16,6 +16,8 @@ struct Settings {
     keep_free: Option<Bytes>,
     /// The most vCPUs that a guest may have.
     max_vcpus: Option<u32>,
+    /// The largest disk that a guest may have, and that one may grow to.
+    max_disk: Option<Bytes>,
     /// The most physical devices that a guest may have.
     max_devices: Option<usize>,
     /// Devices that may be assigned, as `lspci -d` selects them; with an empty list, none may.
@@ -31,7 +33,7 @@ impl Policy for Limits {
     const SETTINGS_SCHEMA: Option<&'static str> = Some(include_str!("settings.schema.json"));
 
     const REASONS: &'static [&'static str] =
-        &["memory", "host-memory", "vcpus", "devices", "device-kind", "overcommitted"];
+        &["memory", "host-memory", "vcpus", "disk", "devices", "device-kind", "overcommitted"];
 
     type Settings = Settings;
 
@@ -58,6 +60,7 @@ impl Policy for Limits {
         let mut reasons = Vec::new();
         reasons.extend(memory(&settings, &request));
         reasons.extend(vcpus(&settings, &request));
+        reasons.extend(disks(&settings, &request));
         reasons.extend(device_count(&settings, &request));
         reasons.extend(device_kinds(&settings, &request));
         verdict(reasons, overcommitted(&request).into_iter().collect())
@@ -102,6 +105,20 @@ fn vcpus(settings: &Settings, request: &Request) -> Option<Reason> {
         let message = format!("{asked} vCPUs are more than the {most} that one guest may have");
         Reason::new("vcpus", message).field("vcpus").remedy(format!("ask for at most {most}"))
     })
+}
+
+fn disks(settings: &Settings, request: &Request) -> Vec<Reason> {
+    let Some(most) = settings.max_disk else { return Vec::new() };
+    let disks = request.guest.disks.iter().enumerate();
+    disks
+        .filter(|(_, disk)| Bytes(disk.size_bytes) > most)
+        .map(|(number, disk)| {
+            let message = format!("{} is more than the {most} that a disk may have", Bytes(disk.size_bytes));
+            Reason::new("disk", message)
+                .field(format!("disk[{number}].path"))
+                .remedy(format!("ask for at most {most}"))
+        })
+        .collect()
 }
 
 fn device_count(settings: &Settings, request: &Request) -> Option<Reason> {

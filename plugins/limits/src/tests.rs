@@ -75,6 +75,17 @@ fn an_update_needs_only_what_is_new() {
 }
 
 #[test]
+fn each_disk_is_held_to_the_same_size() {
+    let mut grown = request();
+    grown.guest.disks[0].size_bytes = 10 << 30;
+    assert_eq!(reasons(r#"{"max_disk": "10 GiB"}"#, grown.clone()), []);
+    grown.operation = Operation::Update;
+    grown.old = Some(request().guest);
+    grown.guest.disks[0].size_bytes += 1;
+    assert_eq!(reasons(r#"{"max_disk": "10 GiB"}"#, grown), one("disk", "disk[0].path"));
+}
+
+#[test]
 fn the_message_has_both_numbers_and_what_to_do() {
     let Verdict::Deny(denied) = Limits::admit(settings(r#"{"max_memory": "4 GiB"}"#), request()) else {
         panic!("allowed")

@@ -5,7 +5,8 @@
 use std::collections::BTreeMap;
 
 use casemate_plugin_sdk::{
-    Amounts, Bytes, Operation, Policy, Reason, Request, Severity, Verdict, export_policy, verdict,
+    Amounts, Attrs, Bytes, Operation, Policy, Reason, Request, Severity, Verdict, attr, export_policy,
+    verdict,
 };
 use serde::Deserialize;
 
@@ -30,20 +31,28 @@ struct Quota {
     vcpus: Option<u64>,
     memory: Option<Bytes>,
     devices: Option<u64>,
+    /// Devices of each pool.
+    pools: BTreeMap<String, u64>,
 }
 
 /// What somebody has, or asks for.
-#[derive(Clone, Copy, Default)]
+#[derive(Clone, Default)]
 struct Sum {
     guests: u64,
     vcpus: u64,
     memory_bytes: u64,
     devices: u64,
+    pools: BTreeMap<String, u64>,
 }
 
 impl Sum {
-    fn add(self, other: Self) -> Self {
+    fn add(mut self, other: Self) -> Self {
+        for (pool, devices) in other.pools {
+            let sum = self.pools.entry(pool).or_default();
+            *sum = sum.saturating_add(devices);
+        }
         Self {
+            pools: self.pools,
             guests: self.guests.saturating_add(other.guests),
             vcpus: self.vcpus.saturating_add(other.vcpus),
             memory_bytes: self.memory_bytes.saturating_add(other.memory_bytes),
@@ -59,6 +68,7 @@ impl From<&Amounts> for Sum {
             vcpus: amounts.vcpus.into(),
             memory_bytes: amounts.memory_bytes,
             devices: amounts.devices.into(),
+            pools: BTreeMap::new(),
         }
     }
 }
@@ -76,10 +86,12 @@ impl Policy for QuotaPolicy {
         "vcpus",
         "memory",
         "devices",
+        "pool",
         "host-guests",
         "host-vcpus",
         "host-memory",
         "host-devices",
+        "host-pool",
     ];
 
     type Settings = Settings;
@@ -88,11 +100,10 @@ impl Policy for QuotaPolicy {
         let asked = asked(&request);
         let mut reasons = Vec::new();
         let tenant = &request.tenant;
+        let would = has(&request).add(asked.clone());
+        let who = format!("tenant {}", tenant.name);
         match settings.tenants.get(&tenant.name).or(settings.default.as_ref()) {
-            Some(quota) => {
-                let has = has(&request).add(asked);
-                reasons.extend(over(quota, has, &format!("tenant {}", tenant.name), ""));
-            }
+            Some(quota) => reasons.extend(over(quota, &would, &who, "")),
             None => reasons.push(
                 Reason::new("no-quota", format!("tenant {} has no quota here", tenant.name))
                     .field("tenant")
@@ -106,14 +117,15 @@ impl Policy for QuotaPolicy {
                 vcpus: Some(granted.vcpus.into()),
                 memory: Some(Bytes(granted.memory_bytes)),
                 devices: Some(granted.devices.into()),
+                pools: BTreeMap::new(),
             };
-            let more = over(&granted, has(&request).add(asked), &format!("tenant {}", tenant.name), "");
+            let more = over(&granted, &would, &who, "");
             let new: Vec<_> =
                 more.into_iter().filter(|m| reasons.iter().all(|r: &Reason| r.code != m.code)).collect();
             reasons.extend(new);
         }
         let all = beside(&request, None).add(asked);
-        reasons.extend(over(&settings.host, all, "this host", "host-"));
+        reasons.extend(over(&settings.host, &all, "this host", "host-"));
         verdict(reasons, Vec::new())
     }
 }
@@ -123,7 +135,13 @@ export_policy!(QuotaPolicy);
 /// What the guest in question would have.
 fn asked(request: &Request) -> Sum {
     let guest = &request.guest;
+    let mut pools = BTreeMap::<_, u64>::new();
+    for pool in guest.devices.iter().filter_map(|device| attr(&device.attrs, "pool")) {
+        let count = pools.entry(pool.to_owned()).or_default();
+        *count = count.saturating_add(1);
+    }
     Sum {
+        pools,
         guests: 1,
         vcpus: guest.vcpus.into(),
         memory_bytes: guest.memory_bytes,
@@ -133,7 +151,20 @@ fn asked(request: &Request) -> Sum {
 
 /// What its tenant has without it.
 fn has(request: &Request) -> Sum {
-    request.tenant.usage.as_ref().map_or_else(|| beside(request, Some(&request.tenant.name)), Sum::from)
+    let seen = beside(request, Some(&request.tenant.name));
+    match &request.tenant.usage {
+        // The account knows nothing of pools.
+        Some(usage) => Sum { pools: seen.pools, ..Sum::from(usage) },
+        None => seen,
+    }
+}
+
+/// A neighbour's `pools`: `fast-nvme=2 slow=1`.
+fn pools(attrs: &Attrs) -> BTreeMap<String, u64> {
+    let list = attr(attrs, "pools").unwrap_or_default().split_whitespace();
+    list.filter_map(|word| word.rsplit_once('='))
+        .filter_map(|(pool, devices)| Some((pool.to_owned(), devices.parse().ok()?)))
+        .collect()
 }
 
 /// What other guests have: a tenant's, or all.
@@ -149,11 +180,12 @@ fn beside(request: &Request, tenant: Option<&str>) -> Sum {
             vcpus: guest.vcpus.into(),
             memory_bytes: guest.memory_bytes,
             devices: guest.devices.len() as u64,
+            pools: pools(&guest.attrs),
         })
         .fold(Sum::default(), Sum::add)
 }
 
-fn over(quota: &Quota, would: Sum, who: &str, prefix: &str) -> Vec<Reason> {
+fn over(quota: &Quota, would: &Sum, who: &str, prefix: &str) -> Vec<Reason> {
     let mut reasons = Vec::new();
     let mut check = |code: &str, field: &str, would: u64, most: Option<u64>, show: &dyn Fn(u64) -> String| {
         let Some(most) = most.filter(|most| would > *most) else { return };
@@ -174,6 +206,12 @@ fn over(quota: &Quota, would: Sum, who: &str, prefix: &str) -> Vec<Reason> {
         Bytes(bytes).to_string()
     });
     check("devices", "device[0].address", would.devices, quota.devices, &count("device"));
+    for (pool, most) in &quota.pools {
+        let devices = would.pools.get(pool).copied().unwrap_or(0);
+        check("pool", "device[0].pool", devices, Some(*most), &|number| {
+            format!("{} of the pool {pool}", count("device")(number))
+        });
+    }
     reasons
 }
 
@@ -224,6 +262,24 @@ mod tests {
             ["host-memory"]
         );
         assert_eq!(codes(r#"{"default": {}, "host": {"devices": 2}}"#, request), ["host-devices"]);
+    }
+
+    #[test]
+    fn devices_of_a_pool_are_counted_whoever_has_them() {
+        let mut request = request();
+        request.guest.devices[0].attrs = vec![("pool".into(), "fast".into())];
+        let mut other = other("acme", "db");
+        other.attrs = vec![("pools".into(), "fast=1 slow=3".into())];
+        let mut rival = other.clone();
+        rival.tenant = "rival".into();
+        request.beside = vec![other, rival];
+        let quota = r#"{"default": {"pools": {"fast": 2, "slow": 3}}, "host": {"pools": {"fast": 3}}}"#;
+        assert_eq!(codes(quota, request.clone()), [""; 0]);
+        assert_eq!(codes(&quota.replace(r#""fast": 2"#, r#""fast": 1"#), request.clone()), ["pool"]);
+        assert_eq!(codes(&quota.replace(r#""slow": 3"#, r#""slow": 2"#), request.clone()), ["pool"]);
+        assert_eq!(codes(&quota.replace(r#""fast": 3"#, r#""fast": 2"#), request.clone()), ["host-pool"]);
+        request.guest.devices.clear();
+        assert_eq!(codes(r#"{"default": {"pools": {"fast": 0}}}"#, request), ["pool"], "db has one");
     }
 
     #[test]

@@ -87,6 +87,7 @@ mod governor;
 mod pattern;
 mod reason;
 mod release;
+mod settings;
 #[cfg(not(target_arch = "wasm32"))]
 pub mod testing;
 
@@ -194,10 +195,5 @@ fn list(names: &[&str]) -> Vec<String> {
 }
 
 fn read_settings<S: serde::de::DeserializeOwned>(settings: &str) -> Result<S, Reason> {
-    serde_json::from_str(settings).map_err(|error| {
-        // The text is one line that Casemate made from TOML: its line and column would tell the reader nothing.
-        let message = error.to_string();
-        let message = message.rsplit_once(" at line ").map_or(message.as_str(), |(message, _)| message);
-        Reason::new("bad-settings", message).field("settings").remedy("correct the bundle")
-    })
+    serde_json::from_str(settings).map_err(|error| settings::reason(settings, &error))
 }

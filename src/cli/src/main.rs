@@ -73,6 +73,16 @@ struct Arguments {
         default_value = "/etc/casemate/policy.pub"
     )]
     policy_key: PathBuf,
+    /// A folder of public keys of minisign, NAME.pub each: those who may sign what guests boot.
+    #[arg(
+        long,
+        global = true,
+        env = "CASEMATE_IMAGE_KEYS",
+        hide_env_values = true,
+        value_name = "FOLDER",
+        default_value = "/etc/casemate/image-keys"
+    )]
+    image_keys: PathBuf,
     #[command(subcommand)]
     command: Command,
 }
@@ -172,6 +182,7 @@ fn paths(arguments: &Arguments) -> Result<Paths, Failure> {
         (&arguments.policy_compiler, &mut paths.policy_compiler),
     ];
     paths.policy_key.clone_from(&arguments.policy_key);
+    paths.image_keys.clone_from(&arguments.image_keys);
     for (choice, path) in choices {
         if let Some(chosen) = choice {
             path.clone_from(chosen);

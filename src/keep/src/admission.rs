@@ -1,7 +1,7 @@
 //! The question to the policy, and its answer.
 
 use std::{
-    collections::BTreeMap,
+    collections::{BTreeMap, BTreeSet},
     fs,
     path::{Path, PathBuf},
     sync::Arc,
@@ -11,12 +11,13 @@ use std::{
 use casemate_host::{DeviceState, Image, Ledger, PciFunction, Pools};
 use casemate_policy::{
     Attrs, Change, Device, Disk, Field, File, GuestSpec, HostState, Needs, Neighbour, Net, Operation,
-    Outcome, Record, Request, Tenant, Value, Verdict,
+    Outcome, Record, Request, Signers, Tenant, Value, Verdict,
 };
 use casemate_spec::{ByteSize, CellPart, DiskFormat, Guest, Located, Location, Refusal};
 
 use crate::{
-    Decisions, Paths, PolicyReport, Refusals, admitted::Admitted, beside, digest, facts, policies::Policies,
+    Decisions, Paths, PolicyReport, Refusals, admitted::Admitted, beside, digest, digest::Known, facts,
+    policies::Policies,
 };
 
 /// The images that a guest uses, opened.
@@ -79,17 +80,23 @@ impl Inventory<'_> {
         Ok(())
     }
 
-    /// The IOMMU groups of what other guests have.
-    fn tell_groups(&self, beside: &mut [Neighbour]) {
+    /// The IOMMU groups of what other guests have, and the pools.
+    fn tell_devices(&self, beside: &mut [Neighbour]) {
         for guest in beside {
-            let group =
-                |address| self.functions.iter().find(|function| function.address == address)?.iommu_group;
-            let mut groups: Vec<u32> = guest.devices.iter().filter_map(|address| group(*address)).collect();
-            groups.sort_unstable();
-            groups.dedup();
-            if !groups.is_empty() {
-                let list: Vec<_> = groups.iter().map(ToString::to_string).collect();
-                guest.attrs.insert("iommu-groups".into(), list.join(" "));
+            let functions: Vec<_> =
+                self.functions.iter().filter(|function| guest.devices.contains(&function.address)).collect();
+            let groups: BTreeSet<u32> =
+                functions.iter().filter_map(|function| function.iommu_group).collect();
+            let mut pools = BTreeMap::<_, usize>::new();
+            for pool in functions.iter().filter_map(|function| self.pools?.pool_of(function)) {
+                *pools.entry(pool.name.to_string()).or_default() += 1;
+            }
+            let groups: Vec<_> = groups.iter().map(ToString::to_string).collect();
+            let pools: Vec<_> = pools.iter().map(|(pool, devices)| format!("{pool}={devices}")).collect();
+            for (name, list) in [("iommu-groups", groups), ("pools", pools)] {
+                if !list.is_empty() {
+                    guest.attrs.insert(name.into(), list.join(" "));
+                }
             }
         }
     }
@@ -152,11 +159,11 @@ fn decide(
     let engine = policies.as_ref().map(Policies::current).map_err(Clone::clone);
     let load = started.elapsed();
     let digests = match &engine {
-        Ok(engine) => Digests::of(engine.needs(), located, images)?,
+        Ok(engine) => Digests::of(paths, engine.needs(), located, images)?,
         Err(_) => Digests::default(),
     };
     let mut beside = beside::read(&paths.runtime, located.guest.name.as_str());
-    inventory.tell_groups(&mut beside);
+    inventory.tell_devices(&mut beside);
     let mut request = request(located, images, &inventory, digests, beside)?;
     if !weakened.is_empty() {
         request.host.attrs.insert("weakened".into(), crate::run::names(weakened).join(" "));
@@ -264,29 +271,33 @@ fn make(guest: &mut Guest, changes: &[Change]) -> Result<(), Refusal> {
 /// Digests that some policy wants.
 #[derive(Default)]
 struct Digests {
-    kernel: Option<String>,
-    initrd: Option<String>,
+    kernel: Option<Known>,
+    initrd: Option<Known>,
     /// In the order of the disks.
-    disks: Vec<Option<String>>,
+    disks: Vec<Option<Known>>,
 }
 
 impl Digests {
-    fn of(needs: Needs, located: &Located, images: &mut Images) -> Result<Self, Refusal> {
+    fn of(paths: &Paths, needs: Needs, located: &Located, images: &mut Images) -> Result<Self, Refusal> {
         let mut digests = Self::default();
+        if needs == Needs::default() {
+            return Ok(digests);
+        }
+        let signers = Signers::read(&paths.image_keys)?;
         if needs.kernel_sha256 {
-            let seal = digest::seal("the kernel", &mut images.kernel);
+            let seal = digest::seal("the kernel", &mut images.kernel, &signers);
             digests.kernel = Some(seal.map_err(|refusal| refusal.at(located.location("boot.kernel")))?);
         }
         if needs.initrd_sha256
             && let Some(initrd) = &mut images.initrd
         {
-            let seal = digest::seal("the initrd", initrd);
+            let seal = digest::seal("the initrd", initrd, &signers);
             digests.initrd = Some(seal.map_err(|refusal| refusal.at(located.location("boot.initrd")))?);
         }
         if needs.disk_sha256 {
             let disks = located.guest.disks.iter().zip(&images.disks);
             let digest = |(disk, image): (&casemate_spec::Disk, &Image)| {
-                if disk.read_only { digest::disk(image) } else { Ok(None) }
+                if disk.read_only { digest::disk(image, &signers) } else { Ok(None) }
             };
             digests.disks = disks.map(digest).collect::<Result<_, _>>()?;
         }
@@ -311,20 +322,25 @@ fn request(
 ) -> Result<Request, Refusal> {
     let guest = &located.guest;
     // The file that was opened, which the guest gets: a policy judges folders by it.
-    let file = |image: &Image, sha256: Option<String>| File {
+    let file = |image: &Image, known: Option<Known>| File {
         path: text(image.path.clone()),
         size_bytes: image.size_bytes,
-        sha256,
-        attrs: Attrs::new(),
+        attrs: Known::attrs(known.as_ref()),
+        sha256: known.map(|known| known.sha256),
     };
     let mut disk_digests = digests.disks.into_iter();
     let disks = guest.disks.iter().zip(&images.disks).zip(&images.backings);
-    let disks = disks.map(|((disk, image), backing)| Disk {
-        path: text(image.path.clone()),
-        size_bytes: image.size_bytes,
-        read_only: disk.read_only,
-        sha256: disk_digests.next().flatten(),
-        attrs: disk_attrs(disk, backing.as_ref()),
+    let disks = disks.map(|((disk, image), backing)| {
+        let known = disk_digests.next().flatten();
+        let mut attrs = disk_attrs(disk, backing.as_ref());
+        attrs.extend(Known::attrs(known.as_ref()));
+        Disk {
+            path: text(image.path.clone()),
+            size_bytes: image.size_bytes,
+            read_only: disk.read_only,
+            sha256: known.map(|known| known.sha256),
+            attrs,
+        }
     });
     let nets = guest.nets.iter().map(|net| Net {
         tap: net.tap.clone(),

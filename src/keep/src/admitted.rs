@@ -37,6 +37,10 @@ impl Admitted {
         Arc::clone(&self.policies)
     }
 
+    pub(crate) fn paths(&self) -> &Paths {
+        &self.paths
+    }
+
     /// The guest as it is.
     pub(crate) fn spec(&self) -> GuestSpec {
         self.question.lock().unwrap_or_else(PoisonError::into_inner).guest.clone()

@@ -10,14 +10,15 @@ use std::{
 };
 
 use casemate_host::{Image, Tap, TapRequest, open_image};
-use casemate_policy::{Attrs, Disk, GuestSpec, Net, Operation};
+use casemate_policy::{Disk, GuestSpec, Net, Operation, Signers};
 use casemate_spec::{LIMITS, Refusal};
 use casemate_wire::{Answer, Ask, Card, Slot};
 use serde::{Deserialize, Serialize};
 use serde_json::{Value, json};
 
 use crate::{
-    Paths, admitted::Admitted, cell::mac, digest, operator::Operator, operator_socket::first, record,
+    Paths, admitted::Admitted, cell::mac, digest, digest::Known, operator::Operator, operator_socket::first,
+    record,
 };
 
 /// How long a cell may take to make a device.
@@ -180,12 +181,17 @@ impl Attaching {
             path: image.path.clone(),
         };
         let wanted = self.admitted.policies().current().needs().disk_sha256;
+        let known = if wanted && read_only {
+            digest::disk(&image, &Signers::read(&self.admitted.paths().image_keys)?)?
+        } else {
+            None
+        };
         let disk = Disk {
             path: image.path.to_string_lossy().into_owned(),
             size_bytes: image.size_bytes,
             read_only,
-            sha256: if wanted && read_only { digest::disk(&image)? } else { None },
-            attrs: Attrs::new(),
+            attrs: Known::attrs(known.as_ref()),
+            sha256: known.map(|known| known.sha256),
         };
         let change = format!("add disk {}", disk.path);
         self.judge(&change, |spec| spec.disks.push(disk))?;

@@ -28,7 +28,7 @@ impl Paths {
     /// The policy compiler as this user runs it: root in a cell, anybody else as a process of their own, which still
     /// confines itself.
     pub fn compiler(&self) -> Compiler<'_> {
-        let launch: &dyn Launch = if rustix::process::geteuid().is_root() { self } else { &Plain };
+        let launch: &dyn Launch = if rustix::process::geteuid().is_root() { self } else { &Plain::DEFAULT };
         Compiler { program: &self.policy_compiler, launch }
     }
 }

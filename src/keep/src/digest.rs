@@ -1,4 +1,4 @@
-//! SHA-256 of what a guest boots, where a policy asks for it. A kernel and an initrd are copied into sealed memory as
+//! SHA-256 of what a guest boots, and who signed it, where a policy asks for it. A kernel and an initrd are copied into sealed memory as
 //! they are read, and that copy is what the guest gets: nobody can change it after the policy has seen its digest.
 
 use std::{
@@ -8,6 +8,7 @@ use std::{
 };
 
 use casemate_host::Image;
+use casemate_policy::{Attrs, Claim, Signers, Witness};
 use casemate_spec::Refusal;
 use rustix::fs::{MemfdFlags, SealFlags, fcntl_add_seals, memfd_create};
 use sha2::{Digest, Sha256};
@@ -17,8 +18,25 @@ const MOST_BYTES: u64 = 1 << 30;
 /// A larger disk is not read: it would take minutes.
 const MOST_DISK_BYTES: u64 = 64 << 30;
 
-/// Puts a sealed copy in an image's place; gives its digest. `what` is how a refusal calls it.
-pub(crate) fn seal(what: &str, image: &mut Image) -> Result<String, Refusal> {
+/// What is known of a file's bytes.
+#[derive(Debug, PartialEq, Eq)]
+pub(crate) struct Known {
+    /// In lower-case hexadecimal.
+    pub(crate) sha256: String,
+    /// Who signed it, of those that the host knows.
+    pub(crate) signer: Option<String>,
+}
+
+impl Known {
+    /// As policies are told of it besides.
+    pub(crate) fn attrs(known: Option<&Self>) -> Attrs {
+        let signer = known.and_then(|known| known.signer.clone());
+        signer.map(|signer| ("signer".to_owned(), signer)).into_iter().collect()
+    }
+}
+
+/// Puts a sealed copy in an image's place; tells what it is. `what` is how a refusal calls it.
+pub(crate) fn seal(what: &str, image: &mut Image, signers: &Signers) -> Result<Known, Refusal> {
     let refuse = |cause: String| {
         Refusal::new(
             "image-digest",
@@ -38,36 +56,47 @@ pub(crate) fn seal(what: &str, image: &mut Image) -> Result<String, Refusal> {
         .map_err(|error| failed(error.into()))?;
     let mut copy = File::from(copy);
     let from = File::from(image.fd.try_clone().map_err(failed)?);
-    let mut hash = Sha256::new();
-    let size_bytes = pieces(&from, MOST_BYTES, &mut |piece| {
-        hash.update(piece);
-        copy.write_all(piece)
-    })
-    .map_err(failed)?;
+    let (size_bytes, known) =
+        read(&from, MOST_BYTES, signers.claim(&image.path).as_ref(), &mut |piece| copy.write_all(piece))
+            .map_err(failed)?;
     copy.seek(SeekFrom::Start(0)).map_err(failed)?;
     let seals = SealFlags::SEAL | SealFlags::SHRINK | SealFlags::GROW | SealFlags::WRITE;
     fcntl_add_seals(&copy, seals).map_err(|error| failed(error.into()))?;
     image.fd = OwnedFd::from(copy);
     image.size_bytes = size_bytes;
-    Ok(hex(hash))
+    Ok(known)
 }
 
-/// The digest of a disk that the guest only reads; none when it's larger than is read.
-pub(crate) fn disk(image: &Image) -> Result<Option<String>, Refusal> {
+/// What a disk is that the guest only reads; none when it's larger than is read.
+pub(crate) fn disk(image: &Image, signers: &Signers) -> Result<Option<Known>, Refusal> {
     if image.file_bytes > MOST_DISK_BYTES {
         return Ok(None);
     }
-    let mut hash = Sha256::new();
-    let read = image.fd.try_clone().and_then(|fd| {
-        pieces(&File::from(fd), MOST_DISK_BYTES, &mut |piece| {
-            hash.update(piece);
-            Ok(())
-        })
-    });
-    read.map_err(|error| {
+    let file = image.fd.try_clone().map(File::from);
+    let claim = signers.claim(&image.path);
+    let known = file.and_then(|file| read(&file, MOST_DISK_BYTES, claim.as_ref(), &mut |_| Ok(())));
+    known.map(|(_, known)| Some(known)).map_err(|error| {
         Refusal::new("image-digest", "a disk", error, "see to the file; a policy wants its digest")
+    })
+}
+
+/// Reads a file once, for its size, its digest, and whether a signature that is claimed is right.
+fn read(
+    file: &File,
+    most: u64,
+    claim: Option<&Claim<'_>>,
+    take: &mut dyn FnMut(&[u8]) -> std::io::Result<()>,
+) -> std::io::Result<(u64, Known)> {
+    let mut hash = Sha256::new();
+    let mut witness = claim.and_then(Claim::witness);
+    let size_bytes = pieces(file, most, &mut |piece| {
+        hash.update(piece);
+        if let Some(witness) = &mut witness {
+            witness.see(piece);
+        }
+        take(piece)
     })?;
-    Ok(Some(hex(hash)))
+    Ok((size_bytes, Known { sha256: hex(hash), signer: witness.and_then(Witness::signer) }))
 }
 
 /// Takes a file in pieces, from its start, without moving its offset.
@@ -114,8 +143,10 @@ mod tests {
         fs::write(&path, "kernel").unwrap();
         let mut image =
             Image { fd: File::open(&path).unwrap().into(), size_bytes: 6, file_bytes: 6, path: path.clone() };
-        assert_eq!(disk(&image).unwrap().unwrap(), sum(b"kernel"));
-        assert_eq!(seal("boot.kernel", &mut image).unwrap(), sum(b"kernel"));
+        let none = Signers::default();
+        let known = Known { sha256: sum(b"kernel"), signer: None };
+        assert_eq!(disk(&image, &none).unwrap().as_ref(), Some(&known));
+        assert_eq!(seal("boot.kernel", &mut image, &none).unwrap(), known);
         fs::write(&path, "virus!").unwrap();
         let mut file = File::from(image.fd);
         let mut text = String::new();
@@ -135,9 +166,11 @@ mod tests {
         let file = File::create(&path).unwrap();
         file.set_len(MOST_BYTES + 1).unwrap();
         let fd = File::open(&path).unwrap().into();
+        let none = Signers::default();
         let mut image = Image { fd, size_bytes: MOST_BYTES + 1, file_bytes: 0, path: path.clone() };
-        assert_eq!(seal("boot.kernel", &mut image).unwrap_err().code, "image-digest");
+        assert_eq!(seal("boot.kernel", &mut image, &none).unwrap_err().code, "image-digest");
         let fd = File::open(&path).unwrap().into();
-        assert_eq!(disk(&Image { fd, size_bytes: 0, file_bytes: MOST_DISK_BYTES + 1, path }).unwrap(), None);
+        let large = Image { fd, size_bytes: 0, file_bytes: MOST_DISK_BYTES + 1, path };
+        assert_eq!(disk(&large, &none).unwrap(), None);
     }
 }

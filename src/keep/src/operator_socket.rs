@@ -24,7 +24,7 @@ use std::{
     time::Duration,
 };
 
-use casemate_policy::Operation;
+use casemate_policy::{GuestSpec, Operation};
 use casemate_spec::{Rate, Refusal};
 use casemate_wire::{Answer, Ask, DeviceKind, Limits, Statistics};
 use serde::{Deserialize, Serialize};
@@ -291,7 +291,7 @@ fn answer(mut stream: &UnixStream, answer: Result<Value, Refusal>) -> io::Result
 }
 
 fn carry_out(asked: &Asked, request: &OperatorRequest) -> Result<Value, Refusal> {
-    let (operator, disks) = (&asked.operator, &*asked.disks);
+    let operator = &asked.operator;
     let attaching = || {
         asked.attaching.as_ref().ok_or_else(|| {
             let remedy = "start it with `slots` in a table [hotplug] of its file";
@@ -322,7 +322,7 @@ fn carry_out(asked: &Asked, request: &OperatorRequest) -> Result<Value, Refusal>
             drop(operator.ask(Ask::Balloon { target_bytes: *size_bytes }, Vec::new())?);
         }
         OperatorRequest::Resize { number, size_bytes, shrink } => {
-            let size_bytes = disks.resize(operator, *number, *size_bytes, *shrink)?;
+            let size_bytes = resize(asked, *number, *size_bytes, *shrink)?;
             return Ok(json!({ "guest": operator.guest(), "disk": number, "size_bytes": size_bytes }));
         }
         OperatorRequest::Limit {
@@ -345,6 +345,37 @@ fn carry_out(asked: &Asked, request: &OperatorRequest) -> Result<Value, Refusal>
         OperatorRequest::Stats => return statistics(operator),
     }
     Ok(json!({ "guest": operator.guest(), "state": operator.state() }))
+}
+
+/// Makes a disk of another size, when the policies have nothing against a larger one.
+fn resize(asked: &Asked, number: u16, wanted: Option<u64>, shrink: bool) -> Result<u64, Refusal> {
+    let admitted = asked.admitted.as_ref();
+    let place = usize::from(number);
+    let is_larger = |admitted: &&Arc<Admitted>| {
+        let size_bytes = admitted.spec().disks.get(place).map(|disk| disk.size_bytes);
+        wanted.zip(size_bytes).is_some_and(|(wanted, now)| wanted > now)
+    };
+    let set = |spec: &mut GuestSpec, size_bytes| {
+        if let Some(disk) = spec.disks.get_mut(place) {
+            disk.size_bytes = size_bytes;
+        }
+    };
+    if let (Some(admitted), Some(wanted)) = (admitted.filter(is_larger), wanted) {
+        let mut spec = admitted.spec();
+        let before_bytes = spec.disks.get(place).map(|disk| disk.size_bytes);
+        set(&mut spec, wanted);
+        admitted.ask(Operation::Update, spec, &format!("resize disk {number}")).map_err(first)?;
+        let done = asked.disks.resize(&asked.operator, number, Some(wanted), shrink);
+        if let (Err(_), Some(before_bytes)) = (&done, before_bytes) {
+            admitted.becomes(|spec| set(spec, before_bytes));
+        }
+        return done;
+    }
+    let size_bytes = asked.disks.resize(&asked.operator, number, wanted, shrink)?;
+    if let Some(admitted) = admitted {
+        admitted.becomes(|spec| set(spec, size_bytes));
+    }
+    Ok(size_bytes)
 }
 
 /// An answer has room for one.

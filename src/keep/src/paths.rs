@@ -34,6 +34,8 @@ pub struct Paths {
     pub policy_compiler: PathBuf,
     /// A public key of minisign. Where the file exists, bundles have to be signed by it.
     pub policy_key: PathBuf,
+    /// A folder of public keys of minisign: those who sign kernels, initrds and disks, each by its file's name.
+    pub image_keys: PathBuf,
 }
 
 /// Why the programs cannot be found.
@@ -58,6 +60,7 @@ impl Paths {
             vmm: beside.join("casemate-vmm"),
             policy_compiler: beside.join("casemate-policy-compiler"),
             policy_key: "/etc/casemate/policy.pub".into(),
+            image_keys: "/etc/casemate/image-keys".into(),
         })
     }
 

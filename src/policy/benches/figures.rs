@@ -19,11 +19,12 @@ mod common;
 use std::{
     fs,
     hint::black_box,
+    process::Command,
     time::{Duration, Instant},
 };
 
-use casemate_policy::{Engine, GuestSample, Memory, Samples};
-use common::{deny_all, entry, open, request, root};
+use casemate_policy::{Deed, GuestSample, Memory, Samples, Tick};
+use common::{deny_all, entry, open, open_with, request, root};
 
 const CALLS: usize = 20_000;
 
@@ -74,9 +75,9 @@ fn cpu_time() -> Duration {
     Duration::from_nanos(text.split_whitespace().next().unwrap().parse().unwrap())
 }
 
-fn resident_kib() -> i64 {
+fn status_kib(name: &str) -> u64 {
     let status = fs::read_to_string("/proc/self/status").unwrap();
-    let line = status.lines().find_map(|line| line.strip_prefix("VmRSS:")).unwrap();
+    let line = status.lines().find_map(|line| line.strip_prefix(name)).unwrap().trim_start_matches(':');
     line.split_whitespace().next().unwrap().parse().unwrap()
 }
 
@@ -110,7 +111,14 @@ fn samples(count: usize) -> Samples {
     Samples { interval_ms: 1_000, guests: (0..count).map(guest).collect(), ..Samples::default() }
 }
 
+/// The argument with which this program measures its own memory.
+const MEMORY: &str = "memory-of-plugins";
+
 fn main() {
+    let arguments: Vec<_> = std::env::args().collect();
+    if let Some(at) = arguments.iter().position(|argument| argument == MEMORY) {
+        return memory(arguments[at + 1].parse().unwrap());
+    }
     let all = shipped();
     // All of them are compiled before anything is measured.
     drop(open(&all.concat()).unwrap());
@@ -148,26 +156,67 @@ fn main() {
             .print(&format!("{count} guests looked at by a governor"));
     }
     let fair = entry("fair-share", &root().join("plugins/built/fair-share.wasm"), "");
+    let fair = format!("{fair}may_do = ['cpu-weight', 'cpu-limit']\n");
     let governed = open(&format!("{fair}{}", entry("no", &deny_all(), ""))).unwrap();
     for count in [10, 1_000] {
-        let samples = samples(count);
-        let mut memory = Memory::new();
-        Measured::of(500, || drop(black_box(governed.tick(&samples, &mut memory))))
-            .print(&format!("{count} guests looked at by fair-share"));
+        let (mut samples, mut memory, mut actions) = (samples(count), Memory::new(), 0);
+        Measured::of(500, || {
+            let tick = black_box(governed.tick(&samples, &mut memory));
+            assert_eq!(tick.failures, []);
+            actions += tick.actions.len();
+            look_again(&mut samples, &tick);
+        })
+        .print(&format!("{count} guests looked at by fair-share"));
+        println!("(with {actions} actions in all)");
     }
 
-    println!("\n| memory of this process | KiB resident |\n|---|---|");
-    drop((one, every, governed));
-    let mut kept: Vec<Engine> = Vec::new();
-    let mut before = resident_kib();
-    println!("| before a bundle is opened | {before} |");
-    for count in 1..=all.len() {
-        // One engine each, as a process has one; the last one counts.
-        kept.clear();
-        kept.push(open(&all[..count].concat()).unwrap());
-        kept[0].admit(&request(), None).unwrap();
-        let now = resident_kib();
-        println!("| {count} plugins | {now} ({:+}) |", now - before);
-        before = now;
+    println!("\n| memory of a process that has asked | KiB resident | KiB of its own |\n|---|---|---|");
+    for count in 0..=everything().len() {
+        let this = std::env::current_exe().unwrap();
+        let told = Command::new(this).args([MEMORY, &count.to_string()]).output().unwrap();
+        assert!(told.status.success(), "{}", String::from_utf8_lossy(&told.stderr));
+        print!("{}", String::from_utf8_lossy(&told.stdout));
     }
+}
+
+/// A second later: what was wanted has been done, and some guests are busier than others, in turns.
+fn look_again(samples: &mut Samples, tick: &Tick) {
+    samples.now_seconds += 1;
+    for action in &tick.actions {
+        let guest = samples.guests.binary_search_by(|guest| guest.name.cmp(&action.guest)).unwrap();
+        if let Deed::CpuWeight(weight) = action.deed {
+            samples.guests[guest].knobs.cpu_weight = weight;
+        }
+    }
+    for (number, guest) in samples.guests.iter_mut().enumerate() {
+        let busy = (samples.now_seconds / 30 + number as u64).is_multiple_of(10);
+        guest.cpu.used_us = if busy { 1_500_000 } else { 2_000 };
+    }
+}
+
+/// Every shipped plugin, the one with an interpreter last.
+fn everything() -> Vec<String> {
+    let built = root().join("plugins/built");
+    let plugin = |name: &str, settings: &str| entry(name, &built.join(format!("{name}.wasm")), settings);
+    let mut all = shipped();
+    all.extend(["fair-share", "balloon", "idle"].map(|name| plugin(name, "")));
+    all.push(format!("{}limits = {{ lane = 'scripted' }}\n", plugin("naming", "default = '^[a-z]+$'")));
+    all
+}
+
+/// What this process takes, a new one, when it has a bundle of so many plugins and has asked them all.
+fn memory(count: usize) {
+    let all = everything();
+    let cache = std::env::temp_dir().join("casemate-figures-cache");
+    let engine = (count > 0).then(|| open_with(&all[..count].concat(), &cache).unwrap());
+    if let Some(engine) = &engine {
+        engine.admit(&request(), None).unwrap();
+        engine.tick(&samples(10), &mut Memory::new());
+    }
+    let last = all.get(count.wrapping_sub(1)).and_then(|entry| entry.split('"').nth(1)).unwrap_or("none");
+    println!(
+        "| {count} plugins, the last one {last} | {} | {} |",
+        status_kib("VmRSS"),
+        status_kib("RssAnon")
+    );
 }

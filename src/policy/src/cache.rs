@@ -4,11 +4,15 @@
 //! there: the folder belongs to this user alone (0700), a key made here and kept here (0600) authenticates each entry
 //! together with the name under which it lies, and an entry that fails is an error, never a miss. Everything is opened
 //! relative to the folder's descriptor and without following links, so that the folder that was checked is the one used.
+//!
+//! An entry is the code, its tag, and a last line that says what it is: the code comes first, so that the file can be mapped.
+//! What is mapped can still change when the file does. So an entry is given to be mapped only when, before it was read, the
+//! kernel granted a read lease on it: then no process had it open for writing, and who opens it later is this user.
 
 use std::{
     fs::File,
-    io::{Read, Write},
-    os::fd::OwnedFd,
+    io::{self, Read, Write},
+    os::fd::{AsRawFd, OwnedFd},
     path::{Path, PathBuf},
 };
 
@@ -25,10 +29,12 @@ use crate::{Fault, PolicyError, limits::HOST_LIMITS};
 
 type Hmac256 = Hmac<Sha256>;
 
-const MAGIC: &[u8] = b"casemate compiled plugin 1\n";
+const MAGIC: &[u8] = b"casemate compiled plugin 2\n";
 const KEY_NAME: &str = "key";
 const KEY_BYTES: usize = 32;
 const TAG_BYTES: usize = 32;
+/// What is behind the code.
+const TRAILER_BYTES: usize = TAG_BYTES + MAGIC.len();
 
 /// What an entry is compiled from and for.
 pub(crate) struct EntryKey<'a> {
@@ -36,6 +42,15 @@ pub(crate) struct EntryKey<'a> {
     pub(crate) digest: &'a str,
     /// Engine version, its settings, and what the processor can do.
     pub(crate) engine: &'a str,
+}
+
+/// An entry whose tag is right.
+#[derive(Debug)]
+pub(crate) enum Entry {
+    /// The file begins with the compiled code, and nobody can write to it: it may be mapped.
+    File(File),
+    /// The compiled code, in memory.
+    Code(Vec<u8>),
 }
 
 /// An open cache.
@@ -70,41 +85,55 @@ impl Cache {
         Ok(Self { path: path.to_owned(), folder, key })
     }
 
-    /// The compiled code for `key`, or none when it was never compiled for this engine and this processor.
-    pub(crate) fn load(&self, key: &EntryKey<'_>) -> Result<Option<Vec<u8>>, PolicyError> {
+    /// The compiled code for `key`, or none when it was never compiled for this engine and this processor. `mapped` says
+    /// whether a file will do.
+    pub(crate) fn load(&self, key: &EntryKey<'_>, mapped: bool) -> Result<Option<Entry>, PolicyError> {
         let name = self.entry_name(key);
-        let fault =
-            |fault, cause: String| Err(PolicyError::new(fault, self.path.join(&name).display(), cause));
+        let fault = |fault, cause: String| PolicyError::new(fault, self.path.join(&name).display(), cause);
         let flags = OFlags::RDONLY | OFlags::NOFOLLOW | OFlags::CLOEXEC | OFlags::NONBLOCK;
-        let file = match openat(&self.folder, name.as_str(), flags, Mode::empty()) {
-            Ok(file) => file,
+        let mut file = match openat(&self.folder, name.as_str(), flags, Mode::empty()) {
+            Ok(file) => File::from(file),
             Err(Errno::NOENT) => return Ok(None),
-            Err(Errno::LOOP) => return fault(Fault::Tampered, "it's a link".into()),
-            Err(error) => return fault(Fault::Cache, format!("it can't be opened: {error}")),
+            Err(Errno::LOOP) => return Err(fault(Fault::Tampered, "it's a link".into())),
+            Err(error) => return Err(fault(Fault::Cache, format!("it can't be opened: {error}"))),
         };
-        let mut bytes = Vec::new();
-        let most = HOST_LIMITS.compiled_bytes.saturating_add(MAGIC.len() + TAG_BYTES);
-        if let Err(error) = File::from(file).take(most as u64).read_to_end(&mut bytes) {
-            return fault(Fault::Cache, format!("it can't be read: {error}"));
+        let unread = |error: io::Error| fault(Fault::Cache, format!("it can't be read: {error}"));
+        let foreign = |why: &str| fault(Fault::Tampered, format!("it isn't what Casemate put there: {why}"));
+        let mapped = mapped && has_no_writer(&file);
+        let length = file.metadata().map_err(unread)?.len().checked_sub(TRAILER_BYTES as u64);
+        let length = length.filter(|length| *length <= HOST_LIMITS.compiled_bytes as u64);
+        let length = length.ok_or_else(|| foreign("it's cut off or has another form"))?;
+        let mut kept = Vec::new();
+        let mut tag = self.tag(&name, length);
+        let mut chunk = [0; 16 << 10];
+        let mut left = length;
+        while left > 0 {
+            let most = chunk.len().min(usize::try_from(left).unwrap_or(usize::MAX));
+            let read = chunk.get_mut(..most).map_or(Ok(0), |part| file.read(part)).map_err(unread)?;
+            let part = chunk.get(..read).filter(|part| !part.is_empty());
+            let part = part.ok_or_else(|| foreign("it was cut off just now"))?;
+            tag.update(part);
+            if !mapped {
+                kept.extend_from_slice(part);
+            }
+            left = left.saturating_sub(read as u64);
         }
-        let parts = bytes.strip_prefix(MAGIC).and_then(|rest| rest.split_at_checked(TAG_BYTES));
-        let Some((tag, code)) = parts else {
-            return fault(
-                Fault::Tampered,
-                "it isn't what Casemate put there: it's cut off or has another form".into(),
-            );
+        let mut trailer = Vec::new();
+        Read::by_ref(&mut file).take(TRAILER_BYTES as u64 + 1).read_to_end(&mut trailer).map_err(unread)?;
+        let Some((found, MAGIC)) = trailer.split_first_chunk::<TAG_BYTES>() else {
+            return Err(foreign("it's cut off or has another form"));
         };
-        if self.tag(&name, code).verify_slice(tag).is_err() {
-            return fault(Fault::Tampered, "it isn't what Casemate put there: its tag doesn't match".into());
-        }
-        Ok(Some(code.to_vec()))
+        tag.verify_slice(found).map_err(|_| foreign("its tag doesn't match"))?;
+        Ok(Some(if mapped { Entry::File(file) } else { Entry::Code(kept) }))
     }
 
     /// Keeps compiled code. A reader sees all of it or nothing.
     pub(crate) fn store(&self, key: &EntryKey<'_>, code: &[u8]) -> Result<(), PolicyError> {
         let name = self.entry_name(key);
-        let tag = self.tag(&name, code).finalize().into_bytes();
-        write_new(&self.folder, &[MAGIC, &tag, code])
+        let mut tag = self.tag(&name, code.len() as u64);
+        tag.update(code);
+        let tag = tag.finalize().into_bytes();
+        write_new(&self.folder, &[code, &tag, MAGIC])
             .and_then(|temporary| renameat(&self.folder, temporary.as_str(), &self.folder, name.as_str()))
             .map_err(|error| {
                 PolicyError::new(
@@ -125,14 +154,29 @@ impl Cache {
         format!("{}.cwasm", hex(&mac.finalize().into_bytes()))
     }
 
-    fn tag(&self, name: &str, code: &[u8]) -> Hmac256 {
+    /// An entry's tag, up to the code, of which there are so many bytes.
+    fn tag(&self, name: &str, length: u64) -> Hmac256 {
         let mut mac = self.key.clone();
-        for part in ["code".as_bytes(), name.as_bytes(), code] {
+        for part in ["code", name] {
             mac.update(&(part.len() as u64).to_le_bytes());
-            mac.update(part);
+            mac.update(part.as_bytes());
         }
+        mac.update(&length.to_le_bytes());
         mac
     }
+}
+
+/// Whether no process has this file open for writing, nor mapped so: the kernel grants a read lease to its owner only then
+/// (fcntl(2), `F_SETLEASE`). False as well where the file system has no leases.
+fn has_no_writer(file: &File) -> bool {
+    let set = |kind: libc::c_int| {
+        // SAFETY: the descriptor is open for as long as `file` is borrowed, and the kernel is given a number, no memory. The lease
+        // belongs to the open file and ends with it, or right here.
+        unsafe { libc::fcntl(file.as_raw_fd(), libc::F_SETLEASE, kind) == 0 }
+    };
+    let granted = set(libc::F_RDLCK);
+    // It has told what it was taken for; held on, it would have the kernel signal this process.
+    granted && set(libc::F_UNLCK)
 }
 
 /// Bytes in lower-case hexadecimal.
@@ -217,16 +261,45 @@ mod tests {
         error.code()
     }
 
+    fn refused(cache: &Cache) -> &'static str {
+        let [mapped, read] = [true, false].map(|mapped| code(cache.load(&ENTRY, mapped).err().unwrap()));
+        assert_eq!(mapped, read);
+        read
+    }
+
     #[test]
     fn gives_back_what_was_kept_and_nothing_else() {
         let (_folder, cache) = cache();
-        assert_eq!(cache.load(&ENTRY).unwrap(), None);
+        let load = |cache: &Cache, key: &EntryKey<'_>| match cache.load(key, false).unwrap() {
+            Some(Entry::Code(code)) => Some(code),
+            other => {
+                assert!(other.is_none(), "{other:?}");
+                None
+            }
+        };
+        assert_eq!(load(&cache, &ENTRY), None);
         cache.store(&ENTRY, b"code").unwrap();
-        assert_eq!(cache.load(&ENTRY).unwrap().unwrap(), b"code");
-        assert_eq!(Cache::open(&cache.path).unwrap().load(&ENTRY).unwrap().unwrap(), b"code");
+        assert_eq!(load(&cache, &ENTRY).unwrap(), b"code");
+        assert_eq!(load(&Cache::open(&cache.path).unwrap(), &ENTRY).unwrap(), b"code");
         for other in [EntryKey { digest: "ab", engine: "e" }, EntryKey { digest: "aa", engine: "f" }] {
-            assert_eq!(cache.load(&other).unwrap(), None);
+            assert_eq!(load(&cache, &other), None);
         }
+    }
+
+    #[test]
+    fn an_entry_that_somebody_can_write_to_is_not_mapped() {
+        let (_folder, cache) = cache();
+        cache.store(&ENTRY, b"code").unwrap();
+        let path = cache.path.join(cache.entry_name(&ENTRY));
+        let entry = || cache.load(&ENTRY, true).unwrap().unwrap();
+        let Entry::File(mut file) = entry() else { panic!("not to be mapped") };
+        let mut start = [0; 4];
+        io::Seek::rewind(&mut file).and_then(|()| file.read_exact(&mut start)).unwrap();
+        assert_eq!(&start, b"code", "a file begins with the code");
+        let writer = File::options().append(true).open(&path).unwrap();
+        assert!(matches!(entry(), Entry::Code(code) if code == b"code"), "it has a writer");
+        drop(writer);
+        assert!(matches!(entry(), Entry::File(_)));
     }
 
     #[test]
@@ -252,9 +325,9 @@ mod tests {
             let mut bad = good.clone();
             bad[at] ^= 1;
             std::fs::write(&path, &bad).unwrap();
-            assert_eq!(code(cache.load(&ENTRY).unwrap_err()), "policy-cache-tampered", "byte {at}");
+            assert_eq!(refused(&cache), "policy-cache-tampered", "byte {at}");
             std::fs::write(&path, &good[..at]).unwrap();
-            assert_eq!(code(cache.load(&ENTRY).unwrap_err()), "policy-cache-tampered", "cut at {at}");
+            assert_eq!(refused(&cache), "policy-cache-tampered", "cut at {at}");
         }
     }
 
@@ -265,7 +338,7 @@ mod tests {
         cache.store(&other, b"other").unwrap();
         let path = |key| cache.path.join(cache.entry_name(key));
         std::fs::copy(path(&other), path(&ENTRY)).unwrap();
-        assert_eq!(code(cache.load(&ENTRY).unwrap_err()), "policy-cache-tampered");
+        assert_eq!(refused(&cache), "policy-cache-tampered");
     }
 
     #[test]
@@ -276,7 +349,7 @@ mod tests {
         cache.store(&ENTRY, b"code").unwrap();
         let path = other.path.join(other.entry_name(&ENTRY));
         std::fs::copy(cache.path.join(cache.entry_name(&ENTRY)), path).unwrap();
-        assert_eq!(code(other.load(&ENTRY).unwrap_err()), "policy-cache-tampered");
+        assert_eq!(refused(&other), "policy-cache-tampered");
     }
 
     #[test]
@@ -303,6 +376,6 @@ mod tests {
         symlink(&cache.path, &link).unwrap();
         assert_eq!(Cache::open(&link).err().map(code), Some("policy-cache"));
         symlink("/etc/passwd", cache.path.join(cache.entry_name(&ENTRY))).unwrap();
-        assert_eq!(code(cache.load(&ENTRY).unwrap_err()), "policy-cache-tampered");
+        assert_eq!(refused(&cache), "policy-cache-tampered");
     }
 }

@@ -51,7 +51,15 @@ pub trait Launch {
 /// Runs the compiler as a child of this process, with this user's rights but for what it gives up itself: for users who
 /// can't make cells.
 #[derive(Clone, Copy, Debug)]
-pub struct Plain;
+pub struct Plain {
+    /// When it's ended.
+    pub deadline: Duration,
+}
+
+impl Plain {
+    /// As every host has it: [`compile_ms`](crate::HostLimits).
+    pub const DEFAULT: Self = Self { deadline: Duration::from_millis(HOST_LIMITS.compile_ms) };
+}
 
 impl Launch for Plain {
     fn launch(&self, program: &Path, streams: Streams) -> Result<Ended, String> {
@@ -63,7 +71,7 @@ impl Launch for Plain {
             .stderr(Stdio::from(streams.complaint))
             .spawn()
             .map_err(|error| format!("{} can't be started: {error}", program.display()))?;
-        let status = wait(child, Duration::from_millis(HOST_LIMITS.compile_ms))?;
+        let status = wait(child, self.deadline)?;
         Ok(status.code().map_or_else(|| Ended::Otherwise(status.to_string()), Ended::Exited))
     }
 }
@@ -80,7 +88,7 @@ pub struct Compiler<'a> {
 impl<'a> Compiler<'a> {
     /// The program as a child of this process: see [`Plain`].
     pub fn plain(program: &'a Path) -> Self {
-        Self { program, launch: &Plain }
+        Self { program, launch: &Plain::DEFAULT }
     }
 }
 
@@ -131,7 +139,7 @@ fn wait(mut child: Child, most: Duration) -> Result<ExitStatus, String> {
                 let _ = child.wait();
                 return Err(match outcome {
                     Err(error) => format!("the compiler can't be waited for: {error}"),
-                    Ok(_) => format!("the compiler did not end within {} s", most.as_secs()),
+                    Ok(_) => format!("the compiler did not end within {} s", most.as_secs_f64()),
                 });
             }
         }
@@ -154,7 +162,7 @@ mod tests {
     static FORKS: Mutex<()> = Mutex::new(());
 
     fn plain(program: &Path) -> Compiler<'_> {
-        Compiler { program, launch: &Plain }
+        Compiler { program, launch: &Plain::DEFAULT }
     }
 
     fn script(text: &str) -> (tempfile::TempDir, std::path::PathBuf) {

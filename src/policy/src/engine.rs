@@ -25,7 +25,7 @@ use crate::{
 const WASMTIME: &str = "48.0.8";
 
 /// Counts up when [`engine_config`], or what the compiler adds to it, changes: what was compiled before is not used again.
-const CONFIG_VERSION: u32 = 2;
+const CONFIG_VERSION: u32 = 3;
 
 /// Where things are.
 #[derive(Clone, Copy)]

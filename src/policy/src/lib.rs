@@ -15,7 +15,8 @@
 //! [`Engine::open`] reads a bundle (`policies/*.toml`), [`Engine::admit`] asks it about a guest that wants to start or change,
 //! [`Engine::tick`] about those that run, [`Engine::release`] about a device that comes back. `docs/policies.md` is the handbook.
 
-// Loading compiled code is unsafe by nature; it happens in `plugin::deserialize` alone.
+// Loading compiled code is unsafe by nature; it happens in `plugin` alone. `cache` takes a lease on a file, for which there is no
+// safe wrapper.
 #![allow(unsafe_code)]
 
 mod bundle;
@@ -39,6 +40,7 @@ mod rule;
 mod samples;
 mod sandbox;
 mod signature;
+mod signer;
 mod verdict;
 
 pub use cases::{CaseResult, Coverage, run_cases};
@@ -59,4 +61,5 @@ pub use samples::{
     Action, Bounds, CpuSample, Deed, DiskSample, GuestSample, HostSample, Knob, Knobs, MemorySample,
     NetSample, Pressure, Rate, Samples,
 };
+pub use signer::{Claim, Signers, Witness};
 pub use verdict::{Decision, LogLevel, LogLine, Override, PluginRun, Reason, Severity, Verdict};

@@ -2,6 +2,8 @@
 
 use std::{
     fmt,
+    fs::File,
+    os::fd::AsRawFd,
     sync::atomic::{AtomicU32, Ordering},
     time::{Duration, Instant},
 };
@@ -13,7 +15,7 @@ use wasmtime::{
 
 use crate::{
     Fault, PolicyError,
-    cache::{Cache, EntryKey},
+    cache::{Cache, Entry, EntryKey},
     change::Field,
     compiler::{self, Compiler},
     contract::{
@@ -46,9 +48,7 @@ impl Loader<'_> {
     /// Compiled code for a component; `name` is how errors call it, `digest` the SHA-256 of `bytes`.
     pub(crate) fn load(&self, name: &str, digest: &str, bytes: &[u8]) -> Result<Loaded, PolicyError> {
         let key = EntryKey { digest, engine: self.engine_tag };
-        if let Some(code) = self.cache.load(&key)?
-            && let Ok(component) = deserialize(self.engine, &code)
-        {
+        if let Ok(Some(component)) = self.cached(&key)? {
             return Ok(Loaded { component, compile_time: None });
         }
         // Not there, or made by a Casemate whose engine was set up otherwise.
@@ -56,10 +56,29 @@ impl Loader<'_> {
         self.cache.store(&key, &compiler::compile(self.compiler, name, bytes)?)?;
         let compile_time = Some(start.elapsed());
         let broken = |cause: String| PolicyError::new(Fault::Compiler, name, cause);
-        let code = self.cache.load(&key)?.ok_or_else(|| broken("what was compiled has vanished".into()))?;
-        let component = deserialize(self.engine, &code)
-            .map_err(|error| broken(format!("the compiler is not of this version of Casemate: {error:#}")))?;
+        let component = self
+            .cached(&key)?
+            .map_err(|error| broken(format!("the compiler is not of this version of Casemate: {error:#}")))?
+            .ok_or_else(|| broken("what was compiled has vanished".into()))?;
         Ok(Loaded { component, compile_time })
+    }
+
+    /// What the cache has, as far as wasmtime takes it. It's mapped where that may be: then only what runs takes memory, and all
+    /// processes that decide share it. Else, and where no code may be mapped from the cache's file system (`noexec`), a copy
+    /// is made.
+    fn cached(&self, key: &EntryKey<'_>) -> Result<wasmtime::Result<Option<Component>>, PolicyError> {
+        for mapped in [true, false] {
+            match self.cache.load(key, mapped)? {
+                None => break,
+                Some(Entry::Code(code)) => return Ok(deserialize(self.engine, &code).map(Some)),
+                Some(Entry::File(file)) => {
+                    if let Ok(component) = map(self.engine, &file) {
+                        return Ok(Ok(Some(component)));
+                    }
+                }
+            }
+        }
+        Ok(Ok(None))
     }
 }
 
@@ -69,6 +88,14 @@ fn deserialize(engine: &wasmtime::Engine, code: &[u8]) -> wasmtime::Result<Compo
     // output of the compiler that Casemate started. It's in memory: nobody changes it between the check and here. That
     // version, settings and processor match is checked by wasmtime itself.
     unsafe { Component::deserialize(engine, code) }
+}
+
+fn map(engine: &wasmtime::Engine, file: &File) -> wasmtime::Result<Component> {
+    let path = format!("/proc/self/fd/{}", file.as_raw_fd());
+    // SAFETY: as in `deserialize`; and it has to stay unchanged while it's mapped. The cache gives a file only when no process had
+    // it open for writing before it was read and its tag verified. To open it since takes this user's rights, who may write to
+    // this process's memory as well. Nothing in Casemate writes to an entry: a new one takes its name.
+    unsafe { Component::deserialize_file(engine, path) }
 }
 
 /// Names of what a component imports and exports.
@@ -380,7 +407,9 @@ impl Plugin {
                 let most = crossing_bytes >> 10;
                 (Fault::Answer, format!("it passes more than {most} KiB at once"))
             }
-            None => (Fault::Trap, format!("it stopped: {root}")),
+            None if root.contains("resource limit exceeded") => (Fault::Trap, format!("it stopped: {root}")),
+            // What it gave couldn't be read: a pointer past its memory, a case that an enum doesn't have, no UTF-8.
+            None => (Fault::Answer, format!("its answer is none of the contract's: {root}")),
         };
         PolicyError::new(fault, &self.name, cause)
     }

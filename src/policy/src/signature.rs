@@ -14,18 +14,9 @@ const MOST_BYTES: usize = 4 << 10;
 /// Checks a bundle's text against the signature beside it.
 pub(crate) fn check(bundle: &Path, text: &[u8], key: &Path) -> Result<(), PolicyError> {
     let refuse = |cause: String| PolicyError::new(Fault::Signature, bundle.display(), cause);
-    let read = |path: &Path| {
-        let text =
-            crate::engine::read(path, MOST_BYTES).map_err(|error| format!("{}: {error}", path.display()))?;
-        let text = text.and_then(|bytes| String::from_utf8(bytes).ok());
-        text.ok_or_else(|| format!("{}: this is not of minisign", path.display()))
-    };
-    let key_text = read(key).map_err(refuse)?;
-    let public = PublicKey::decode(key_text.trim_end()).map_err(|error| {
-        refuse(format!("{}: this is not a public key of minisign: {error}", key.display()))
-    })?;
+    let public = read_key(key).map_err(refuse)?;
     let signature = beside(bundle);
-    let signed = read(&signature).map_err(refuse)?;
+    let signed = read_text(&signature).map_err(refuse)?;
     let signed = Signature::decode(signed.trim_end())
         .map_err(|error| refuse(format!("{}: this is not a signature: {error}", signature.display())))?;
     public.verify(text, &signed, false).map_err(|error| {
@@ -33,23 +24,38 @@ pub(crate) fn check(bundle: &Path, text: &[u8], key: &Path) -> Result<(), Policy
     })
 }
 
-fn beside(bundle: &Path) -> PathBuf {
-    let mut name = bundle.as_os_str().to_owned();
+/// A public key of minisign's; else what is wrong with it.
+pub(crate) fn read_key(path: &Path) -> Result<PublicKey, String> {
+    PublicKey::decode(read_text(path)?.trim_end())
+        .map_err(|error| format!("{}: this is not a public key of minisign: {error}", path.display()))
+}
+
+/// A key's or a signature's text; else what is wrong with it.
+pub(crate) fn read_text(path: &Path) -> Result<String, String> {
+    let text =
+        crate::engine::read(path, MOST_BYTES).map_err(|error| format!("{}: {error}", path.display()))?;
+    let text = text.and_then(|bytes| String::from_utf8(bytes).ok());
+    text.ok_or_else(|| format!("{}: this is not of minisign", path.display()))
+}
+
+/// Where the signature of a file is.
+pub(crate) fn beside(file: &Path) -> PathBuf {
+    let mut name = file.as_os_str().to_owned();
     name.push(".minisig");
     name.into()
 }
 
 #[cfg(test)]
-mod tests {
+pub(crate) mod tests {
     use super::*;
     use std::fs;
 
-    const KEY: &str = "untrusted comment: minisign public key of Casemate's tests\n\
+    pub(crate) const KEY: &str = "untrusted comment: minisign public key of Casemate's tests\n\
         RWRjYXNlbWF0ZbDGP4N2T95XYHYS4pEAr8NoMnwLcNm4iQrjE/KcLCJd\n";
-    const OTHER_KEY: &str = "untrusted comment: another\n\
+    pub(crate) const OTHER_KEY: &str = "untrusted comment: another\n\
         RWQf6LRCGA9i53mlYecO4IzT51TGPpvWucNSCh1CBM0QTaLn73Y7GFO3\n";
-    const TEXT: &[u8] = b"# A bundle.\n";
-    const SIGNATURE: &str = "untrusted comment: signature of the tests\n\
+    pub(crate) const TEXT: &[u8] = b"# A bundle.\n";
+    pub(crate) const SIGNATURE: &str = "untrusted comment: signature of the tests\n\
         RURjYXNlbWF0ZZL+ifmDezq4hHJIzd7vhHAsR7K7tyeXuO5vo8eXwsxBdDRNDNtV9lDDfAGMROqLtPjbH0+bxNqx5ge0U9pvtgQ=\n\
         trusted comment: bundle of the tests\n\
         X1J10vIQgvPTctjgjIXKYg1Hgt8mhzirlFaFls6fCOhB8D858Td9XO1oFyFTHyKONdOULMMiTdDdbrJrg0E+Bg==\n";

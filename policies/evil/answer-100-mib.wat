@@ -1,0 +1,17 @@
+;; Denies with 50 reasons, each of which is the same 2 MiB of text: 100 MiB for the host to copy, and little for the plugin to have.
+(func (export "casemate:policy/gate@1.1.0#admit") (param i32) (result i32)
+  (local $text i32) (local $list i32) (local $left i32) (local $at i32)
+  (local.set $text (call $allocate (i32.const 0) (i32.const 0) (i32.const 1) (i32.const 0x200000)))
+  (local.set $list (call $allocate (i32.const 0) (i32.const 0) (i32.const 4) (i32.const 2600)))
+  (local.set $at (local.get $list))
+  (local.set $left (i32.const 50))
+  (loop $next
+    (i32.store offset=12 (local.get $at) (local.get $text))
+    (i32.store offset=16 (local.get $at) (i32.const 0x200000))
+    (local.set $at (i32.add (local.get $at) (i32.const 52)))
+    (local.set $left (i32.sub (local.get $left) (i32.const 1)))
+    (br_if $next (local.get $left)))
+  (i32.store8 (i32.const 4096) (i32.const 1))
+  (i32.store (i32.const 4100) (local.get $list))
+  (i32.store (i32.const 4104) (i32.const 50))
+  (i32.const 4096))

