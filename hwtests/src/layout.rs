@@ -53,7 +53,7 @@ impl Layout {
         self.root.join("guest.cpio")
     }
 
-    /// A read-only ext4 file system with fio, iperf3 and socat, and what they need, for a guest to have as a disk.
+    /// A read-only ext4 file system with fio, iperf3, socat and stress-ng, and what they need, for a guest to have as a disk.
     pub fn guest_tools(&self) -> PathBuf {
         self.root.join("tools.img")
     }

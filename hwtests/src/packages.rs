@@ -18,6 +18,7 @@ const TOOLS: &[&str] = &[
     "pciutils",
     "qemu-utils",
     "socat",
+    "stress-ng",
     "xz-utils",
     "zstd",
 ];

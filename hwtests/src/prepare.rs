@@ -84,13 +84,15 @@ fn key_of(recipe: &Recipe, kernel: &Kernel) -> String {
     format!("{} {:016x}", kernel.release, hasher.finish())
 }
 
-/// Programs for guests.
+/// The disk with programs for guests, made anew when it's to have others.
 fn tools(target: &Path, say: &mut dyn FnMut(&str)) -> Result<(), LabError> {
-    if target.exists() {
+    let (key, programs) = (target.with_extension("key"), tools::PROGRAMS.join(" "));
+    if target.exists() && fs::read_to_string(&key).is_ok_and(|known| known == programs) {
         return Ok(());
     }
-    say(&format!("builds a disk with {}", tools::PROGRAMS.join(" and ")));
-    tools::build(target, &target.with_extension("scratch"))
+    say(&format!("builds a disk with {programs}"));
+    tools::build(target, &target.with_extension("scratch"))?;
+    write_whole(&key, programs.as_bytes())
 }
 
 /// A small ext2 file system.

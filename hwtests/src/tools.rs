@@ -14,7 +14,8 @@ use crate::{
 };
 
 /// The programs, with their libraries.
-pub(crate) const PROGRAMS: &[&str] = &["/usr/bin/fio", "/usr/bin/iperf3", "/usr/bin/socat"];
+pub(crate) const PROGRAMS: &[&str] =
+    &["/usr/bin/fio", "/usr/bin/iperf3", "/usr/bin/socat", "/usr/bin/stress-ng"];
 /// Directories that a guest binds its own to.
 const DIRECTORIES: &[&str] = &["dev", "proc", "sys", "tmp", "run"];
 

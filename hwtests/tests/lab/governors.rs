@@ -14,6 +14,8 @@ use casemate_hwtests::{
 use rustix::process::Signal;
 use serde_json::Value;
 
+use crate::disks::{WITH_TOOLS, with_tools};
+
 /// For a governor to look, act, and tell.
 const SOON: Duration = Duration::from_secs(60);
 
@@ -147,7 +149,7 @@ fn used_seconds(guest: &str) -> Result<f64, Failure> {
     Ok(used.ok_or_else(|| Failure::new(format_args!("no usage in {stat}")))? / 1e6)
 }
 
-/// Two guests of strangers on one processor: who uses more than its share, which is a fifth, gives way to who has more; and memory
+/// Two guests of strangers on one processor, under stress-ng: who uses more than its share, which is a fifth, gives way to who has more; and memory
 /// that one does not use goes to the host until it needs it.
 pub(crate) fn fair_share_and_balloon(ctx: &mut Ctx) -> Result<(), Failure> {
     let bundle = write_plugins(
@@ -168,22 +170,20 @@ pub(crate) fn fair_share_and_balloon(ctx: &mut Ctx) -> Result<(), Failure> {
         ],
     )?;
     let start = |name: &str, memory: &str, script: &str| {
-        let text = ctx.guest(script)?.named(name).memory(memory).to_toml()?;
+        let script = format!("{WITH_TOOLS}{script}");
+        let text = with_tools(ctx, ctx.guest(&script)?).named(name).memory(memory).to_toml()?;
         let file = ctx.directory().join(format!("{name}.toml"));
         fs::write(&file, text.replace("tenant = \"demo\"", &format!("tenant = \"{name}\"")))?;
         let words = ["casemate", "run", "--json", "--stdin", "--policy"].map(Path::new);
         ctx.start(words.into_iter().chain([bundle.as_path(), &file]))
     };
-    let work = "echo it works; while :; do :; done";
-    let noisy = start("noisy", "128 MiB", work)?;
+    let noisy = start("noisy", "128 MiB", "echo it works; tools stress-ng --quiet --temp-path /tmp --cpu 1")?;
     noisy.wait_for_text("it works", SOON)?;
     let quiet = start(
         "quiet",
         "512 MiB",
-        &format!(
-            "echo it waits; until [ -e /run/go ]; do sleep 1; [ $(awk '/MemFree/ {{ print $2 }}' /proc/meminfo) -lt 300000 ] && touch /run/go; done
-            dd if=/dev/zero of=/run/fill bs=1M count=130 2>/dev/null; {work}"
-        ),
+        "echo it waits; until [ -e /run/go ]; do sleep 1; [ $(awk '/MemFree/ { print $2 }' /proc/meminfo) -lt 300000 ] && touch /run/go; done
+        echo it works; tools stress-ng --quiet --temp-path /tmp --vm 1 --vm-bytes 140M --vm-keep",
     )?;
     quiet.wait_for_text("it waits", SOON)?;
     let of = |event: &Value, guest: &str, deed: &str, code: &str| {
