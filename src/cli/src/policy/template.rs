@@ -32,6 +32,7 @@ const FILES: &[(&str, &str)] = &[
     ("plugins/sdk/src/pattern.rs", plugins!("sdk/src/pattern.rs")),
     ("plugins/sdk/src/reason.rs", plugins!("sdk/src/reason.rs")),
     ("plugins/sdk/src/release.rs", plugins!("sdk/src/release.rs")),
+    ("plugins/sdk/src/settings.rs", plugins!("sdk/src/settings.rs")),
     ("plugins/sdk/src/testing.rs", plugins!("sdk/src/testing.rs")),
 ];
 
