@@ -301,6 +301,8 @@ pub(crate) fn disk_grows_and_shrinks(ctx: &mut Ctx) -> Result<(), Failure> {
     fs::File::options().write(true).open(&disk)?.set_len(3072 * 512)?;
     operate(ctx, &["resize", ctx.name(), "0"])?;
     running.wait_for_text("sees-3072.", SOON)?;
+    fs::File::options().write(true).open(&disk)?.set_len(3 << 20)?;
+    refused(&["0"])?.refusal("policy-denied")?;
     operate(ctx, &["stop", ctx.name()])?;
     running.wait(SOON)?.success()?;
     Ok(())

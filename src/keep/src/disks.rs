@@ -46,6 +46,13 @@ impl Disks {
         Ok(Self { paths: Some(paths.clone()), files, raw, cell, most_bytes })
     }
 
+    /// How large the file of a raw disk is now.
+    pub(crate) fn size_bytes(&self, number: u16) -> Option<u64> {
+        let place = usize::from(number);
+        let mut file = self.files.get(place).filter(|_| self.raw.get(place) == Some(&true))?;
+        file.seek(SeekFrom::End(0)).ok()
+    }
+
     /// Makes the file of disk `number` as large as `wanted`, or leaves it as it is by now, and tells the guest. Returns
     /// the size.
     ///

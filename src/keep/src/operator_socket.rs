@@ -351,6 +351,8 @@ fn carry_out(asked: &Asked, request: &OperatorRequest) -> Result<Value, Refusal>
 fn resize(asked: &Asked, number: u16, wanted: Option<u64>, shrink: bool) -> Result<u64, Refusal> {
     let admitted = asked.admitted.as_ref();
     let place = usize::from(number);
+    // What the file has become counts as if it were asked for.
+    let wanted = wanted.or_else(|| asked.disks.size_bytes(number));
     let is_larger = |admitted: &&Arc<Admitted>| {
         let size_bytes = admitted.spec().disks.get(place).map(|disk| disk.size_bytes);
         wanted.zip(size_bytes).is_some_and(|(wanted, now)| wanted > now)
