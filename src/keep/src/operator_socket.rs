@@ -353,31 +353,27 @@ fn resize(asked: &Asked, number: u16, wanted: Option<u64>, shrink: bool) -> Resu
     let place = usize::from(number);
     // What the file has become counts as if it were asked for.
     let wanted = wanted.or_else(|| asked.disks.size_bytes(number));
-    let is_larger = |admitted: &&Arc<Admitted>| {
-        let size_bytes = admitted.spec().disks.get(place).map(|disk| disk.size_bytes);
-        wanted.zip(size_bytes).is_some_and(|(wanted, now)| wanted > now)
-    };
     let set = |spec: &mut GuestSpec, size_bytes| {
         if let Some(disk) = spec.disks.get_mut(place) {
             disk.size_bytes = size_bytes;
         }
     };
-    if let (Some(admitted), Some(wanted)) = (admitted.filter(is_larger), wanted) {
+    let mut before_bytes = None;
+    if let (Some(admitted), Some(wanted)) = (admitted, wanted) {
         let mut spec = admitted.spec();
-        let before_bytes = spec.disks.get(place).map(|disk| disk.size_bytes);
-        set(&mut spec, wanted);
-        admitted.ask(Operation::Update, spec, &format!("resize disk {number}")).map_err(first)?;
-        let done = asked.disks.resize(&asked.operator, number, Some(wanted), shrink);
-        if let (Err(_), Some(before_bytes)) = (&done, before_bytes) {
-            admitted.becomes(|spec| set(spec, before_bytes));
+        before_bytes = spec.disks.get(place).map(|disk| disk.size_bytes);
+        if before_bytes.is_some_and(|before| wanted > before) {
+            set(&mut spec, wanted);
+            admitted.ask(Operation::Update, spec, &format!("resize disk {number}")).map_err(first)?;
         }
-        return done;
     }
-    let size_bytes = asked.disks.resize(&asked.operator, number, wanted, shrink)?;
-    if let Some(admitted) = admitted {
-        admitted.becomes(|spec| set(spec, size_bytes));
+    let done = asked.disks.resize(&asked.operator, number, wanted, shrink);
+    // After a yes, the guest counts as if it had what was asked for.
+    let now_bytes = done.as_ref().ok().copied().or(before_bytes);
+    if let (Some(admitted), Some(now_bytes)) = (admitted, now_bytes) {
+        admitted.becomes(|spec| set(spec, now_bytes));
     }
-    Ok(size_bytes)
+    done
 }
 
 /// An answer has room for one.

@@ -19,6 +19,7 @@ mod common;
 use std::{
     fs,
     hint::black_box,
+    path::PathBuf,
     process::Command,
     time::{Duration, Instant},
 };
@@ -81,10 +82,18 @@ fn status_kib(name: &str) -> u64 {
     line.split_whitespace().next().unwrap().parse().unwrap()
 }
 
+/// One plugin in a bundle, as it is built.
+fn built(name: &str, settings: &str) -> String {
+    entry(name, &root().join(format!("plugins/built/{name}.wasm")), settings)
+}
+
+/// The one with an interpreter.
+fn naming() -> String {
+    format!("{}limits = {{ lane = 'scripted' }}\n", built("naming", "default = '^[a-z]+$'"))
+}
+
 /// The shipped plugins that admit, so set that the request of the tests is allowed.
 fn shipped() -> Vec<String> {
-    let built = root().join("plugins/built");
-    let plugin = |name: &str, settings: &str| entry(name, &built.join(format!("{name}.wasm")), settings);
     [
         ("limits", "max_memory = '32 GiB', max_vcpus = 16, devices = ['8086:', '::01']"),
         ("quota", "default = { guests = 30, vcpus = 240, memory = '640 GiB', devices = 30 }"),
@@ -96,7 +105,7 @@ fn shipped() -> Vec<String> {
         ("schedule", "closed = [{ days = ['sun'], from = '12:00', to = '12:01', tenants = ['nobody'] }]"),
     ]
     .iter()
-    .map(|(name, settings)| plugin(name, settings))
+    .map(|(name, settings)| built(name, settings))
     .collect()
 }
 
@@ -132,8 +141,7 @@ fn main() {
     Measured::of(CALLS, || drop(black_box(every.admit(&request(), None).unwrap())))
         .print(&format!("{} plugins asked", all.len()));
 
-    let naming = entry("naming", &root().join("plugins/built/naming.wasm"), "default = '^[a-z]+$'");
-    let script = open(&format!("{naming}limits = {{ lane = 'scripted' }}\n")).unwrap();
+    let script = open(&naming()).unwrap();
     assert!(script.admit(&request(), None).unwrap().is_allowed());
     Measured::of(2_000, || drop(black_box(script.admit(&request(), None).unwrap())))
         .print("one in JavaScript asked, in a new instance");
@@ -155,8 +163,7 @@ fn main() {
         Measured::of(500, || drop(black_box(governed.tick(&samples, &mut memory))))
             .print(&format!("{count} guests looked at by a governor"));
     }
-    let fair = entry("fair-share", &root().join("plugins/built/fair-share.wasm"), "");
-    let fair = format!("{fair}may_do = ['cpu-weight', 'cpu-limit']\n");
+    let fair = format!("{}may_do = ['cpu-weight', 'cpu-limit']\n", built("fair-share", ""));
     let governed = open(&format!("{fair}{}", entry("no", &deny_all(), ""))).unwrap();
     for count in [10, 1_000] {
         let (mut samples, mut memory, mut actions) = (samples(count), Memory::new(), 0);
@@ -171,6 +178,8 @@ fn main() {
     }
 
     println!("\n| memory of a process that has asked | KiB resident | KiB of its own |\n|---|---|---|");
+    // Compiled before, as on a host that has run guests.
+    drop(open_with(&everything().concat(), &memory_cache()).unwrap());
     for count in 0..=everything().len() {
         let this = std::env::current_exe().unwrap();
         let told = Command::new(this).args([MEMORY, &count.to_string()]).output().unwrap();
@@ -196,19 +205,21 @@ fn look_again(samples: &mut Samples, tick: &Tick) {
 
 /// Every shipped plugin, the one with an interpreter last.
 fn everything() -> Vec<String> {
-    let built = root().join("plugins/built");
-    let plugin = |name: &str, settings: &str| entry(name, &built.join(format!("{name}.wasm")), settings);
     let mut all = shipped();
-    all.extend(["fair-share", "balloon", "idle"].map(|name| plugin(name, "")));
-    all.push(format!("{}limits = {{ lane = 'scripted' }}\n", plugin("naming", "default = '^[a-z]+$'")));
+    all.extend(["fair-share", "balloon", "idle"].map(|name| built(name, "")));
+    all.push(naming());
     all
+}
+
+/// A cache that the processes share whose memory is measured.
+fn memory_cache() -> PathBuf {
+    std::env::temp_dir().join("casemate-figures-cache")
 }
 
 /// What this process takes, a new one, when it has a bundle of so many plugins and has asked them all.
 fn memory(count: usize) {
     let all = everything();
-    let cache = std::env::temp_dir().join("casemate-figures-cache");
-    let engine = (count > 0).then(|| open_with(&all[..count].concat(), &cache).unwrap());
+    let engine = (count > 0).then(|| open_with(&all[..count].concat(), &memory_cache()).unwrap());
     if let Some(engine) = &engine {
         engine.admit(&request(), None).unwrap();
         engine.tick(&samples(10), &mut Memory::new());
