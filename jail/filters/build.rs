@@ -25,7 +25,9 @@ fn run() -> Result<(), String> {
     let narrow = NARROW.into_iter().map(|name| Ok((name, load(name)?)));
     let narrow = narrow.collect::<Result<Vec<_>, String>>()?;
     let compiler = compile::source_alone(&load("compiler")?, "COMPILER")?;
-    let source = compile::source(&load("build")?, &narrow)? + &compiler;
+    let policy = [("policy", load("policy")?), ("policy_ticker", load("policy-ticker")?)];
+    let policy = compile::source("POLICY_LOAD", &load("policy-load")?, &policy)?;
+    let source = compile::source("BUILD", &load("build")?, &narrow)? + &compiler + &policy;
     let directory = env::var("OUT_DIR").map_err(|error| error.to_string())?;
     fs::write(Path::new(&directory).join("filters.rs"), source).map_err(|error| error.to_string())
 }

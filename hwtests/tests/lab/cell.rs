@@ -276,6 +276,7 @@ pub(crate) fn keep_bears_a_captured_vmm(ctx: &mut Ctx) -> Result<(), Failure> {
         ("casemate", "casemate"),
         ("casemate-liar", "casemate-vmm"),
         ("casemate-policy-compiler", "casemate-policy-compiler"),
+        ("casemate-policy-engine", "casemate-policy-engine"),
     ] {
         fs::copy(ctx.program(from)?, programs.join(to))?;
     }

@@ -55,7 +55,7 @@ pub(crate) fn rules_are_used(ctx: &mut Ctx) -> Result<(), Failure> {
             // The filter of building repeats the others' rules, for filters stack; it has a use where one of them has. What
             // the language's run time needs is one file for all threads.
             let is_used = match (role, rule.file) {
-                (Role::Build, _) | (_, "runtime") => {
+                (Role::Build | Role::PolicyLoad, _) | (_, "runtime") => {
                     Role::ALL.into_iter().any(|role| used.contains(&name(role)))
                 }
                 _ => used.contains(&name(role)),

@@ -14,6 +14,7 @@ mod devices;
 mod disks;
 mod documents;
 mod endings;
+mod engine;
 mod filters;
 mod governors;
 mod host_state;
@@ -145,6 +146,7 @@ const TESTS: &[LabTest] = &[
     LabTest::new("cell-cannot-confuse-its-keep", cell::keep_bears_a_captured_vmm),
     LabTest::new("cell-is-weaker-by-leave-alone", cell::is_weaker_by_leave_alone),
     LabTest::new("cell-is-closed-around-the-compiler", cell::is_closed_around_the_policy_compiler),
+    LabTest::new("policies-run-in-a-cell", engine::is_in_a_cell_of_its_own),
     LabTest::new("cell-hears-its-keep-alone", cell::hears_its_keep_alone),
     LabTest::new("cell-stops-its-victims", cell::stops_its_victims).deadline_seconds(450),
     LabTest::new("cell-has-no-idle-rules", filters::rules_are_used)

@@ -16,15 +16,15 @@ pub(crate) fn source_alone(file: &File, role: &str) -> Result<String, String> {
     Ok(source)
 }
 
-/// The Rust source of the VMM's filters: for the phase in which it builds the machine, and for each role of `narrow`, by
-/// name, a program and its rules.
-pub(crate) fn source(build: &File, narrow: &[(&str, File)]) -> Result<String, String> {
+/// The Rust source of the filters of one program: for its first phase, `wide`, which allows what `first` says and what the narrow
+/// ones say, and for each role of `narrow`, by name, a BPF program and its rules.
+pub(crate) fn source(wide: &str, first: &File, narrow: &[(&str, File)]) -> Result<String, String> {
     let mut source = String::new();
     for (role, file) in narrow {
-        refuse_idle(&build.rules, &file.rules)?;
+        refuse_idle(&first.rules, &file.rules)?;
         source += &source_alone(file, &role.to_uppercase())?;
     }
-    emit(&mut source, "BUILD", &union([build].into_iter().chain(narrow.iter().map(|(_, file)| file))))?;
+    emit(&mut source, wide, &union([first].into_iter().chain(narrow.iter().map(|(_, file)| file))))?;
     Ok(source)
 }
 

@@ -1,5 +1,5 @@
-//! The seccomp filters of cells: which system calls casemate-vmm may make, thread by thread, and casemate-policy-compiler,
-//! and why.
+//! The seccomp filters of cells: which system calls casemate-vmm may make, thread by thread, casemate-policy-compiler and
+//! casemate-policy-engine, and why.
 //!
 //! The rules are data: a file a role beside this crate's manifest (`vcpu.toml`, `blk.toml`, …), each rule with its reason and
 //! with its arguments compared wherever a number or a flag decides. They are compiled into BPF while the crate is
@@ -54,11 +54,20 @@ pub enum Role {
     Hotplug,
     /// The one thread of casemate-policy-compiler, from before it reads a byte. It stands alone: no VMM puts it on.
     Compiler,
+    /// Every thread of casemate-policy-engine, from its first line on, while plugins are loaded.
+    PolicyLoad,
+    /// The main thread of casemate-policy-engine, from before its first answer on.
+    Policy,
+    /// The thread of casemate-policy-engine that counts time, from its start on.
+    PolicyTicker,
 }
 
 impl Role {
+    /// The roles of programs other than the VMM, which never puts them on.
+    pub const ALONE: [Self; 4] = [Self::Compiler, Self::PolicyLoad, Self::Policy, Self::PolicyTicker];
+
     /// All roles; those of the VMM in the order in which their filters are put on.
-    pub const ALL: [Self; 12] = [
+    pub const ALL: [Self; 15] = [
         Self::Build,
         Self::Vcpu,
         Self::Control,
@@ -71,6 +80,9 @@ impl Role {
         Self::Spare,
         Self::Hotplug,
         Self::Compiler,
+        Self::PolicyLoad,
+        Self::Policy,
+        Self::PolicyTicker,
     ];
 
     /// The roles of a VMM's threads once its guest runs.
@@ -87,6 +99,15 @@ impl Role {
         Self::Hotplug,
     ];
 
+    /// The role whose filter a thread has on before it puts on this one's, if any.
+    pub const fn first(self) -> Option<Self> {
+        match self {
+            Self::Build | Self::Compiler | Self::PolicyLoad => None,
+            Self::Policy | Self::PolicyTicker => Some(Self::PolicyLoad),
+            _ => Some(Self::Build),
+        }
+    }
+
     /// The role's name, which is also the name of its file without `.toml`.
     pub const fn name(self) -> &'static str {
         match self {
@@ -102,6 +123,9 @@ impl Role {
             Self::Spare => "spare",
             Self::Hotplug => "hotplug",
             Self::Compiler => "compiler",
+            Self::PolicyLoad => "policy-load",
+            Self::Policy => "policy",
+            Self::PolicyTicker => "policy-ticker",
         }
     }
 
@@ -130,6 +154,9 @@ impl Role {
             Self::Spare => (&SPARE_PROGRAM, SPARE_RULES),
             Self::Hotplug => (&HOTPLUG_PROGRAM, HOTPLUG_RULES),
             Self::Compiler => (&COMPILER_PROGRAM, COMPILER_RULES),
+            Self::PolicyLoad => (&POLICY_LOAD_PROGRAM, POLICY_LOAD_RULES),
+            Self::Policy => (&POLICY_PROGRAM, POLICY_RULES),
+            Self::PolicyTicker => (&POLICY_TICKER_PROGRAM, POLICY_TICKER_RULES),
         }
     }
 }

@@ -27,8 +27,14 @@ impl Attempt {
     pub fn is_tried_in(&self, role: Role) -> bool {
         const EVERYWHERE: [&str; 4] = ["control-", "ioctl-", "kvm-", "bomb-memory"];
         const EXAMPLES: [&str; 3] = ["open-passwd", "connect-loopback", "mmap-exec"];
-        matches!(role, Role::Build | Role::Vcpu | Role::Control | Role::Compiler)
-            || EVERYWHERE.iter().any(|begin| self.name.starts_with(begin))
+        // The thread that counts time can't say what became of it.
+        if role == Role::PolicyTicker {
+            return false;
+        }
+        matches!(
+            role,
+            Role::Build | Role::Vcpu | Role::Control | Role::Compiler | Role::PolicyLoad | Role::Policy
+        ) || EVERYWHERE.iter().any(|begin| self.name.starts_with(begin))
             || EXAMPLES.contains(&self.name)
     }
 }
@@ -138,6 +144,11 @@ fn through_while_building(role: Role) -> Expected {
     if role == Role::Build { Expected::Through } else { Expected::Killed }
 }
 
+/// Programs of more than one thread start them under their first filter.
+fn through_at_first(role: Role) -> Expected {
+    if matches!(role, Role::Build | Role::PolicyLoad) { Expected::Through } else { Expected::Killed }
+}
+
 fn memory_is_limited(_: Role) -> Expected {
     Expected::Beneath(Beneath::MemoryLimit)
 }
@@ -147,7 +158,11 @@ fn descriptors_are_limited(role: Role) -> Expected {
 }
 
 fn threads_are_limited(role: Role) -> Expected {
-    if role == Role::Build { Expected::Beneath(Beneath::PidLimit) } else { Expected::Killed }
+    if matches!(role, Role::Build | Role::PolicyLoad) {
+        Expected::Beneath(Beneath::PidLimit)
+    } else {
+        Expected::Killed
+    }
 }
 
 /// A request of ioctl(2) gets past the filters of these roles, and then meets a descriptor of another kind.
@@ -182,7 +197,11 @@ const fn request(name: &'static str, in_role: fn(Role) -> Expected, run: fn(RawF
 }
 
 fn answered_while_building(role: Role) -> Expected {
-    if role == Role::Build { Expected::Answered(libc::ENOSYS) } else { Expected::Killed }
+    if matches!(role, Role::Build | Role::PolicyLoad) {
+        Expected::Answered(libc::ENOSYS)
+    } else {
+        Expected::Killed
+    }
 }
 
 const EXECUTABLE: i32 = libc::PROT_READ | libc::PROT_WRITE | libc::PROT_EXEC;
@@ -194,7 +213,7 @@ pub static ATTEMPTS: &[Attempt] = &[
     with(out("control-memory", Beneath::Nothing, |_| calls::use_memory()), through_everywhere),
     with(out("control-abort", Beneath::Signal, |_| std::process::abort()), signal_in_the_vmm),
     with(out("control-fault", Beneath::Signal, |_| calls::touch_what_is_not_there()), signal_in_the_vmm),
-    with(out("control-thread", Beneath::Nothing, |_| calls::start_a_thread()), through_while_building),
+    with(out("control-thread", Beneath::Nothing, |_| calls::start_a_thread()), through_at_first),
     // Files.
     out("open-passwd", Beneath::EmptyRoot, |_| open(c"/etc/passwd", libc::O_RDONLY).map(drop)),
     out("open-proc-mem", Beneath::EmptyRoot, |_| open(c"/proc/self/mem", libc::O_RDWR).map(drop)),

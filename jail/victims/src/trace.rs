@@ -58,7 +58,8 @@ const OPTIONS: c_int = libc::PTRACE_O_TRACESYSGOOD
     | libc::PTRACE_O_EXITKILL;
 
 /// Programs whose calls are looked at, by their names in /proc/PID/exe: what is executed in a cell.
-const IN_CELLS: [&str; 3] = ["casemate-vmm", "casemate-policy-compiler", "casemate-victim"];
+const IN_CELLS: [&str; 4] =
+    ["casemate-vmm", "casemate-policy-compiler", "casemate-policy-engine", "casemate-victim"];
 
 /// Runs a program to its end, and what it starts.
 ///

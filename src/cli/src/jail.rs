@@ -14,7 +14,9 @@ pub(crate) enum Command {
     Show {
         /// Which threads: all of a VMM while the machine is built (build), and once the guest runs: those that run processors
         /// (vcpu), the one that changes the machine (control), those of disks (blk), network cards (net), sockets (vsock)
-        /// and other devices (device), that of the console's input (console), those of INTx (intx); or the policy compiler's (compiler).
+        /// and other devices (device), that of the console's input (console), those of INTx (intx); or the
+        /// policy compiler's (compiler), or the policy engine's: all of it while plugins are loaded (policy-load), then the one that
+        /// asks them (policy) and the one that counts time (policy-ticker).
         #[arg(long, value_parser = PossibleValuesParser::new(Role::ALL.map(Role::name)))]
         thread: Option<String>,
     },

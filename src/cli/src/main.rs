@@ -63,6 +63,15 @@ struct Arguments {
         value_name = "PROGRAM"
     )]
     policy_compiler: Option<PathBuf>,
+    /// The program that runs plugins [default: casemate-policy-engine beside this program].
+    #[arg(
+        long,
+        global = true,
+        env = "CASEMATE_POLICY_ENGINE",
+        hide_env_values = true,
+        value_name = "PROGRAM"
+    )]
+    policy_engine: Option<PathBuf>,
     /// A public key of minisign; where the file exists, bundles have to be signed by it.
     #[arg(
         long,
@@ -180,6 +189,7 @@ fn paths(arguments: &Arguments) -> Result<Paths, Failure> {
         (&arguments.host_config, &mut paths.host_file),
         (&arguments.vmm, &mut paths.vmm),
         (&arguments.policy_compiler, &mut paths.policy_compiler),
+        (&arguments.policy_engine, &mut paths.policy_engine),
     ];
     paths.policy_key.clone_from(&arguments.policy_key);
     paths.image_keys.clone_from(&arguments.image_keys);

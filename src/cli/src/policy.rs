@@ -10,7 +10,7 @@ use std::{
 };
 
 use casemate_keep::Paths;
-use casemate_policy::{Config, Engine, PluginLimits, install};
+use casemate_policy::{Config, Engine, PluginLimits, Programs, install};
 use casemate_spec::{ByteSize, Refusal};
 use clap::{Args, Subcommand};
 use serde_json::json;
@@ -117,11 +117,11 @@ pub(crate) fn policy(paths: &Paths, command: &Command, as_json: bool) -> Result<
 
 /// Opens a bundle.
 fn open(paths: &Paths, bundle: &Path) -> Result<Engine, Refusal> {
-    Ok(Engine::open(config(paths, bundle))?)
+    Ok(Engine::open(config(paths, &paths.programs(), bundle))?)
 }
 
-fn config<'a>(paths: &'a Paths, bundle: &'a Path) -> Config<'a> {
-    Config { bundle, cache: &paths.cache, compiler: paths.compiler(), key: paths.required_key() }
+fn config<'a>(paths: &'a Paths, programs: &'a Programs, bundle: &'a Path) -> Config<'a> {
+    Config { bundle, cache: &paths.cache, programs, key: paths.required_key() }
 }
 
 fn check(paths: &Paths, bundle: &Path, as_json: bool) -> Result<ExitCode, Failure> {
@@ -143,7 +143,7 @@ fn check(paths: &Paths, bundle: &Path, as_json: bool) -> Result<ExitCode, Failur
 }
 
 fn show(paths: &Paths, plugin: &Path, as_json: bool) -> Result<ExitCode, Failure> {
-    let seen = install(plugin, &paths.cache, paths.compiler()).map_err(Refusal::from)?;
+    let seen = install(plugin, &paths.cache, &paths.programs()).map_err(Refusal::from)?;
     if as_json {
         output::json(&json!({
             "name": seen.name, "version": seen.version, "digest": seen.digest, "size_bytes": seen.size_bytes,
@@ -159,7 +159,7 @@ fn show(paths: &Paths, plugin: &Path, as_json: bool) -> Result<ExitCode, Failure
 }
 
 fn inspect(paths: &Paths, plugin: &Path, as_json: bool) -> Result<ExitCode, Failure> {
-    let seen = install(plugin, &paths.cache, paths.compiler()).map_err(Refusal::from)?;
+    let seen = install(plugin, &paths.cache, &paths.programs()).map_err(Refusal::from)?;
     let limits = PluginLimits::DEFAULT;
     if as_json {
         output::json(&json!({

@@ -105,6 +105,7 @@ impl Drop for Identity {
 /// Removes what keeps that were killed left behind of their guests: accounts, records, sockets, and cgroups that are empty
 /// by now.
 pub(crate) fn sweep(paths: &Paths) {
+    sweep_programs(&paths.cgroup);
     let Ok(entries) = fs::read_dir(&paths.runtime) else { return };
     let left = |path: &PathBuf| {
         let extension = path.extension().and_then(|extension| extension.to_str());
@@ -122,6 +123,19 @@ pub(crate) fn sweep(paths: &Paths) {
         let empty = fs::remove_dir(&cgroup).is_ok() || !cgroup.exists();
         if empty || path.extension().is_none_or(|extension| extension != "socket") {
             let _ = fs::remove_file(&path);
+        }
+    }
+}
+
+/// Removes the empty cgroups of killed keeps' other programs: `-engine-PID-N`, where no keep of this id runs.
+fn sweep_programs(cgroup: &Path) {
+    for entry in fs::read_dir(cgroup).into_iter().flatten().flatten() {
+        let name = entry.file_name();
+        let Some(rest) = name.to_str().and_then(|name| name.strip_prefix('-')) else { continue };
+        let Some(pid) = rest.split('-').nth(1).and_then(|pid| pid.parse::<u32>().ok()) else { continue };
+        if !Path::new("/proc").join(pid.to_string()).exists() {
+            // One with processes in it stays.
+            let _ = fs::remove_dir(entry.path());
         }
     }
 }

@@ -32,6 +32,8 @@ pub struct Paths {
     pub vmm: PathBuf,
     /// The program that compiles policies.
     pub policy_compiler: PathBuf,
+    /// The program that runs them.
+    pub policy_engine: PathBuf,
     /// A public key of minisign. Where the file exists, bundles have to be signed by it.
     pub policy_key: PathBuf,
     /// A folder of public keys of minisign: those who sign kernels, initrds and disks, each by its file's name.
@@ -59,6 +61,7 @@ impl Paths {
             host_file: HOST_FILE.into(),
             vmm: beside.join("casemate-vmm"),
             policy_compiler: beside.join("casemate-policy-compiler"),
+            policy_engine: beside.join("casemate-policy-engine"),
             policy_key: "/etc/casemate/policy.pub".into(),
             image_keys: "/etc/casemate/image-keys".into(),
         })

@@ -34,8 +34,13 @@ impl Policies {
         Ok(Self { paths: paths.clone(), bundle, engine, stamp, asked: Arc::default() })
     }
 
-    /// What decides now.
+    /// What decides now. One whose process has ended is opened anew, as often as somebody asks: until that works, what is asked of
+    /// it fails.
     pub(crate) fn current(&self) -> Arc<Engine> {
+        let engine = Arc::clone(&lock(&self.engine));
+        if engine.is_alive() || self.reload().is_err() {
+            return engine;
+        }
         Arc::clone(&lock(&self.engine))
     }
 
@@ -72,9 +77,9 @@ impl Policies {
 }
 
 fn open(paths: &Paths, bundle: &Path) -> Result<Engine, PolicyError> {
-    let config =
-        Config { bundle, cache: &paths.cache, compiler: paths.compiler(), key: paths.required_key() };
-    Engine::open(config).map(Engine::suspending)
+    let programs = paths.programs();
+    let config = Config { bundle, cache: &paths.cache, programs: &programs, key: paths.required_key() };
+    Engine::open(config)?.suspending()
 }
 
 /// The bundle's, and its signature's.

@@ -15,7 +15,8 @@ use std::{
 };
 
 use casemate_filters::{Role, install};
-use casemate_policy::{EXIT_INVALID, HOST_LIMITS, engine_config};
+use casemate_policy::{EXIT_INVALID, HOST_LIMITS};
+use casemate_policy_engine::engine_config;
 use rustix::{
     io::Errno,
     process::{DumpableBehavior, Gid, Resource, Rlimit, Uid, geteuid, set_dumpable_behavior, setrlimit},

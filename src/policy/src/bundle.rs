@@ -16,6 +16,7 @@ use crate::{
     limits::{HOST_LIMITS, Lane, PluginLimits},
     rule::{Level, Mode, Rule, Rules, Selector},
     samples::Deed,
+    text::is_code,
 };
 
 /// One plugin of a bundle.
@@ -226,12 +227,6 @@ impl Reader<'_> {
             instances: count("instances", &raw.instances, default.instances, most.instances)?,
         })
     }
-}
-
-/// Whether the text may be a name or a code: it's printed, matched on and used in file names.
-pub(crate) fn is_code(text: &str) -> bool {
-    (1..=64).contains(&text.len())
-        && text.bytes().all(|b| b.is_ascii_lowercase() || b.is_ascii_digit() || b == b'-')
 }
 
 fn short(text: &str) -> String {

@@ -1,12 +1,12 @@
 //! The cache of compiled plugins.
 //!
-//! What lies in it is machine code that this process will run, so nothing is taken from it that Casemate did not put
+//! What lies in it is machine code that `casemate-policy-engine` will run, so nothing is taken from it that Casemate did not put
 //! there: the folder belongs to this user alone (0700), a key made here and kept here (0600) authenticates each entry
 //! together with the name under which it lies, and an entry that fails is an error, never a miss. Everything is opened
 //! relative to the folder's descriptor and without following links, so that the folder that was checked is the one used.
 //!
 //! An entry is the code, its tag, and a last line that says what it is: the code comes first, so that the file can be mapped.
-//! What is mapped can still change when the file does. So an entry is given to be mapped only when, before it was read, the
+//! What is mapped can still change when the file does. So an entry's own file is given away only when, before it was read, the
 //! kernel granted a read lease on it: then no process had it open for writing, and who opens it later is this user.
 
 use std::{
@@ -18,14 +18,17 @@ use std::{
 
 use hmac::{Hmac, KeyInit, Mac};
 use rustix::{
-    fs::{AtFlags, Mode, OFlags, fstat, linkat, mkdir, open, openat, renameat, unlinkat},
+    fs::{
+        AtFlags, MemfdFlags, Mode, OFlags, SealFlags, fcntl_add_seals, fstat, linkat, memfd_create, mkdir,
+        open, openat, renameat, unlinkat,
+    },
     io::Errno,
     process::geteuid,
     rand::{GetRandomFlags, getrandom},
 };
 use sha2::Sha256;
 
-use crate::{Fault, PolicyError, limits::HOST_LIMITS};
+use crate::{Fault, PolicyError, limits::HOST_LIMITS, text::hex};
 
 type Hmac256 = Hmac<Sha256>;
 
@@ -42,15 +45,6 @@ pub(crate) struct EntryKey<'a> {
     pub(crate) digest: &'a str,
     /// Engine version, its settings, and what the processor can do.
     pub(crate) engine: &'a str,
-}
-
-/// An entry whose tag is right.
-#[derive(Debug)]
-pub(crate) enum Entry {
-    /// The file begins with the compiled code, and nobody can write to it: it may be mapped.
-    File(File),
-    /// The compiled code, in memory.
-    Code(Vec<u8>),
 }
 
 /// An open cache.
@@ -85,9 +79,9 @@ impl Cache {
         Ok(Self { path: path.to_owned(), folder, key })
     }
 
-    /// The compiled code for `key`, or none when it was never compiled for this engine and this processor. `mapped` says
-    /// whether a file will do.
-    pub(crate) fn load(&self, key: &EntryKey<'_>, mapped: bool) -> Result<Option<Entry>, PolicyError> {
+    /// A file that begins with the compiled code for `key`, and to which nobody can write; none when it was never compiled for this
+    /// engine and this processor. It may be the cache's own, where `may_be_shared` says so; else it's a copy in memory.
+    pub(crate) fn load(&self, key: &EntryKey<'_>, may_be_shared: bool) -> Result<Option<File>, PolicyError> {
         let name = self.entry_name(key);
         let fault = |fault, cause: String| PolicyError::new(fault, self.path.join(&name).display(), cause);
         let flags = OFlags::RDONLY | OFlags::NOFOLLOW | OFlags::CLOEXEC | OFlags::NONBLOCK;
@@ -99,7 +93,7 @@ impl Cache {
         };
         let unread = |error: io::Error| fault(Fault::Cache, format!("it can't be read: {error}"));
         let foreign = |why: &str| fault(Fault::Tampered, format!("it isn't what Casemate put there: {why}"));
-        let mapped = mapped && has_no_writer(&file);
+        let shared = may_be_shared && has_no_writer(&file);
         let length = file.metadata().map_err(unread)?.len().checked_sub(TRAILER_BYTES as u64);
         let length = length.filter(|length| *length <= HOST_LIMITS.compiled_bytes as u64);
         let length = length.ok_or_else(|| foreign("it's cut off or has another form"))?;
@@ -113,7 +107,7 @@ impl Cache {
             let part = chunk.get(..read).filter(|part| !part.is_empty());
             let part = part.ok_or_else(|| foreign("it was cut off just now"))?;
             tag.update(part);
-            if !mapped {
+            if !shared {
                 kept.extend_from_slice(part);
             }
             left = left.saturating_sub(read as u64);
@@ -124,7 +118,11 @@ impl Cache {
             return Err(foreign("it's cut off or has another form"));
         };
         tag.verify_slice(found).map_err(|_| foreign("its tag doesn't match"))?;
-        Ok(Some(if mapped { Entry::File(file) } else { Entry::Code(kept) }))
+        if shared {
+            return Ok(Some(file));
+        }
+        let copy = sealed(&kept).map_err(|error| fault(Fault::Cache, format!("no copy in memory: {error}")));
+        copy.map(Some)
     }
 
     /// Keeps compiled code. A reader sees all of it or nothing.
@@ -166,6 +164,15 @@ impl Cache {
     }
 }
 
+/// A file in memory that nobody can change.
+fn sealed(code: &[u8]) -> io::Result<File> {
+    let flags = MemfdFlags::CLOEXEC | MemfdFlags::ALLOW_SEALING;
+    let mut copy = File::from(memfd_create("casemate-policy", flags)?);
+    copy.write_all(code)?;
+    fcntl_add_seals(&copy, SealFlags::SEAL | SealFlags::SHRINK | SealFlags::GROW | SealFlags::WRITE)?;
+    Ok(copy)
+}
+
 /// Whether no process has this file open for writing, nor mapped so: the kernel grants a read lease to its owner only then
 /// (fcntl(2), `F_SETLEASE`). False as well where the file system has no leases.
 fn has_no_writer(file: &File) -> bool {
@@ -177,11 +184,6 @@ fn has_no_writer(file: &File) -> bool {
     let granted = set(libc::F_RDLCK);
     // It has told what it was taken for; held on, it would have the kernel signal this process.
     granted && set(libc::F_UNLCK)
-}
-
-/// Bytes in lower-case hexadecimal.
-pub(crate) fn hex(bytes: &[u8]) -> String {
-    bytes.iter().map(|byte| format!("{byte:02x}")).collect()
 }
 
 fn read_or_make_key(folder: &OwnedFd) -> Result<[u8; KEY_BYTES], String> {
@@ -247,7 +249,7 @@ fn random() -> rustix::io::Result<[u8; KEY_BYTES]> {
 #[cfg(test)]
 mod tests {
     use super::*;
-    use std::os::unix::fs::{PermissionsExt, symlink};
+    use std::os::unix::fs::{FileExt, MetadataExt, PermissionsExt, symlink};
 
     const ENTRY: EntryKey<'_> = EntryKey { digest: "aa", engine: "e" };
 
@@ -257,26 +259,27 @@ mod tests {
         (folder, cache)
     }
 
+    fn all_of(file: &File) -> Vec<u8> {
+        let mut bytes = vec![0; usize::try_from(file.metadata().unwrap().len()).unwrap()];
+        file.read_exact_at(&mut bytes, 0).unwrap();
+        bytes
+    }
+
     fn code(error: PolicyError) -> &'static str {
         error.code()
     }
 
     fn refused(cache: &Cache) -> &'static str {
-        let [mapped, read] = [true, false].map(|mapped| code(cache.load(&ENTRY, mapped).err().unwrap()));
-        assert_eq!(mapped, read);
-        read
+        let [shared, copied] = [true, false].map(|shared| code(cache.load(&ENTRY, shared).err().unwrap()));
+        assert_eq!(shared, copied);
+        copied
     }
 
     #[test]
     fn gives_back_what_was_kept_and_nothing_else() {
         let (_folder, cache) = cache();
-        let load = |cache: &Cache, key: &EntryKey<'_>| match cache.load(key, false).unwrap() {
-            Some(Entry::Code(code)) => Some(code),
-            other => {
-                assert!(other.is_none(), "{other:?}");
-                None
-            }
-        };
+        let load =
+            |cache: &Cache, key: &EntryKey<'_>| cache.load(key, false).unwrap().map(|file| all_of(&file));
         assert_eq!(load(&cache, &ENTRY), None);
         cache.store(&ENTRY, b"code").unwrap();
         assert_eq!(load(&cache, &ENTRY).unwrap(), b"code");
@@ -287,19 +290,22 @@ mod tests {
     }
 
     #[test]
-    fn an_entry_that_somebody_can_write_to_is_not_mapped() {
+    fn an_entry_that_somebody_can_write_to_is_not_shared() {
         let (_folder, cache) = cache();
         cache.store(&ENTRY, b"code").unwrap();
         let path = cache.path.join(cache.entry_name(&ENTRY));
         let entry = || cache.load(&ENTRY, true).unwrap().unwrap();
-        let Entry::File(mut file) = entry() else { panic!("not to be mapped") };
-        let mut start = [0; 4];
-        io::Seek::rewind(&mut file).and_then(|()| file.read_exact(&mut start)).unwrap();
-        assert_eq!(&start, b"code", "a file begins with the code");
+        let is_the_caches = |file: &File| file.metadata().unwrap().ino() == path.metadata().unwrap().ino();
+        assert!(
+            is_the_caches(&entry()) && all_of(&entry()).starts_with(b"code"),
+            "a file begins with the code"
+        );
         let writer = File::options().append(true).open(&path).unwrap();
-        assert!(matches!(entry(), Entry::Code(code) if code == b"code"), "it has a writer");
+        let mut copy = entry();
+        assert!(!is_the_caches(&copy) && all_of(&copy) == b"code", "it has a writer");
+        assert!(copy.write_all(b"x").is_err());
         drop(writer);
-        assert!(matches!(entry(), Entry::File(_)));
+        assert!(is_the_caches(&entry()));
     }
 
     #[test]

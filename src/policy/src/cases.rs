@@ -10,7 +10,7 @@ use serde::Deserialize;
 use serde_json::Value;
 
 use crate::{
-    Action, Compiler, Config, Engine, Fault, Lane, Memory, Outcome, PolicyError, ReleasedDevice, Request,
+    Action, Config, Engine, Fault, Lane, Memory, Outcome, PolicyError, Programs, ReleasedDevice, Request,
     Samples, Stance, Tick,
 };
 
@@ -109,7 +109,7 @@ pub struct Coverage {
 pub fn run_cases(
     file: &Path,
     cache: &Path,
-    compiler: Compiler<'_>,
+    programs: &Programs,
 ) -> Result<(Vec<CaseResult>, Coverage), PolicyError> {
     let bad = |cause: &dyn std::fmt::Display| PolicyError::new(Fault::Cases, file.display(), cause);
     let folder = file.parent().unwrap_or(Path::new(""));
@@ -130,11 +130,11 @@ pub fn run_cases(
     }
     let open = |settings: &serde_json::Map<String, Value>| match (&raw.bundle, &raw.plugin) {
         (Some(bundle), None) => {
-            Engine::open(Config { bundle: &folder.join(bundle), cache, compiler, key: None })
+            Engine::open(Config { bundle: &folder.join(bundle), cache, programs, key: None })
         }
         (None, Some(plugin)) => {
             let settings = Value::Object(settings.clone()).to_string();
-            Engine::open_plugin(&folder.join(plugin), raw.lane, &settings, cache, compiler)
+            Engine::open_plugin(&folder.join(plugin), raw.lane, &settings, cache, programs)
         }
         _ => Err(bad(&"it names either a `bundle` or a `plugin`")),
     };

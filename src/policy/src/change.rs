@@ -95,8 +95,11 @@ impl fmt::Display for Change {
     }
 }
 
-/// Puts a value in its field. The error says why it can't be there.
-pub(crate) fn apply(guest: &mut GuestSpec, field: Field, value: &Value) -> Result<(), String> {
+/// Puts a value in its field.
+///
+/// # Errors
+/// Why it can't be there.
+pub fn apply(guest: &mut GuestSpec, field: Field, value: &Value) -> Result<(), String> {
     match (field, value) {
         (Field::Vcpus, Value::Number(vcpus)) => {
             let most = u64::from(LIMITS.vcpus);
@@ -126,10 +129,10 @@ pub(crate) fn apply(guest: &mut GuestSpec, field: Field, value: &Value) -> Resul
 }
 
 /// The name under which Casemate's own reasons are given. No plugin can be called so.
-pub(crate) const CASEMATE: &str = "casemate";
+pub const CASEMATE: &str = "casemate";
 
 /// What no plugin can allow.
-pub(crate) fn invariants(request: &Request) -> Vec<Reason> {
+pub fn invariants(request: &Request) -> Vec<Reason> {
     let guest = &request.guest;
     let others = || request.beside.iter().filter(|other| other.name != guest.name);
     let mut reasons = Vec::new();

@@ -1,31 +1,30 @@
 //! Opens a bundle, asks it.
 
-use std::{io::Read, path::Path, time::Duration};
+use std::{borrow::Cow, io::Read, path::Path, time::Duration};
 
 use casemate_spec::Location;
 use sha2::{Digest, Sha256};
 
 use crate::{
-    Fault, PolicyError, bundle,
-    cache::{Cache, hex},
-    chain::nobody_admits,
+    Fault, PolicyError, Programs, bundle,
+    cache::Cache,
     change::Field,
-    compiler::Compiler,
-    contract::{self, Description},
+    decision,
+    govern::{self, Memory, Tick},
+    kind::Kind,
     limits::{HOST_LIMITS, Lane, PluginLimits},
+    loader::{Loaded, Loader},
     oci,
-    plugin::{Kind, Loader, Parts, Plugin, surface},
-    rule::Rules,
-    samples::Deed,
-    sandbox::Ticker,
+    process::{Process, broken},
+    released::{ReleasedDevice, Ruling},
+    request::Request,
+    rule::{Effect, Rules},
+    samples::{Deed, Samples},
     signature,
+    talk::{self, Ask, Described, Reply},
+    text::{hex, one_line},
+    verdict::{Decision, Reason},
 };
-
-/// The wasmtime that host and compiler are built with; a test holds it against both lock files.
-const WASMTIME: &str = "48.0.8";
-
-/// Counts up when [`engine_config`], or what the compiler adds to it, changes: what was compiled before is not used again.
-const CONFIG_VERSION: u32 = 3;
 
 /// Where things are.
 #[derive(Clone, Copy)]
@@ -34,8 +33,8 @@ pub struct Config<'a> {
     pub bundle: &'a Path,
     /// A folder of Casemate's own for compiled plugins; it's made when it isn't there, and has to have mode 0700.
     pub cache: &'a Path,
-    /// The program `casemate-policy-compiler`. It's started for plugins that aren't in the cache.
-    pub compiler: Compiler<'a>,
+    /// The programs that compile and run plugins.
+    pub programs: &'a Programs,
     /// A public key of minisign: with one, the bundle has to be signed by it.
     pub key: Option<&'a Path>,
 }
@@ -59,14 +58,20 @@ pub struct Installed {
     pub compile_time: Option<Duration>,
 }
 
-/// A bundle that is ready to be asked. It can be shared among threads.
+/// A bundle that is ready to be asked: the plugins run in a process of their own, `casemate-policy-engine`, and end when this is
+/// dropped. It can be shared among threads; questions wait for each other.
 pub struct Engine {
-    pub(crate) plugins: Vec<Plugin>,
+    entries: Vec<bundle::Entry>,
     installed: Vec<Installed>,
     bundle_digest: String,
     needs: Needs,
-    pub(crate) ticker: Ticker,
+    process: Process,
+    /// For an answer of all plugins, at worst.
+    patience: Duration,
 }
+
+/// Beyond what the plugins may take: for the way there and back, on a host that stalls.
+const SLACK: Duration = Duration::from_secs(10);
 
 /// What plugins have to know that costs the host time.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
@@ -102,27 +107,6 @@ pub struct Substitute<'a> {
     pub file: &'a Path,
 }
 
-/// The engine's settings, on which what is compiled depends: host and compiler both start from these.
-pub fn engine_config() -> wasmtime::Config {
-    let mut config = wasmtime::Config::new();
-    config
-        .consume_fuel(true)
-        .epoch_interruption(true)
-        // What differs from one processor to another, or asks for threads, is not to be had.
-        .wasm_relaxed_simd(false)
-        .wasm_memory64(false)
-        .wasm_custom_page_sizes(false)
-        // What passes text between the parts of a component sees the memories of both; all together are limited.
-        .wasm_multi_memory(true)
-        // Bounds are checked in the code: no signal handler in the process that decides, no guard pages.
-        .signals_based_traps(false)
-        .memory_reservation(PluginLimits::MOST.memory_bytes as u64)
-        .memory_guard_size(0)
-        .guard_before_linear_memory(false)
-        .max_wasm_stack(HOST_LIMITS.stack_bytes);
-    config
-}
-
 impl Engine {
     /// Reads a bundle, loads its plugins, and has each check its settings. Plugins that this host has not seen before
     /// are compiled, which takes about a second each; else it takes a few milliseconds.
@@ -147,7 +131,7 @@ impl Engine {
             let bytes = read_component(substitute.file)?;
             let name = match substitute.name {
                 Some(name) => name.to_owned(),
-                None => install(substitute.file, config.cache, config.compiler)?.name,
+                None => install(substitute.file, config.cache, config.programs)?.name,
             };
             let entry = entries.iter_mut().find(|entry| entry.name == name).ok_or_else(|| {
                 let cause =
@@ -157,7 +141,7 @@ impl Engine {
             entry.path = substitute.file.to_owned();
             entry.digest = hex(&Sha256::digest(&bytes));
         }
-        let engine = Self::load(config, hex(&Sha256::digest(&source)), &entries)?;
+        let engine = Self::load(config, hex(&Sha256::digest(&source)), entries)?;
         if engine.has(Kind::Admission) { Ok(engine) } else { Err(nobody_admits(config.bundle.display())) }
     }
 
@@ -170,10 +154,10 @@ impl Engine {
         lane: Lane,
         settings: &str,
         cache: &Path,
-        compiler: Compiler<'_>,
+        programs: &Programs,
     ) -> Result<Self, PolicyError> {
-        let seen = install(file, cache, compiler)?;
-        let config = Config { bundle: file, cache, compiler, key: None };
+        let seen = install(file, cache, programs)?;
+        let config = Config { bundle: file, cache, programs, key: None };
         let may_change = seen.changes.iter().filter_map(|name| Field::named(name)).collect();
         let may_do = Deed::NAMES.into_iter().filter(|name| seen.changes.iter().any(|n| n == name)).collect();
         let entry = bundle::Entry {
@@ -188,28 +172,37 @@ impl Engine {
             needs: None,
             location: Location { file: file.to_owned(), line: 1, key: "plugin".into() },
         };
-        Self::load(config, seen.digest, &[entry])
+        Self::load(config, seen.digest, vec![entry])
     }
 
     fn load(
         config: Config<'_>,
         bundle_digest: String,
-        entries: &[bundle::Entry],
+        entries: Vec<bundle::Entry>,
     ) -> Result<Self, PolicyError> {
         let cache = Cache::open(config.cache)?;
-        let (engine, ticker) = start()?;
-        let engine_tag = engine_tag();
-        let loader =
-            Loader { engine: &engine, engine_tag: &engine_tag, cache: &cache, compiler: config.compiler };
-        let (plugins, installed, needs) = (Vec::new(), Vec::new(), Needs::default());
-        let mut opened = Self { plugins, installed, bundle_digest, needs, ticker };
+        let process = Process::start(config.programs)?;
+        // One that may change something is asked twice.
+        let most: u64 = entries.iter().map(|entry| entry.limits.deadline_ms.saturating_mul(2)).sum();
+        let patience = SLACK + Duration::from_millis(most);
+        let (installed, needs) = (Vec::new(), Needs::default());
+        let mut opened = Self { entries: Vec::new(), installed, bundle_digest, needs, process, patience };
         for entry in entries {
-            opened.add(&loader, entry).map_err(|error| error.at(entry.location.clone()))?;
+            opened.add(&cache, config.programs, &entry).map_err(|error| error.at(entry.location.clone()))?;
+            opened.entries.push(entry);
         }
+        opened.ready(false)?;
         Ok(opened)
     }
 
-    fn add(&mut self, loader: &Loader<'_>, entry: &bundle::Entry) -> Result<(), PolicyError> {
+    fn ready(&self, suspends: bool) -> Result<(), PolicyError> {
+        match self.process.ask(&Ask::Ready { suspends }, None, SLACK)? {
+            Reply::Ready => Ok(()),
+            _ => Err(other_answer()),
+        }
+    }
+
+    fn add(&mut self, cache: &Cache, programs: &Programs, entry: &bundle::Entry) -> Result<(), PolicyError> {
         let is_layout = entry.path.is_dir();
         let (bytes, digest) = if is_layout {
             oci::component(&entry.path, &entry.digest)?
@@ -223,37 +216,32 @@ impl Engine {
             let cause = format!("its sha256 is {digest}, the bundle says {}", entry.digest);
             return Err(PolicyError::new(Fault::Digest, entry.path.display(), cause));
         }
-        let loaded = loader.load(&entry.name, &digest, &bytes)?;
-        let parts = Parts {
-            name: &entry.name,
-            digest: &digest,
+        let plugin = talk::Plugin {
+            name: entry.name.clone(),
+            digest: digest.clone(),
+            settings: Some(entry.settings.clone()),
             limits: entry.limits,
-            settings: &entry.settings,
             rules: entry.rules.clone(),
             may_change: entry.may_change.clone(),
-            may_do: entry.may_do.clone(),
-            component: &loaded.component,
+            may_do: entry.may_do.iter().map(|&deed| deed.to_owned()).collect(),
         };
-        let plugin = Plugin::link(loader.engine, parts)?;
-        let description = plugin.describe(&self.ticker)?;
-        plugin.check_settings(&self.ticker)?;
-        self.permit(entry, &description)?;
-        let kinds = plugin.kinds();
-        self.plugins.push(plugin);
+        let loader = Loader { process: &self.process, cache, programs };
+        let Loaded { described, compile_time } = loader.load(&plugin, &bytes)?;
+        self.permit(entry, &described)?;
         self.installed.push(Installed {
             name: entry.name.clone(),
-            version: contract::one_line(&description.version),
-            summary: contract::one_line(&description.summary),
+            version: described.version,
+            summary: described.summary,
             digest,
-            kinds,
-            reasons: description.reasons.iter().map(|code| contract::one_line(code)).collect(),
-            compile_time: loaded.compile_time,
+            kinds: described.kinds,
+            reasons: described.reasons,
+            compile_time,
         });
         Ok(())
     }
 
     /// Holds what the bundle permits against what the plugin says it wants.
-    fn permit(&mut self, entry: &bundle::Entry, description: &Description) -> Result<(), PolicyError> {
+    fn permit(&mut self, entry: &bundle::Entry, description: &Described) -> Result<(), PolicyError> {
         let fields = entry.may_change.iter().map(|field| ("change", field.name()));
         let mut permitted = fields.chain(entry.may_do.iter().map(|deed| ("do", *deed)));
         let unwanted = permitted.find(|(_, name)| !description.changes.iter().any(|known| known == name));
@@ -284,23 +272,104 @@ impl Engine {
 
     /// Whether a plugin of this kind is among them.
     pub fn has(&self, kind: Kind) -> bool {
-        self.plugins.iter().any(|plugin| plugin.is(kind))
+        self.installed.iter().any(|plugin| plugin.kinds.contains(&kind))
     }
 
     /// The same, and a plugin that fails too often in a row (`HostLimits::failures`) isn't asked any more: for who keeps it open.
-    #[must_use]
-    pub fn suspending(mut self) -> Self {
-        self.plugins.iter_mut().for_each(|plugin| plugin.suspends = true);
-        self
+    ///
+    /// # Errors
+    /// `policy-engine`.
+    pub fn suspending(self) -> Result<Self, PolicyError> {
+        self.ready(true)?;
+        Ok(self)
     }
 
     /// Names of the plugins that aren't asked any more.
-    pub fn suspended(&self) -> Vec<&str> {
-        self.plugins
-            .iter()
-            .filter(|plugin| plugin.is_suspended())
-            .map(|plugin| plugin.name.as_str())
-            .collect()
+    ///
+    /// # Errors
+    /// `policy-engine`.
+    pub fn suspended(&self) -> Result<Vec<String>, PolicyError> {
+        match self.process.ask(&Ask::Suspended, None, SLACK)? {
+            Reply::Suspended(names) => Ok(names.iter().map(|name| one_line(name)).collect()),
+            _ => Err(other_answer()),
+        }
+    }
+
+    /// Asks all plugins. One denial is enough; all are asked nevertheless, so that a user learns everything at once.
+    ///
+    /// With a reason to override, refusals of rules whose level is `soft` become warnings.
+    ///
+    /// # Errors
+    /// There is no verdict, and the guest must not start: the request is too large, a plugin failed whose word
+    /// counts, or the process in which they run did. That holds even when another plugin has denied already.
+    pub fn admit(&self, request: &Request, override_why: Option<&str>) -> Result<Decision, PolicyError> {
+        let start = std::time::Instant::now();
+        if !self.has(Kind::Admission) {
+            return Err(nobody_admits("the bundle"));
+        }
+        let ask =
+            Ask::Admit { request: Cow::Borrowed(request), override_why: override_why.map(Cow::Borrowed) };
+        let message = talk::encode_ask(&ask).map_err(|error| broken(error.to_string()))?;
+        if message.len() > HOST_LIMITS.request_bytes {
+            let most = HOST_LIMITS.request_bytes;
+            let cause = format!("the request has {} bytes; at most {most} are passed", message.len());
+            return Err(PolicyError::new(Fault::Request, &request.guest.name, cause));
+        }
+        let Reply::Decided(decision) = self.process.send(&message, None, self.patience)? else {
+            return Err(other_answer());
+        };
+        let mut decision = decision::checked(*decision, request, override_why, &self.entries)?;
+        decision.elapsed = start.elapsed();
+        Ok(decision)
+    }
+
+    /// Asks all governors what is to be done. `memory` is what they remember; empty at first.
+    pub fn tick(&self, samples: &Samples, memory: &mut Memory) -> Tick {
+        let asked = |entry: &bundle::Entry| entry.rules.is_ever_asked();
+        if !self.has(Kind::Resources) || !self.entries.iter().any(asked) {
+            return Tick::default();
+        }
+        let ask = Ask::Tick { samples: Cow::Borrowed(samples), memory: Cow::Borrowed(memory) };
+        let answer = match self.process.ask(&ask, None, self.patience) {
+            Ok(Reply::Ticked { tick, memory: now }) => govern::checked(tick, &now, samples, &self.entries),
+            Ok(_) => Err(other_answer()),
+            Err(error) => Err(error),
+        };
+        match answer {
+            Ok((tick, now)) => {
+                memory.extend(now);
+                tick
+            }
+            Err(error) => govern::failed(&error),
+        }
+    }
+
+    /// Asks all plugins that judge devices. A plugin that fails and whose word counts condemns the device: nobody knows what it
+    /// would have said. So does a process that fails.
+    pub fn release(&self, device: &ReleasedDevice) -> Ruling {
+        let effects = self.installed.iter().zip(&self.entries).filter_map(|(plugin, entry)| {
+            plugin.kinds.contains(&Kind::Device).then(|| entry.rules.rule_of(&device.tenant).effect())?
+        });
+        let Some(effect) = effects.max() else { return Ruling::default() };
+        let error = match self.process.ask(&Ask::Release(Cow::Borrowed(device)), None, self.patience) {
+            Ok(Reply::Ruled(ruling)) => return decision::tidy_ruling(ruling),
+            Ok(_) => other_answer(),
+            Err(error) => error,
+        };
+        let reason = Reason::of_casemate("plugin-failed", error.to_string());
+        let mut ruling = Ruling::default();
+        if effect >= Effect::DenySoftly { &mut ruling.quarantine } else { &mut ruling.warnings }.push(reason);
+        ruling
+    }
+
+    /// Whether it can still be asked: one whose process has failed is to be opened anew.
+    pub fn is_alive(&self) -> bool {
+        self.process.is_alive()
+    }
+
+    /// The process in which the plugins run.
+    pub fn pid(&self) -> u32 {
+        self.process.pid()
     }
 
     /// SHA-256 of the bundle's text, in hexadecimal.
@@ -350,64 +419,60 @@ pub struct Inspection {
 ///
 /// # Errors
 /// The file is no plugin that [`Engine::open`] would take, or it can't be compiled.
-pub fn install(file: &Path, cache: &Path, compiler: Compiler<'_>) -> Result<Inspection, PolicyError> {
+pub fn install(file: &Path, cache: &Path, programs: &Programs) -> Result<Inspection, PolicyError> {
     let bytes = read_component(file)?;
     let digest = hex(&Sha256::digest(&bytes));
     let cache = Cache::open(cache)?;
-    let (engine, ticker) = start()?;
-    let engine_tag = engine_tag();
-    let loader = Loader { engine: &engine, engine_tag: &engine_tag, cache: &cache, compiler };
-    let name = file.display().to_string();
-    let loaded = loader.load(&name, &digest, &bytes)?;
-    let parts = Parts {
-        name: &name,
-        digest: &digest,
+    let process = Process::start(programs)?;
+    let plugin = talk::Plugin {
+        name: file.display().to_string(),
+        digest: digest.clone(),
+        settings: None,
         // Nobody has said yet which lane it is for, and it's asked for its description alone.
         limits: PluginLimits::SCRIPTED,
-        settings: "{}",
         rules: Rules::default(),
         may_change: Vec::new(),
         may_do: Vec::new(),
-        component: &loaded.component,
     };
-    let plugin = Plugin::link(&engine, parts)?;
-    let description = plugin.describe(&ticker)?;
-    let (imports, exports) = surface(&engine, &loaded.component);
+    let Loaded { described, compile_time } =
+        Loader { process: &process, cache: &cache, programs }.load(&plugin, &bytes)?;
+    let Described {
+        name,
+        version,
+        summary,
+        kinds,
+        settings_schema,
+        reasons,
+        changes,
+        needs,
+        imports,
+        exports,
+    } = described;
     Ok(Inspection {
         digest,
         size_bytes: bytes.len() as u64,
-        name: contract::one_line(&description.name),
-        version: contract::one_line(&description.version),
-        summary: contract::one_line(&description.summary),
-        kinds: plugin.kinds(),
-        settings_schema: description.settings_schema,
-        reasons: description.reasons.iter().map(|text| contract::one_line(text)).collect(),
-        changes: description.changes.iter().map(|text| contract::one_line(text)).collect(),
-        needs: description.needs.iter().map(|text| contract::one_line(text)).collect(),
+        name,
+        version,
+        summary,
+        kinds,
+        settings_schema,
+        reasons,
+        changes,
+        needs,
         imports,
         exports,
-        compile_time: loaded.compile_time,
+        compile_time,
     })
 }
 
-fn start() -> Result<(wasmtime::Engine, Ticker), PolicyError> {
-    let engine = wasmtime::Engine::new(&engine_config())
-        .map_err(|error| PolicyError::new(Fault::Engine, "wasmtime", format!("{error:#}")))?;
-    let ticker = Ticker::start(engine.clone())
-        .map_err(|error| PolicyError::new(Fault::Engine, "policy-ticker", format!("no thread: {error}")))?;
-    Ok((engine, ticker))
+/// No plugin of it admits guests: nobody would be asked.
+fn nobody_admits(subject: impl std::fmt::Display) -> PolicyError {
+    PolicyError::new(Fault::Empty, subject, "none of the bundle's plugins admits guests")
 }
 
-/// What compiled code depends on beside the component.
-fn engine_tag() -> String {
-    macro_rules! features {
-        ($($name:tt)*) => { [$(($name, std::is_x86_feature_detected!($name))),*] };
-    }
-    // All that Cranelift's x86-64 back end looks at.
-    let features = features!("sse3" "ssse3" "sse4.1" "sse4.2" "popcnt" "avx" "avx2" "fma" "bmi1" "bmi2"
-        "avx512bitalg" "avx512dq" "avx512f" "avx512vl" "avx512vbmi" "lzcnt" "cmpxchg16b");
-    let present: Vec<_> = features.iter().filter(|(_, present)| *present).map(|(name, _)| *name).collect();
-    format!("wasmtime {WASMTIME} config {CONFIG_VERSION} x86_64 {}", present.join(" "))
+/// The process answers another question than it was asked.
+pub(crate) fn other_answer() -> PolicyError {
+    broken("it answers what it was not asked".into())
 }
 
 fn read_bundle(path: &Path) -> Result<String, PolicyError> {

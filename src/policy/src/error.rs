@@ -3,9 +3,10 @@
 use std::{error::Error, fmt};
 
 use casemate_spec::{Location, Refusal};
+use serde::{Deserialize, Serialize};
 
 /// Kinds of errors. Each has a code that never changes its meaning, and a remedy.
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
 pub enum Fault {
     /// There is no bundle.
     BundleMissing,
@@ -140,7 +141,10 @@ impl Fault {
                 ("policy-suspended", "see why it failed, mend or replace it, then have the bundle read again")
             }
             Self::Cases => ("policy-cases", "correct the file; docs/policies.md shows one"),
-            Self::Engine => ("policy-engine", "report it with this message"),
+            Self::Engine => (
+                "policy-engine",
+                "see that casemate-policy-engine stands beside casemate and is of its version, or report it with this message",
+            ),
         }
     }
 }
@@ -155,7 +159,8 @@ pub struct PolicyError {
 }
 
 impl PolicyError {
-    pub(crate) fn new(fault: Fault, subject: impl fmt::Display, cause: impl fmt::Display) -> Self {
+    /// One about `subject`; both texts become one line, of at most 1,000 characters.
+    pub fn new(fault: Fault, subject: impl fmt::Display, cause: impl fmt::Display) -> Self {
         Self { fault, location: None, subject: one_line(subject), cause: one_line(cause) }
     }
 
@@ -167,6 +172,16 @@ impl PolicyError {
     /// The kind of error.
     pub fn fault(&self) -> Fault {
         self.fault
+    }
+
+    /// What it's about.
+    pub fn subject(&self) -> &str {
+        &self.subject
+    }
+
+    /// What is wrong.
+    pub fn cause(&self) -> &str {
+        &self.cause
     }
 
     /// The stable code: `policy-trap`. It's listed in `docs/policies.md`.

@@ -1,22 +1,23 @@
-//! From the answers of all governors to one list of what is to be done.
+//! What governors want together, and what of it is believed.
 //!
 //! Two that want one thing of a guest to be two things get neither, and both are named. One that fails leaves everything as
 //! it is. What may be done at all is the bundle's word; how far is for who does it.
 
-use std::collections::BTreeMap;
+use std::{cell::LazyCell, collections::BTreeMap};
 
 use serde::{Deserialize, Serialize};
 
 use crate::{
     PolicyError,
-    contract::{
-        self,
-        governor::{Governed, Wanted},
-    },
-    engine::Engine,
-    plugin::{Answer, Kind, Plugin},
+    bundle::Entry,
+    change::CASEMATE,
+    decision::tidy_reason,
+    limits::HOST_LIMITS,
+    process::broken,
     rule::Effect,
-    samples::{Action, Deed, Knob, Samples},
+    samples::{Action, Deed, Samples},
+    talk::Remembered,
+    text::{one_line, unhex},
 };
 
 /// What governors remember between two ticks, by their names in the bundle: kept by who asks.
@@ -57,132 +58,123 @@ pub struct Failure {
     pub message: String,
 }
 
-impl Failure {
-    fn new(plugin: &Plugin, error: &PolicyError) -> Self {
-        Self { plugin: plugin.name.clone(), code: error.code().into(), message: error.to_string() }
-    }
+/// A process that fails gives no answer: everything stays as it is.
+pub(crate) fn failed(error: &PolicyError) -> Tick {
+    let failure = Failure { plugin: CASEMATE.into(), code: error.code().into(), message: error.to_string() };
+    Tick { failures: vec![failure], ..Tick::default() }
 }
 
-impl Engine {
-    /// Asks all governors what is to be done. `memory` is what they remember; empty at first.
-    pub fn tick(&self, samples: &Samples, memory: &mut Memory) -> Tick {
-        let mut tick = Tick::default();
-        let mut question = None;
-        let tenants: BTreeMap<&str, &str> =
-            samples.guests.iter().map(|guest| (guest.name.as_str(), guest.tenant.as_str())).collect();
-        for plugin in self.plugins.iter().filter(|plugin| plugin.is(Kind::Resources)) {
-            if !plugin.rules.is_ever_asked() {
-                continue;
-            }
-            let question = question.get_or_insert_with(|| contract::governor::samples(samples));
-            let state = memory.get(&plugin.name).map_or(&[][..], Vec::as_slice);
-            match plugin.counted(|| plugin.tick(&self.ticker, question, state)) {
-                Ok(Answer { value: Governed { wanted, state }, .. }) => {
-                    memory.insert(plugin.name.clone(), state);
-                    for Wanted { guest, deed, why } in wanted {
-                        // A guest that isn't there any more, or never was.
-                        let Some(tenant) = tenants.get(guest.as_str()) else { continue };
-                        let rule = plugin.rules.rule_of(tenant);
-                        tick.sort(plugin, Action { guest, deed, why, rule });
-                    }
-                }
-                Err(error) => tick.failures.push(Failure::new(plugin, &error)),
-            }
-        }
-        tick.settle();
-        tick
+/// What governors want, and remember, as far as it can be an answer of this bundle to these samples. What is to be done is
+/// held against the bundle here, where no plugin runs.
+pub(crate) fn checked(
+    tick: Tick,
+    now: &Remembered,
+    samples: &Samples,
+    entries: &[Entry],
+) -> Result<(Tick, Memory), PolicyError> {
+    let known = |name: &str| entries.iter().find(|entry| entry.name == name);
+    let mut memory = Memory::new();
+    for (name, state) in now {
+        let state =
+            unhex(state).filter(|state| known(name).is_some() && state.len() <= HOST_LIMITS.state_bytes);
+        memory.insert(name.clone(), state.ok_or_else(|| broken("it remembers what nobody may".into()))?);
     }
-}
-
-impl Tick {
-    fn sort(&mut self, plugin: &Plugin, action: Action) {
+    // Most looks come to nothing.
+    let tenants: LazyCell<BTreeMap<&str, &str>, _> = LazyCell::new(|| {
+        samples.guests.iter().map(|guest| (guest.name.as_str(), guest.tenant.as_str())).collect()
+    });
+    let action = |action: Action| {
+        let entry = known(&action.why.plugin);
+        let tenant = tenants.get(action.guest.as_str());
+        let (Some(entry), Some(tenant)) = (entry, tenant) else {
+            return Err(broken("it wants something of a guest or for a plugin that isn't there".into()));
+        };
+        let rule = entry.rules.rule_of(tenant);
+        Ok((Action { why: tidy_reason(action.why), rule, ..action }, entry))
+    };
+    let only = |action_: Action| action(action_).map(|(action, _)| action);
+    let to_do = |wanted: Action| {
+        let (action, entry) = action(wanted)?;
         let alert = matches!(action.deed, Deed::Alert);
+        let permitted = alert || entry.may_do.contains(&action.deed.name());
         match action.rule.effect() {
-            None => {}
-            _ if !alert && !plugin.may_do.contains(&action.deed.name()) => self.forbidden.push(action),
-            Some(Effect::Record) => self.watched.push(action),
-            Some(Effect::Warn) if !alert => self.watched.push(action),
-            Some(_) => self.actions.push(action),
-        }
-    }
-
-    /// Takes out what contradicts each other, and what is said twice.
-    fn settle(&mut self) {
-        let mut first: BTreeMap<(String, Knob), Action> = BTreeMap::new();
-        let mut contested: Vec<(String, Knob)> = Vec::new();
-        let mut settled = Vec::new();
-        for action in std::mem::take(&mut self.actions) {
-            if action.deed.knob() == Knob::Alert {
-                settled.push(action);
-                continue;
-            }
-            let key = (action.guest.clone(), action.deed.knob());
-            match first.get(&key) {
-                // One plugin that changes its mind: its last word holds.
-                Some(one) if one.why.plugin == action.why.plugin => {
-                    first.insert(key, action);
-                }
-                Some(one) if one.deed == action.deed => {}
-                Some(one) => {
-                    self.conflicts.push(Conflict { one: one.clone(), other: action });
-                    contested.push(key);
-                }
-                None => {
-                    first.insert(key, action);
-                }
+            Some(Effect::Warn) if alert => Ok(action),
+            Some(Effect::DenySoftly | Effect::Deny) if permitted => Ok(action),
+            _ => {
+                Err(broken(format!("it wants {} done, which the bundle does not permit", action.deed.name())))
             }
         }
-        contested.iter().for_each(|key| {
-            first.remove(key);
-        });
-        settled.extend(first.into_values());
-        self.actions = settled;
-    }
+    };
+    let failure = |failure: Failure| Failure {
+        plugin: one_line(&failure.plugin),
+        code: one_line(&failure.code),
+        message: one_line(&failure.message),
+    };
+    let conflict =
+        |conflict: Conflict| Ok(Conflict { one: only(conflict.one)?, other: only(conflict.other)? });
+    let Tick { actions, watched, forbidden, conflicts, failures } = tick;
+    let tick = Tick {
+        actions: actions.into_iter().map(to_do).collect::<Result<_, _>>()?,
+        watched: watched.into_iter().map(only).collect::<Result<_, _>>()?,
+        forbidden: forbidden.into_iter().map(only).collect::<Result<_, _>>()?,
+        conflicts: conflicts.into_iter().map(conflict).collect::<Result<_, PolicyError>>()?,
+        failures: failures.into_iter().map(failure).collect(),
+    };
+    Ok((tick, memory))
 }
 
 #[cfg(test)]
 mod tests {
     use super::*;
-    use crate::{
-        request::Attrs,
-        rule::Rule,
-        verdict::{Reason, Severity},
-    };
+    use crate::{GuestSample, verdict::Reason};
+    use std::path::Path;
 
-    fn action(plugin: &str, guest: &str, deed: Deed) -> Action {
-        let why = Reason {
-            plugin: plugin.into(),
-            code: "c".into(),
-            severity: Severity::Low,
-            message: String::new(),
-            field: None,
-            remedy: None,
-            overridable: false,
-            attrs: Attrs::new(),
+    fn entries() -> Vec<Entry> {
+        let plugin = |name: &str, rest: &str| {
+            let digest = "0".repeat(64);
+            format!("[[plugin]]\nname = {name:?}\npath = \"x\"\nsha256 = {digest:?}\n{rest}")
         };
-        Action { guest: guest.into(), deed, why, rule: Rule::default() }
+        let text = plugin("a", "may_do = [\"pause\"]\n")
+            + &plugin("b", "mode = \"monitor\"\nmay_do = [\"pause\"]\n");
+        crate::bundle::parse(Path::new("b.toml"), &text).unwrap()
+    }
+
+    fn told(plugin: &str, guest: &str, deed: Deed) -> Result<Tick, String> {
+        let guests =
+            vec![GuestSample { name: "web".into(), tenant: "acme".into(), ..GuestSample::default() }];
+        let samples = Samples { guests, ..Samples::default() };
+        let why = Reason { plugin: plugin.into(), ..Reason::of_casemate("c", "m\n".into()) };
+        let action = Action { guest: guest.into(), deed, why, rule: crate::Rule::default() };
+        let tick = Tick { actions: vec![action], ..Tick::default() };
+        checked(tick, &Vec::new(), &samples, &entries()).map(|(tick, _)| tick).map_err(|e| e.to_string())
     }
 
     #[test]
-    fn two_that_fight_get_neither_and_both_are_named() {
-        let actions = vec![
-            action("a", "web", Deed::CpuWeight(100)),
-            action("b", "web", Deed::CpuWeight(200)),
-            action("b", "db", Deed::CpuWeight(200)),
-            action("a", "web", Deed::Alert),
-            action("b", "web", Deed::Alert),
-            action("a", "db", Deed::Pause),
-            action("b", "db", Deed::Resume),
-            action("a", "web", Deed::Balloon(1)),
-            action("b", "web", Deed::Balloon(1)),
-            action("a", "web", Deed::Balloon(2)),
-        ];
-        let mut tick = Tick { actions, ..Tick::default() };
-        tick.settle();
-        let done: Vec<_> = tick.actions.iter().map(|a| format!("{} {}", a.guest, a.deed)).collect();
-        assert_eq!(done, ["web alert", "web alert", "db cpu-weight 200", "web balloon 2"]);
-        let named: Vec<_> =
-            tick.conflicts.iter().map(|c| (c.one.why.plugin.as_str(), c.other.why.plugin.as_str())).collect();
-        assert_eq!(named, [("a", "b"), ("a", "b")]);
+    fn what_the_bundle_does_not_permit_is_not_done_whoever_says_so() {
+        assert_eq!(told("a", "web", Deed::Pause).unwrap().actions[0].why.message, "m\u{fffd}");
+        assert!(told("a", "web", Deed::Alert).is_ok());
+        assert!(told("a", "web", Deed::Stop).unwrap_err().contains("wants stop done"));
+        assert!(told("b", "web", Deed::Pause).unwrap_err().contains("wants pause done"));
+        assert!(told("c", "web", Deed::Pause).unwrap_err().contains("isn't there"));
+        assert!(told("a", "db", Deed::Pause).unwrap_err().contains("isn't there"));
+    }
+
+    #[test]
+    fn nobody_remembers_more_than_may_be_kept() {
+        let check = |name: &str, state: String| {
+            let tick = checked(Tick::default(), &vec![(name.into(), state)], &Samples::default(), &entries());
+            tick.map(|(_, memory)| memory)
+        };
+        let memory = check("a", "00ff".into()).unwrap();
+        assert_eq!(memory, Memory::from([("a".to_owned(), vec![0, 0xff])]));
+        for (name, state) in [
+            ("c", "00".into()),
+            ("a", "0".into()),
+            ("a", "zz".into()),
+            ("a", "é0".into()),
+            ("a", "00".repeat((64 << 10) + 1)),
+        ] {
+            assert!(check(name, state).is_err());
+        }
     }
 }

@@ -1,7 +1,7 @@
 //! Every limit, by name.
 
 /// What a bundle may set for each plugin, and what holds when it doesn't.
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+#[derive(Clone, Copy, Debug, PartialEq, Eq, serde::Serialize, serde::Deserialize)]
 pub struct PluginLimits {
     /// Most linear memory of one call, all of the plugin's memories together.
     pub memory_bytes: usize,

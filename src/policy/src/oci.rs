@@ -8,7 +8,7 @@ use rustix::fs::{Mode, OFlags, open};
 use serde::Deserialize;
 use sha2::{Digest, Sha256};
 
-use crate::{Fault, PolicyError, cache::hex, limits::HOST_LIMITS};
+use crate::{Fault, PolicyError, limits::HOST_LIMITS, text::hex};
 
 /// An index or a manifest.
 const JSON_BYTES: usize = 256 << 10;

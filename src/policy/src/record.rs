@@ -72,7 +72,7 @@ impl Record {
     pub fn new_id(time_seconds: u64) -> std::io::Result<String> {
         let mut random = [0u8; 4];
         rustix::rand::getrandom(&mut random, rustix::rand::GetRandomFlags::empty())?;
-        Ok(format!("{time_seconds:010x}-{}", crate::cache::hex(&random)))
+        Ok(format!("{time_seconds:010x}-{}", crate::text::hex(&random)))
     }
 }
 

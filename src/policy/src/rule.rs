@@ -43,16 +43,20 @@ pub struct Rule {
 
 /// What a denial under a rule does.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord)]
-pub(crate) enum Effect {
+pub enum Effect {
+    /// It's written down.
     Record,
+    /// It's shown.
     Warn,
+    /// It refuses, unless an operator overrides it.
     DenySoftly,
+    /// It refuses.
     Deny,
 }
 
 impl Rule {
     /// What a denial does; none when the plugin isn't even asked.
-    pub(crate) fn effect(self) -> Option<Effect> {
+    pub fn effect(self) -> Option<Effect> {
         match (self.mode, self.level) {
             (Mode::Off, _) => None,
             (Mode::Monitor, _) => Some(Effect::Record),
@@ -64,9 +68,9 @@ impl Rule {
 }
 
 /// A rule for some tenants and operations: the bundle's `[[plugin.for]]`.
-#[derive(Clone, Debug, PartialEq, Eq, Deserialize)]
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
 #[serde(deny_unknown_fields)]
-pub(crate) struct Selector {
+pub struct Selector {
     /// All when left out.
     tenants: Option<Vec<String>>,
     /// All when left out.
@@ -102,19 +106,22 @@ impl Selector {
 }
 
 /// A plugin's rule, and those for some tenants and operations. The first that fits holds.
-#[derive(Clone, Debug, Default, PartialEq, Eq)]
-pub(crate) struct Rules {
-    pub(crate) default: Rule,
-    pub(crate) selectors: Vec<Selector>,
+#[derive(Clone, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
+pub struct Rules {
+    /// Where no selector fits.
+    pub default: Rule,
+    /// In the order of the bundle.
+    pub selectors: Vec<Selector>,
 }
 
 impl Rules {
-    pub(crate) fn rule(&self, request: &Request) -> Rule {
+    /// The rule for who asks for something.
+    pub fn rule(&self, request: &Request) -> Rule {
         self.first(&request.tenant.name, Some(request.operation))
     }
 
     /// The rule for a guest that runs, or a device that comes back.
-    pub(crate) fn rule_of(&self, tenant: &str) -> Rule {
+    pub fn rule_of(&self, tenant: &str) -> Rule {
         self.first(tenant, None)
     }
 
@@ -128,7 +135,7 @@ impl Rules {
     }
 
     /// Whether the plugin is asked for anybody at all.
-    pub(crate) fn is_ever_asked(&self) -> bool {
+    pub fn is_ever_asked(&self) -> bool {
         self.default.mode != Mode::Off
             || self.selectors.iter().any(|selector| selector.mode.is_some_and(|mode| mode != Mode::Off))
     }

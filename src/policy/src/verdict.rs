@@ -52,7 +52,7 @@ pub struct Reason {
 
 impl Reason {
     /// One that Casemate gives itself.
-    pub(crate) fn of_casemate(code: &str, message: String) -> Self {
+    pub fn of_casemate(code: &str, message: String) -> Self {
         Self {
             plugin: CASEMATE.into(),
             code: code.into(),

@@ -36,7 +36,8 @@ pub(crate) const ROOMS: &[Room] = &[
     room("casemate-victims", &["casemate-filters", "casemate-jail", "casemate-spec"]),
     room("casemate-host", &["casemate-spec"]),
     room("casemate-policy", &["casemate-spec"]),
-    room("casemate-policy-compiler", &["casemate-filters", "casemate-policy"]),
+    room("casemate-policy-engine", &["casemate-filters", "casemate-policy", "casemate-spec"]),
+    room("casemate-policy-compiler", &["casemate-filters", "casemate-policy", "casemate-policy-engine"]),
     room(
         "casemate-keep",
         &[
@@ -114,7 +115,15 @@ pub(crate) const BANS: &[Ban] = &[
     },
     Ban {
         program: "casemate",
+        names: &["casemate-policy-engine", "cranelift*", "pulley*", "wasmtime*"],
+        why: "who decides about devices and processes runs no plugin: the engine is a program of its own",
+    },
+    Ban {
+        program: "casemate-policy-engine",
         names: &[
+            "casemate-host",
+            "casemate-jail",
+            "clap*",
             "cranelift-assembler*",
             "cranelift-codegen*",
             "cranelift-frontend",
@@ -124,7 +133,7 @@ pub(crate) const BANS: &[Ban] = &[
             "wasmtime-internal-winch",
             "winch*",
         ],
-        why: "the compiler is a program of its own (cranelift-bforest, -bitset and -entity are collections, no compiler)",
+        why: "who runs plugins opens nothing, and the compiler is a program of its own (cranelift-bforest, -bitset and -entity are collections, no compiler)",
     },
 ];
 

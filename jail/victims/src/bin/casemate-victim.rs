@@ -48,11 +48,16 @@ fn say(line: &str) {
 }
 
 fn run(attempt: &Attempt, role: Option<Role>) -> io::Result<Result<(), Stopped>> {
-    if role.is_some_and(|role| role != Role::Compiler) {
+    // The VMM takes descriptors under its first filter.
+    let first = role.and_then(Role::first).or(role);
+    if first == Some(Role::Build) {
         install(Role::Build)?;
     }
     let kvm = if attempt.needs_kvm { Some(receive_descriptor()?) } else { None };
-    if let Some(role) = role.filter(|role| *role != Role::Build) {
+    if let Some(first) = first.filter(|first| *first != Role::Build) {
+        install(first)?;
+    }
+    if let Some(role) = role.filter(|role| Some(*role) != first) {
         install(role)?;
     }
     say(REACHED);

@@ -51,7 +51,7 @@ pub(crate) fn reload(paths: &Paths, guest: &str, as_json: bool) -> Result<ExitCo
 pub(crate) fn test(paths: &Paths, files: &[PathBuf], as_json: bool) -> Result<ExitCode, Failure> {
     let mut failed = 0;
     for file in files {
-        let (results, coverage) = run_cases(file, &paths.cache, paths.compiler()).map_err(Refusal::from)?;
+        let (results, coverage) = run_cases(file, &paths.cache, &paths.programs()).map_err(Refusal::from)?;
         for result in &results {
             failed += usize::from(result.instead.is_some());
             if as_json {

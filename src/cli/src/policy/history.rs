@@ -162,13 +162,15 @@ fn plugin(run: &PluginRun) -> Vec<String> {
 
 pub(crate) fn replay_all(paths: &Paths, options: &Replay, as_json: bool) -> Result<ExitCode, Failure> {
     let is_plugin = |path: &PathBuf| path.extension().is_some_and(|extension| extension == "wasm");
+    let programs = paths.programs();
+    let config = |bundle| config(paths, &programs, bundle);
     let engine = match &options.with {
         Some(file) if is_plugin(file) => {
             let substitute = Substitute { name: options.name.as_deref(), file };
-            Engine::open_with(config(paths, &options.bundle.policy), Some(substitute))
+            Engine::open_with(config(&options.bundle.policy), Some(substitute))
         }
-        Some(bundle) => Engine::open(config(paths, bundle)),
-        None => Engine::open(config(paths, &options.bundle.policy)),
+        Some(bundle) => Engine::open(config(bundle)),
+        None => Engine::open(config(&options.bundle.policy)),
     };
     let engine = engine.map_err(Refusal::from)?;
     let reading = read(paths, &options.span)?;

@@ -15,11 +15,12 @@ use std::{
     fmt::Write as _,
     fs,
     path::PathBuf,
+    sync::Arc,
     sync::atomic::{AtomicBool, Ordering},
     time::{Duration, Instant},
 };
 
-use casemate_policy::{Compiler, Config, Engine, Plain, PolicyError};
+use casemate_policy::{Config, Engine, Plain, PolicyError, Programs};
 use common::*;
 use serde::Deserialize;
 use wit_component::{ComponentEncoder, StringEncoding, embed_component_metadata};
@@ -104,14 +105,14 @@ fn cases() -> Vec<Case> {
 }
 
 /// A bundle of this plugin alone, opened with an empty cache and asked.
-fn ask(case: &Case, compiler: Compiler<'_>) -> Result<(), PolicyError> {
+fn ask(case: &Case, programs: &Programs) -> Result<(), PolicyError> {
     let folder = tempfile::tempdir().unwrap();
     let (plugin, bundle) = (folder.path().join("plugin.wasm"), folder.path().join("bundle.toml"));
     fs::write(&plugin, case.make()).unwrap();
     let text = entry(&case.name, &plugin, &case.settings);
     fs::write(&bundle, format!("{text}limits = {{ {} }}\n", case.limits)).unwrap();
     let cache = folder.path().join("cache");
-    let engine = Engine::open(Config { bundle: &bundle, cache: &cache, compiler, key: None })?;
+    let engine = Engine::open(Config { bundle: &bundle, cache: &cache, programs, key: None })?;
     assert!(engine.admit(&request(), None)?.is_allowed());
     Ok(())
 }
@@ -122,7 +123,7 @@ fn each_of_the_evil_set_is_refused_by_its_own_code_while_others_are_admitted() {
     let mut wrong = Vec::new();
     for case in cases() {
         let begun = Instant::now();
-        let (answer, admitted) = beside(&good, || ask(&case, compiler()));
+        let (answer, admitted) = beside(&good, || ask(&case, programs()));
         let (code, message) = match &answer {
             Ok(()) => (None, String::new()),
             Err(error) => (Some(error.code()), error.to_string()),
@@ -157,8 +158,8 @@ fn every_text_of_the_evil_set_has_a_case() {
 #[test]
 fn a_compiler_that_takes_too_long_is_ended_and_named() {
     let slow = cases().into_iter().find(|case| case.repeat > 0).unwrap();
-    let (program, launch) = (compiler().program, Plain { deadline: Duration::from_millis(300) });
-    let error = ask(&slow, Compiler { program, launch: &launch }).unwrap_err();
+    let launch = Arc::new(Plain { deadline: Duration::from_millis(300) });
+    let error = ask(&slow, &Programs { launch, ..programs().clone() }).unwrap_err();
     assert_eq!(error.code(), "policy-compiler");
     assert!(error.to_string().contains("did not end within 0.3 s"), "{error}");
 }
@@ -168,7 +169,7 @@ fn a_compiler_that_is_at_work_holds_nobody_up() {
     let good = open(&entry("limits", &limits(), "")).unwrap();
     let slow = cases().into_iter().find(|case| case.repeat > 0).unwrap();
     let begun = Instant::now();
-    let (answer, admitted) = beside(&good, || ask(&slow, compiler()));
+    let (answer, admitted) = beside(&good, || ask(&slow, programs()));
     answer.unwrap();
     assert!(begun.elapsed() > Duration::from_secs(1), "it is to take a whole second to compile");
     assert!(admitted > 1_000, "{admitted} in {:?}", begun.elapsed());

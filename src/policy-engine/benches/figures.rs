@@ -1,7 +1,7 @@
-//! The table of figures in docs/policies.md, measured here and now: `cargo bench -p casemate-policy --bench figures`.
+//! The table of figures in docs/policies.md, measured here and now: `cargo bench -p casemate-policy-engine --bench figures`.
 //!
-//! Beside the time by the clock stands the processor's time (the thread's own, as the kernel counts it): on a machine that others use
-//! too, that is the one to look at. It needs CASEMATE_POLICY_COMPILER.
+//! Beside the time by the clock stands the processor's time (this process's and its engine's, as the kernel counts it): on a machine
+//! that others use too, that is the one to look at. It needs CASEMATE_POLICY_COMPILER.
 
 #![allow(
     missing_docs,
@@ -20,11 +20,11 @@ use std::{
     fs,
     hint::black_box,
     path::PathBuf,
-    process::Command,
+    sync::atomic::{AtomicU32, Ordering},
     time::{Duration, Instant},
 };
 
-use casemate_policy::{Deed, GuestSample, Memory, Samples, Tick};
+use casemate_policy::{Deed, Engine, GuestSample, Memory, Samples, Tick};
 use common::{deny_all, entry, open, open_with, request, root};
 
 const CALLS: usize = 20_000;
@@ -70,14 +70,32 @@ fn micros(time: Duration) -> f64 {
     time.as_secs_f64() * 1e6
 }
 
-/// The processor's time that this thread has had (`/proc/thread-self/schedstat`, in nanoseconds).
-fn cpu_time() -> Duration {
-    let text = fs::read_to_string("/proc/thread-self/schedstat").unwrap();
-    Duration::from_nanos(text.split_whitespace().next().unwrap().parse().unwrap())
+/// The engine that is asked now.
+static ENGINE: AtomicU32 = AtomicU32::new(0);
+
+/// Opens a bundle, whose engine's time counts from now on.
+fn opened(bundle: &str) -> Engine {
+    let engine = open(bundle).unwrap();
+    ENGINE.store(engine.pid(), Ordering::Relaxed);
+    engine
 }
 
-fn status_kib(name: &str) -> u64 {
-    let status = fs::read_to_string("/proc/self/status").unwrap();
+/// The processor's time that this thread has had, its engine's main thread (`/proc/PID/schedstat`, in nanoseconds), and engines that
+/// have ended (`/proc/PID/stat`, in hundredths of a second).
+fn cpu_time() -> Duration {
+    let engine = format!("/proc/{}/schedstat", ENGINE.load(Ordering::Relaxed));
+    let running = ["/proc/thread-self/schedstat", &engine].map(|file| {
+        let text = fs::read_to_string(file).unwrap_or_default();
+        text.split_whitespace().next().map_or(0, |nanos| nanos.parse().unwrap())
+    });
+    let stat = fs::read_to_string("/proc/self/stat").unwrap();
+    let fields: Vec<_> = stat.rsplit(')').next().unwrap().split_whitespace().collect();
+    let ended: u64 = fields[13..15].iter().map(|ticks| ticks.parse::<u64>().unwrap()).sum();
+    Duration::from_nanos(running.iter().sum()) + Duration::from_millis(ended * 10)
+}
+
+fn status_kib(pid: u32, name: &str) -> u64 {
+    let status = fs::read_to_string(format!("/proc/{pid}/status")).unwrap();
     let line = status.lines().find_map(|line| line.strip_prefix(name)).unwrap().trim_start_matches(':');
     line.split_whitespace().next().unwrap().parse().unwrap()
 }
@@ -120,32 +138,33 @@ fn samples(count: usize) -> Samples {
     Samples { interval_ms: 1_000, guests: (0..count).map(guest).collect(), ..Samples::default() }
 }
 
-/// The argument with which this program measures its own memory.
-const MEMORY: &str = "memory-of-plugins";
-
 fn main() {
-    let arguments: Vec<_> = std::env::args().collect();
-    if let Some(at) = arguments.iter().position(|argument| argument == MEMORY) {
-        return memory(arguments[at + 1].parse().unwrap());
-    }
     let all = shipped();
     // All of them are compiled before anything is measured.
     drop(open(&all.concat()).unwrap());
 
     println!("| what | median, µs | p99, µs | processor, µs | a second and core |\n|---|---|---|---|---|");
-    let one = open(&all[0]).unwrap();
-    Measured::of(CALLS, || drop(black_box(one.admit(&request(), None).unwrap())))
-        .print("one plugin asked, in a new instance");
-    let every = open(&all.concat()).unwrap();
+    let one = opened(&all[0]);
+    let mut within = Vec::new();
+    Measured::of(CALLS, || {
+        let decision = black_box(one.admit(&request(), None).unwrap());
+        within.extend(decision.plugins.iter().map(|run| run.elapsed));
+    })
+    .print("one plugin asked, with the way to the engine and back");
+    within.sort_unstable();
+    let at = |share: usize| micros(within[within.len() * share / 100]);
+    println!("| of that, in the plugin, in a new instance | {:.1} | {:.1} | | |", at(50), at(99));
+    let every = opened(&all.concat());
     assert!(every.admit(&request(), None).unwrap().is_allowed());
     Measured::of(CALLS, || drop(black_box(every.admit(&request(), None).unwrap())))
         .print(&format!("{} plugins asked", all.len()));
 
-    let script = open(&naming()).unwrap();
+    let script = opened(&naming());
     assert!(script.admit(&request(), None).unwrap().is_allowed());
     Measured::of(2_000, || drop(black_box(script.admit(&request(), None).unwrap())))
         .print("one in JavaScript asked, in a new instance");
 
+    ENGINE.store(0, Ordering::Relaxed);
     let (few, many) = (
         Measured::of(300, || drop(open(&all[0]).unwrap())),
         Measured::of(300, || drop(open(&all.concat()).unwrap())),
@@ -156,7 +175,7 @@ fn main() {
     println!("| a further plugin loaded | {further:.1} | | | |");
 
     let steward = entry("steward", &root().join("plugins/built/tests/steward.wasm"), "how = 'nothing'");
-    let governed = open(&format!("{steward}{}", entry("no", &deny_all(), ""))).unwrap();
+    let governed = opened(&format!("{steward}{}", entry("no", &deny_all(), "")));
     for count in [10, 100, 1_000] {
         let samples = samples(count);
         let mut memory = Memory::new();
@@ -164,7 +183,7 @@ fn main() {
             .print(&format!("{count} guests looked at by a governor"));
     }
     let fair = format!("{}may_do = ['cpu-weight', 'cpu-limit']\n", built("fair-share", ""));
-    let governed = open(&format!("{fair}{}", entry("no", &deny_all(), ""))).unwrap();
+    let governed = opened(&format!("{fair}{}", entry("no", &deny_all(), "")));
     for count in [10, 1_000] {
         let (mut samples, mut memory, mut actions) = (samples(count), Memory::new(), 0);
         Measured::of(500, || {
@@ -177,15 +196,12 @@ fn main() {
         println!("(with {actions} actions in all)");
     }
 
-    println!("\n| memory of a process that has asked | KiB resident | KiB of its own |\n|---|---|---|");
+    println!(
+        "\n| memory of the engine that has asked | KiB resident | KiB of its own | KiB of ours |\n|---|---|---|---|"
+    );
     // Compiled before, as on a host that has run guests.
     drop(open_with(&everything().concat(), &memory_cache()).unwrap());
-    for count in 0..=everything().len() {
-        let this = std::env::current_exe().unwrap();
-        let told = Command::new(this).args([MEMORY, &count.to_string()]).output().unwrap();
-        assert!(told.status.success(), "{}", String::from_utf8_lossy(&told.stderr));
-        print!("{}", String::from_utf8_lossy(&told.stdout));
-    }
+    (1..=everything().len()).for_each(memory);
 }
 
 /// A second later: what was wanted has been done, and some guests are busier than others, in turns.
@@ -216,18 +232,14 @@ fn memory_cache() -> PathBuf {
     std::env::temp_dir().join("casemate-figures-cache")
 }
 
-/// What this process takes, a new one, when it has a bundle of so many plugins and has asked them all.
+/// What an engine takes when it has a bundle of so many plugins and has asked them all; and this process, that asks.
 fn memory(count: usize) {
     let all = everything();
-    let engine = (count > 0).then(|| open_with(&all[..count].concat(), &memory_cache()).unwrap());
-    if let Some(engine) = &engine {
-        engine.admit(&request(), None).unwrap();
-        engine.tick(&samples(10), &mut Memory::new());
-    }
-    let last = all.get(count.wrapping_sub(1)).and_then(|entry| entry.split('"').nth(1)).unwrap_or("none");
-    println!(
-        "| {count} plugins, the last one {last} | {} | {} |",
-        status_kib("VmRSS"),
-        status_kib("RssAnon")
-    );
+    let engine = open_with(&all[..count].concat(), &memory_cache()).unwrap();
+    engine.admit(&request(), None).unwrap();
+    engine.tick(&samples(10), &mut Memory::new());
+    let last = all[count - 1].split('"').nth(1).unwrap();
+    let (resident, own) = (status_kib(engine.pid(), "VmRSS"), status_kib(engine.pid(), "RssAnon"));
+    let ours = status_kib(std::process::id(), "VmRSS");
+    println!("| {count} plugins, the last one {last} | {resident} | {own} | {ours} |");
 }

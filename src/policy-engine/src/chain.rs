@@ -7,32 +7,30 @@
 
 use std::{borrow::Cow, time::Instant};
 
-use crate::{
-    Fault, PolicyError,
-    change::{self, Change, Field, Value, invariants},
-    contract::{self, PluginAnswer, Wish},
-    engine::Engine,
-    limits::HOST_LIMITS,
-    plugin::{Answer, Kind, Plugin},
-    request::Request,
-    rule::{Effect, Mode, Rule},
-    verdict::{Decision, Override, PluginRun, Reason, Verdict},
+use casemate_policy::{
+    Change, Decision, Effect, Fault, Field, HOST_LIMITS, Kind, Mode, Override, PluginRun, PolicyError,
+    Reason, Request, Rule, Value, Verdict, apply, invariants, one_line,
 };
 
-impl Engine {
+use crate::{
+    contract::{self, PluginAnswer, Wish},
+    judge::Judge,
+    plugin::{Answer, Plugin},
+};
+
+impl Judge {
     /// Asks all plugins. One denial is enough; all are asked nevertheless, so that a user learns everything at once.
     ///
     /// With a reason to override, refusals of rules whose level is `soft` become warnings.
     ///
     /// # Errors
-    /// There is no verdict, and the guest must not start: the request is too large, or a plugin failed whose word
-    /// counts. That holds even when another plugin has denied already.
-    pub fn admit(&self, request: &Request, override_why: Option<&str>) -> Result<Decision, PolicyError> {
+    /// There is no verdict, and the guest must not start: a plugin failed whose word counts. That holds even when another plugin has denied already.
+    pub(crate) fn admit(
+        &self,
+        request: &Request,
+        override_why: Option<&str>,
+    ) -> Result<Decision, PolicyError> {
         let start = Instant::now();
-        check_size(request)?;
-        if !self.plugins.iter().any(|plugin| plugin.is(Kind::Admission)) {
-            return Err(nobody_admits("the bundle"));
-        }
         let (request, changes) = self.change(request)?;
         let question = contract::request(&request);
         let mut tally = Tally { override_why, ..Tally::default() };
@@ -78,7 +76,7 @@ impl Engine {
         }
         let mut changed = request.clone();
         for change in &changes {
-            change::apply(&mut changed.guest, change.field, &change.to).map_err(|cause| {
+            apply(&mut changed.guest, change.field, &change.to).map_err(|cause| {
                 PolicyError::new(Fault::Change, &change.plugin, format!("{}: {cause}", change.field))
             })?;
         }
@@ -106,11 +104,6 @@ fn permitted(plugin: &Plugin, request: &Request, wish: Wish) -> Result<Change, P
         to,
         reason: wish.reason,
     })
-}
-
-/// No plugin of it admits guests: nobody would be asked.
-pub(crate) fn nobody_admits(subject: impl std::fmt::Display) -> PolicyError {
-    PolicyError::new(Fault::Empty, subject, "none of the bundle's plugins admits guests")
 }
 
 fn conflict(one: &Change, other: &Change) -> PolicyError {
@@ -184,7 +177,7 @@ impl Tally<'_> {
         let Self { override_why, denials, mut warnings, overridden, runs } = self;
         let overridden = override_why
             .filter(|_| denials.is_empty() && !overridden.is_empty())
-            .map(|why| Override { why: contract::one_line(why), reasons: overridden.clone() })
+            .map(|why| Override { why: one_line(why), reasons: overridden.clone() })
             .ok_or(overridden);
         let (overridden, denials) = match overridden {
             Ok(overridden) => {
@@ -198,27 +191,4 @@ impl Tally<'_> {
             if denials.is_empty() { Verdict::Allow { warnings } } else { Verdict::Deny { reasons: denials } };
         Decision { verdict, changes, overridden, plugins: runs, elapsed: start.elapsed() }
     }
-}
-
-fn check_size(request: &Request) -> Result<(), PolicyError> {
-    struct Counter(usize);
-    impl std::io::Write for Counter {
-        fn write(&mut self, bytes: &[u8]) -> std::io::Result<usize> {
-            self.0 = self.0.saturating_add(bytes.len());
-            Ok(bytes.len())
-        }
-        fn flush(&mut self) -> std::io::Result<()> {
-            Ok(())
-        }
-    }
-    let mut counter = Counter(0);
-    let subject = &request.guest.name;
-    serde_json::to_writer(&mut counter, request)
-        .map_err(|error| PolicyError::new(Fault::Request, subject, error))?;
-    if counter.0 <= HOST_LIMITS.request_bytes {
-        return Ok(());
-    }
-    let cause =
-        format!("the request has {} bytes; at most {} are passed", counter.0, HOST_LIMITS.request_bytes);
-    Err(PolicyError::new(Fault::Request, subject, cause))
 }

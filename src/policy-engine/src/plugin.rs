@@ -2,101 +2,26 @@
 
 use std::{
     fmt,
-    fs::File,
-    os::fd::AsRawFd,
     sync::atomic::{AtomicU32, Ordering},
     time::{Duration, Instant},
 };
 
+use casemate_policy::{
+    Fault, Field, HOST_LIMITS, Kind, PluginLimits, PluginRun, PolicyError, Reason, ReleasedDevice, Rule,
+    Rules, talk,
+};
 use wasmtime::{
     Store, Trap,
     component::{Component, HasSelf, Linker},
 };
 
 use crate::{
-    Fault, PolicyError,
-    cache::{Cache, Entry, EntryKey},
-    change::Field,
-    compiler::{self, Compiler},
     contract::{
         self, Description, GatePre, GovernorPre, Meta, MetaPre, PluginAnswer, ReleasesPre,
         governor::Governed, types,
     },
-    limits::{HOST_LIMITS, PluginLimits},
-    released::ReleasedDevice,
-    rule::{Rule, Rules},
     sandbox::{LogFlood, Sandbox, Ticker},
-    verdict::{PluginRun, Reason},
 };
-
-/// What loading needs.
-pub(crate) struct Loader<'a> {
-    pub(crate) engine: &'a wasmtime::Engine,
-    /// Engine version, settings and what the processor can do, as text.
-    pub(crate) engine_tag: &'a str,
-    pub(crate) cache: &'a Cache,
-    pub(crate) compiler: Compiler<'a>,
-}
-
-/// Compiled code in memory, and how long compiling took when it wasn't in the cache.
-pub(crate) struct Loaded {
-    pub(crate) component: Component,
-    pub(crate) compile_time: Option<Duration>,
-}
-
-impl Loader<'_> {
-    /// Compiled code for a component; `name` is how errors call it, `digest` the SHA-256 of `bytes`.
-    pub(crate) fn load(&self, name: &str, digest: &str, bytes: &[u8]) -> Result<Loaded, PolicyError> {
-        let key = EntryKey { digest, engine: self.engine_tag };
-        if let Ok(Some(component)) = self.cached(&key)? {
-            return Ok(Loaded { component, compile_time: None });
-        }
-        // Not there, or made by a Casemate whose engine was set up otherwise.
-        let start = Instant::now();
-        self.cache.store(&key, &compiler::compile(self.compiler, name, bytes)?)?;
-        let compile_time = Some(start.elapsed());
-        let broken = |cause: String| PolicyError::new(Fault::Compiler, name, cause);
-        let component = self
-            .cached(&key)?
-            .map_err(|error| broken(format!("the compiler is not of this version of Casemate: {error:#}")))?
-            .ok_or_else(|| broken("what was compiled has vanished".into()))?;
-        Ok(Loaded { component, compile_time })
-    }
-
-    /// What the cache has, as far as wasmtime takes it. It's mapped where that may be: then only what runs takes memory, and all
-    /// processes that decide share it. Else, and where no code may be mapped from the cache's file system (`noexec`), a copy
-    /// is made.
-    fn cached(&self, key: &EntryKey<'_>) -> Result<wasmtime::Result<Option<Component>>, PolicyError> {
-        for mapped in [true, false] {
-            match self.cache.load(key, mapped)? {
-                None => break,
-                Some(Entry::Code(code)) => return Ok(deserialize(self.engine, &code).map(Some)),
-                Some(Entry::File(file)) => {
-                    if let Ok(component) = map(self.engine, &file) {
-                        return Ok(Ok(Some(component)));
-                    }
-                }
-            }
-        }
-        Ok(Ok(None))
-    }
-}
-
-fn deserialize(engine: &wasmtime::Engine, code: &[u8]) -> wasmtime::Result<Component> {
-    // SAFETY: the code must come unchanged from wasmtime's own serialization. The one caller takes it from the cache,
-    // which gives nothing but what carries a valid tag under this host's key, and the one thing that is tagged is the
-    // output of the compiler that Casemate started. It's in memory: nobody changes it between the check and here. That
-    // version, settings and processor match is checked by wasmtime itself.
-    unsafe { Component::deserialize(engine, code) }
-}
-
-fn map(engine: &wasmtime::Engine, file: &File) -> wasmtime::Result<Component> {
-    let path = format!("/proc/self/fd/{}", file.as_raw_fd());
-    // SAFETY: as in `deserialize`; and it has to stay unchanged while it's mapped. The cache gives a file only when no process had
-    // it open for writing before it was read and its tag verified. To open it since takes this user's rights, who may write to
-    // this process's memory as well. Nothing in Casemate writes to an entry: a new one takes its name.
-    unsafe { Component::deserialize_file(engine, path) }
-}
 
 /// Names of what a component imports and exports.
 pub(crate) fn surface(engine: &wasmtime::Engine, component: &Component) -> (Vec<String>, Vec<String>) {
@@ -105,57 +30,15 @@ pub(crate) fn surface(engine: &wasmtime::Engine, component: &Component) -> (Vec<
     (imports, ty.exports(engine).map(|(name, _)| name.to_owned()).collect())
 }
 
-/// What makes a plugin: its code, and what the bundle says of it.
-pub(crate) struct Parts<'a> {
-    pub(crate) name: &'a str,
-    pub(crate) digest: &'a str,
-    pub(crate) limits: PluginLimits,
-    pub(crate) settings: &'a str,
-    pub(crate) rules: Rules,
-    pub(crate) may_change: Vec<Field>,
-    pub(crate) may_do: Vec<&'static str>,
-    pub(crate) component: &'a Component,
-}
-
-/// What a plugin is for, by what it exports. One can be more than one.
-#[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord)]
-pub enum Kind {
-    /// It admits guests: `gate`.
-    Admission,
-    /// It looks after those that run: `governor`.
-    Resources,
-    /// It judges devices that come back: `releases`.
-    Device,
-}
-
-impl Kind {
-    /// The interface that makes it.
-    const ALL: [(Self, &'static str); 3] = [
-        (Self::Admission, "casemate:policy/gate@1."),
-        (Self::Resources, "casemate:policy/governor@1."),
-        (Self::Device, "casemate:policy/releases@1."),
-    ];
-}
-
-impl fmt::Display for Kind {
-    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
-        f.write_str(match self {
-            Self::Admission => "admission",
-            Self::Resources => "resources",
-            Self::Device => "device",
-        })
-    }
-}
-
 /// A plugin that is ready to be asked.
 pub(crate) struct Plugin {
     pub(crate) name: String,
     pub(crate) digest: String,
     limits: PluginLimits,
-    settings: String,
+    settings: Option<String>,
     pub(crate) rules: Rules,
     pub(crate) may_change: Vec<Field>,
-    pub(crate) may_do: Vec<&'static str>,
+    pub(crate) may_do: Vec<String>,
     meta: MetaPre<Sandbox>,
     gate: Option<GatePre<Sandbox>>,
     governor: Option<GovernorPre<Sandbox>>,
@@ -174,8 +57,12 @@ pub(crate) struct Answer<R> {
 
 impl Plugin {
     /// Links a component: what it imports and exports is checked here, and nothing of it runs yet.
-    pub(crate) fn link(engine: &wasmtime::Engine, parts: Parts<'_>) -> Result<Self, PolicyError> {
-        let Parts { name, digest, limits, settings, rules, may_change, may_do, component } = parts;
+    pub(crate) fn link(
+        engine: &wasmtime::Engine,
+        plugin: talk::Plugin,
+        component: &Component,
+    ) -> Result<Self, PolicyError> {
+        let name = plugin.name.as_str();
         let (imports, exports) = surface(engine, component);
         let off = |error: &dyn fmt::Display| {
             let cause =
@@ -208,18 +95,22 @@ impl Plugin {
         let gate = is(Kind::Admission).then(|| GatePre::new(pre.clone())).transpose().map_err(unfit)?;
         let governor = is(Kind::Resources).then(|| GovernorPre::new(pre.clone())).transpose();
         let releases = is(Kind::Device).then(|| ReleasesPre::new(pre.clone())).transpose();
+        let meta = MetaPre::new(pre).map_err(unfit)?;
+        let governor = governor.map_err(unfit)?;
+        let releases = releases.map_err(unfit)?;
+        let talk::Plugin { name, digest, settings, limits, rules, may_change, may_do } = plugin;
         Ok(Self {
-            name: name.into(),
-            digest: digest.into(),
+            name,
+            digest,
             limits,
-            settings: settings.into(),
+            settings,
             rules,
             may_change,
             may_do,
-            meta: MetaPre::new(pre).map_err(unfit)?,
+            meta,
             gate,
-            governor: governor.map_err(unfit)?,
-            releases: releases.map_err(unfit)?,
+            governor,
+            releases,
             failures: AtomicU32::new(0),
             suspends: false,
         })
@@ -268,11 +159,12 @@ impl Plugin {
         Ok(self.call(ticker, HOST_LIMITS.crossing_bytes, call)?.value)
     }
 
-    /// Whether the plugin takes the settings that the bundle gives it.
+    /// Whether the plugin takes the settings that the bundle gives it, if it does.
     pub(crate) fn check_settings(&self, ticker: &Ticker) -> Result<(), PolicyError> {
+        let Some(settings) = &self.settings else { return Ok(()) };
         let call = |store: &mut Store<Sandbox>| {
             let plugin = self.meta.instantiate(&mut *store)?;
-            plugin.casemate_policy_meta().call_check_settings(store, &self.settings)
+            plugin.casemate_policy_meta().call_check_settings(store, settings)
         };
         let answer = self.call(ticker, HOST_LIMITS.crossing_bytes, call)?.value;
         let Err(reasons) = answer else { return Ok(()) };
@@ -289,7 +181,7 @@ impl Plugin {
     ) -> Result<Answer<PluginAnswer>, PolicyError> {
         let gate = self.gate.as_ref().ok_or_else(|| self.is_not(Kind::Admission))?;
         let call = |store: &mut Store<Sandbox>| {
-            gate.instantiate(&mut *store)?.casemate_policy_gate().call_admit(store, &self.settings, request)
+            gate.instantiate(&mut *store)?.casemate_policy_gate().call_admit(store, self.settings(), request)
         };
         let Answer { value, run } = self.call(ticker, HOST_LIMITS.crossing_bytes, call)?;
         let value = contract::answer(&self.name, value).map_err(|cause| self.bad_answer(cause))?;
@@ -306,7 +198,7 @@ impl Plugin {
         let governor = self.governor.as_ref().ok_or_else(|| self.is_not(Kind::Resources))?;
         let call = |store: &mut Store<Sandbox>| {
             let plugin = governor.instantiate(&mut *store)?;
-            plugin.casemate_policy_governor().call_tick(store, &self.settings, samples, state)
+            plugin.casemate_policy_governor().call_tick(store, self.settings(), samples, state)
         };
         let Answer { value, run } = self.call(ticker, HOST_LIMITS.tick_crossing_bytes, call)?;
         let value = contract::governor::answer(&self.name, value).map_err(|cause| self.bad_answer(cause))?;
@@ -323,10 +215,14 @@ impl Plugin {
         let device = contract::releases::device(device);
         let call = |store: &mut Store<Sandbox>| {
             let plugin = releases.instantiate(&mut *store)?;
-            plugin.casemate_policy_releases().call_release(store, &self.settings, &device)
+            plugin.casemate_policy_releases().call_release(store, self.settings(), &device)
         };
         let ruling = self.call(ticker, HOST_LIMITS.crossing_bytes, call)?.value;
         contract::releases::ruling(&self.name, ruling).map_err(|cause| self.bad_answer(cause))
+    }
+
+    fn settings(&self) -> &str {
+        self.settings.as_deref().unwrap_or("{}")
     }
 
     fn is_not(&self, kind: Kind) -> PolicyError {

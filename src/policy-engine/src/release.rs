@@ -1,17 +1,13 @@
 //! From the rulings of all plugins to one about a device that comes back.
 
-use crate::{
-    engine::Engine,
-    plugin::Kind,
-    released::{ReleasedDevice, Ruling},
-    rule::Effect,
-    verdict::Reason,
-};
+use casemate_policy::{Effect, Kind, Reason, ReleasedDevice, Ruling};
 
-impl Engine {
+use crate::judge::Judge;
+
+impl Judge {
     /// Asks all plugins that judge devices. A plugin that fails and whose word counts condemns the device: nobody knows what it
     /// would have said.
-    pub fn release(&self, device: &ReleasedDevice) -> Ruling {
+    pub(crate) fn release(&self, device: &ReleasedDevice) -> Ruling {
         let mut ruling = Ruling::default();
         for plugin in self.plugins.iter().filter(|plugin| plugin.is(Kind::Device)) {
             let Some(effect) = plugin.rules.rule_of(&device.tenant).effect() else { continue };

@@ -1,7 +1,7 @@
 //! The interface `releases`: a device out, a ruling in.
 
 use super::{attrs, bindings::device::exports::casemate::policy::releases as wit, reasons};
-use crate::{released as ours, verdict::Reason};
+use casemate_policy::{self as ours, Reason};
 
 pub(crate) fn device(device: &ours::ReleasedDevice) -> wit::ReleasedDevice {
     wit::ReleasedDevice {

@@ -1,21 +1,17 @@
 //! The interface `governor`: samples out, actions in.
 
 use super::{attrs, bindings::resources::exports::casemate::policy::governor as wit, reasons};
-use crate::{
-    limits::HOST_LIMITS,
-    samples::{self as ours, Deed},
-    verdict::Reason,
-};
+use casemate_policy::{self as ours, Deed, HOST_LIMITS, Reason, one_line};
 
 pub(crate) use wit::Samples as WitSamples;
 
-pub(crate) fn samples(samples: &ours::Samples) -> wit::Samples {
-    let host = &samples.host;
+pub(crate) fn samples(samples: ours::Samples) -> wit::Samples {
+    let host = samples.host;
     wit::Samples {
         now_seconds: samples.now_seconds,
         interval_ms: samples.interval_ms,
         host: wit::HostSample {
-            name: host.name.clone(),
+            name: host.name,
             cpus: host.cpus,
             memory_bytes: host.memory_bytes,
             memory_free_bytes: host.memory_free_bytes,
@@ -24,7 +20,7 @@ pub(crate) fn samples(samples: &ours::Samples) -> wit::Samples {
             io: pressure(host.io),
             attrs: attrs(&host.attrs),
         },
-        guests: samples.guests.iter().map(guest).collect(),
+        guests: samples.guests.into_iter().map(guest).collect(),
         attrs: attrs(&samples.attrs),
     }
 }
@@ -33,11 +29,11 @@ fn pressure(pressure: ours::Pressure) -> wit::Pressure {
     wit::Pressure { some_us: pressure.some_us, full_us: pressure.full_us }
 }
 
-fn guest(guest: &ours::GuestSample) -> wit::GuestSample {
-    let (cpu, memory, disk, net) = (&guest.cpu, &guest.memory, &guest.disk, &guest.net);
+fn guest(guest: ours::GuestSample) -> wit::GuestSample {
+    let (cpu, memory, disk, net) = (guest.cpu, guest.memory, guest.disk, guest.net);
     wit::GuestSample {
-        name: guest.name.clone(),
-        tenant: guest.tenant.clone(),
+        name: guest.name,
+        tenant: guest.tenant,
         governed: guest.governed,
         paused: guest.paused,
         pinned: guest.pinned,
@@ -121,7 +117,7 @@ pub(crate) fn answer(plugin: &str, answer: wit::Answer) -> Result<Governed, Stri
     }
     let wanted = actions.into_iter().map(|action| {
         let why = reasons(plugin, vec![action.why])?.pop().ok_or("it gives no reason")?;
-        let guest = super::one_line(&action.guest).chars().take(64).collect();
+        let guest = one_line(&action.guest).chars().take(64).collect();
         Ok(Wanted { guest, deed: deed(action.deed), why })
     });
     Ok(Governed { wanted: wanted.collect::<Result<_, String>>()?, state })

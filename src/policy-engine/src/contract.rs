@@ -2,12 +2,8 @@
 
 use casemate_spec::PciAddress;
 
-use crate::{
-    bundle::is_code,
-    change::Value,
-    limits::HOST_LIMITS,
-    request::{self as ours, Attrs},
-    verdict::{LogLevel, Reason, Severity, Verdict},
+use casemate_policy::{
+    self as ours, Attrs, HOST_LIMITS, LogLevel, Reason, Severity, Value, Verdict, is_code, one_line,
 };
 
 #[allow(
@@ -262,11 +258,6 @@ fn reason(plugin: &str, theirs: types::Reason) -> Result<Reason, String> {
         overridable: false,
         attrs: theirs.attrs.iter().map(|(name, value)| (one_line(name), one_line(value))).collect(),
     })
-}
-
-/// A plugin's text without the characters that would draw on a terminal or forge a second line of a log.
-pub(crate) fn one_line(text: &str) -> String {
-    text.chars().map(|c| if c.is_control() { '\u{fffd}' } else { c }).collect()
 }
 
 pub(crate) fn log_level(level: log::Level) -> LogLevel {

@@ -1,4 +1,4 @@
-//! What the tests share: a request, bundles in a folder of their own, and the compiler.
+//! What the tests share: a request, bundles in a folder of their own, and the programs.
 
 #![allow(clippy::unwrap_used, dead_code, unreachable_pub, reason = "each test program uses its own part")]
 
@@ -9,7 +9,7 @@ use std::{
 };
 
 use casemate_policy::{
-    Attrs, Compiler, Config, Decision, Device, Engine, File, GuestSpec, HostState, Operation, PolicyError,
+    Attrs, Config, Decision, Device, Engine, File, GuestSpec, HostState, Operation, PolicyError, Programs,
     Request, Tenant,
 };
 use sha2::{Digest, Sha256};
@@ -19,13 +19,18 @@ pub fn root() -> &'static Path {
     Path::new(concat!(env!("CARGO_MANIFEST_DIR"), "/../.."))
 }
 
-/// The compiler, run as a process of its own.
-pub fn compiler() -> Compiler<'static> {
-    Compiler::plain(compiler_program())
+/// Engine and compiler, run as plain children.
+pub fn programs() -> &'static Programs {
+    static PROGRAMS: OnceLock<Programs> = OnceLock::new();
+    PROGRAMS.get_or_init(|| Programs::plain(compiler_program(), engine_program()))
+}
+
+pub fn engine_program() -> &'static Path {
+    Path::new(env!("CARGO_BIN_EXE_casemate-policy-engine"))
 }
 
 /// CASEMATE_POLICY_COMPILER, or built here, once, beside what Cargo builds. The first time takes minutes.
-fn compiler_program() -> &'static Path {
+pub fn compiler_program() -> &'static Path {
     static COMPILER: OnceLock<PathBuf> = OnceLock::new();
     COMPILER.get_or_init(|| {
         if let Some(path) = std::env::var_os("CASEMATE_POLICY_COMPILER") {
@@ -53,7 +58,7 @@ pub fn shared_cache() -> &'static Path {
     let cache = CACHE.get_or_init(|| tempfile::tempdir().unwrap()).path();
     FILL.call_once(|| {
         for plugin in [limits(), deny_all(), misbehave()] {
-            casemate_policy::install(&plugin, &cache.join("c"), compiler()).unwrap();
+            casemate_policy::install(&plugin, &cache.join("c"), programs()).unwrap();
         }
     });
     Box::leak(cache.join("c").into_boxed_path())
@@ -101,7 +106,7 @@ pub fn open_with(bundle: &str, cache: &Path) -> Result<Engine, PolicyError> {
     let folder = tempfile::tempdir().unwrap();
     let path = folder.path().join("bundle.toml");
     std::fs::write(&path, bundle).unwrap();
-    Engine::open(Config { bundle: &path, cache, compiler: compiler(), key: None })
+    Engine::open(Config { bundle: &path, cache, programs: programs(), key: None })
 }
 
 /// Opens the text as a bundle and asks it.

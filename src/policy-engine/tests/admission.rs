@@ -16,7 +16,7 @@ use std::{
     time::{Duration, Instant},
 };
 
-use casemate_policy::{Compiler, Config, Engine, Verdict, install};
+use casemate_policy::{Config, Engine, Programs, Verdict, install};
 use casemate_spec::Refusal;
 use common::*;
 
@@ -35,7 +35,7 @@ fn codes(decision: &casemate_policy::Decision) -> Vec<String> {
 fn the_shipped_bundle_admits_a_modest_guest() {
     let bundle = root().join("policies/default.toml");
     let engine =
-        Engine::open(Config { bundle: &bundle, cache: shared_cache(), compiler: compiler(), key: None })
+        Engine::open(Config { bundle: &bundle, cache: shared_cache(), programs: programs(), key: None })
             .unwrap();
     let decision = engine.admit(&request(), None).unwrap();
     assert!(decision.is_allowed(), "{decision:?}");
@@ -94,7 +94,7 @@ fn warnings_hold_nothing_up() {
 #[test]
 fn what_is_missing_or_not_what_it_was_refuses() {
     let missing = Path::new("/nowhere/bundle.toml");
-    let config = Config { bundle: missing, cache: shared_cache(), compiler: compiler(), key: None };
+    let config = Config { bundle: missing, cache: shared_cache(), programs: programs(), key: None };
     assert_eq!(code_of(Engine::open(config)), "policy-bundle-missing");
     assert_eq!(code_of(open("")), "policy-none");
     assert_eq!(code_of(open("[[plugin]]\nname = 'x'\n")), "policy-bundle");
@@ -230,7 +230,7 @@ fn a_plugin_that_wants_more_than_the_log_is_not_taken() {
     let error = open(&bundle).err().unwrap();
     assert_eq!(error.code(), "policy-import");
     assert!(error.to_string().contains("tests:network/connect@1.0.0"), "{error}");
-    assert_eq!(code_of(install(&forbidden(), shared_cache(), compiler())), "policy-import");
+    assert_eq!(code_of(install(&forbidden(), shared_cache(), programs())), "policy-import");
 }
 
 #[test]
@@ -246,7 +246,7 @@ fn a_plugin_for_a_newer_contract_is_told_so() {
         bytes[at..at + new.len()].copy_from_slice(new);
     }
     fs::write(&plugin, bytes).unwrap();
-    let error = install(&plugin, shared_cache(), compiler()).unwrap_err();
+    let error = install(&plugin, shared_cache(), programs()).unwrap_err();
     assert_eq!(error.code(), "policy-contract");
     assert!(error.to_string().contains("@2.0.0"), "{error}");
 }
@@ -273,24 +273,25 @@ fn what_is_no_component_is_told_from_a_broken_compiler() {
     }
     let file = fs::File::create(&plugin).unwrap();
     file.set_len(33 << 20).unwrap();
-    assert_eq!(code_of(install(&plugin, shared_cache(), compiler())), "policy-size");
+    assert_eq!(code_of(install(&plugin, shared_cache(), programs())), "policy-size");
 }
 
 #[test]
 fn without_a_compiler_only_what_is_in_the_cache_loads() {
     let folder = tempfile::tempdir().unwrap();
     let (bundle, cache) = (root().join("policies/default.toml"), folder.path().join("cache"));
-    let open = |compiler| Engine::open(Config { bundle: &bundle, cache: &cache, compiler, key: None });
-    assert_eq!(code_of(open(Compiler::plain(Path::new("/nowhere")))), "policy-compiler");
-    assert!(open(compiler()).unwrap().plugins()[0].compile_time.is_some());
-    assert!(open(Compiler::plain(Path::new("/nowhere"))).unwrap().plugins()[0].compile_time.is_none());
+    let without = Programs::plain(Path::new("/nowhere"), engine_program());
+    let open = |programs| Engine::open(Config { bundle: &bundle, cache: &cache, programs, key: None });
+    assert_eq!(code_of(open(&without)), "policy-compiler");
+    assert!(open(programs()).unwrap().plugins()[0].compile_time.is_some());
+    assert!(open(&without).unwrap().plugins()[0].compile_time.is_none());
 }
 
 #[test]
 fn the_compiler_has_given_everything_up_before_it_reads() {
     use std::process::{Command, Stdio};
     // It waits for a component that doesn't come.
-    let mut child = Command::new(compiler().program)
+    let mut child = Command::new(compiler_program())
         .stdin(Stdio::piped())
         .stdout(Stdio::null())
         .env_clear()
@@ -341,7 +342,7 @@ fn compiled_code_that_was_changed_is_never_loaded() {
 
 #[test]
 fn install_tells_what_a_plugin_is() {
-    let inspection = install(&limits(), shared_cache(), compiler()).unwrap();
+    let inspection = install(&limits(), shared_cache(), programs()).unwrap();
     assert_eq!((inspection.name.as_str(), inspection.version.as_str()), ("limits", "1.0.0"));
     assert_eq!(inspection.digest, sha256(&fs::read(limits()).unwrap()));
     assert!(inspection.imports.iter().all(|import| import.starts_with("casemate:policy/")));

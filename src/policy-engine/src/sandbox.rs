@@ -8,11 +8,9 @@ use std::{
 
 use wasmtime::ResourceLimiter;
 
-use crate::{
-    contract::{self, log, types},
-    limits::{HOST_LIMITS, PluginLimits},
-    verdict::LogLine,
-};
+use casemate_policy::{HOST_LIMITS, LogLine, PluginLimits, one_line};
+
+use crate::contract::{self, log, types};
 
 /// The state of a store: it lives for one call.
 pub(crate) struct Sandbox {
@@ -84,7 +82,7 @@ impl log::Host for Sandbox {
     fn write(&mut self, level: log::Level, message: String) -> wasmtime::Result<()> {
         if self.log_bytes.saturating_add(message.len()) <= HOST_LIMITS.log_bytes {
             self.log_bytes += message.len();
-            let message = contract::one_line(&message);
+            let message = one_line(&message);
             self.log.push(LogLine { level: contract::log_level(level), message });
             return Ok(());
         }
@@ -119,9 +117,16 @@ struct Calls {
 }
 
 impl Shared {
+    /// Changes it. The thread sleeps where no call runs, and is woken when the first begins: it's no use to wake it at each.
     fn change(&self, change: impl FnOnce(&mut Calls)) {
-        change(&mut self.calls.lock().unwrap_or_else(PoisonError::into_inner));
-        self.changed.notify_one();
+        let mut calls = self.calls.lock().unwrap_or_else(PoisonError::into_inner);
+        let was_idle = calls.running == 0;
+        change(&mut calls);
+        let wakes = was_idle && (calls.running > 0 || calls.closed);
+        drop(calls);
+        if wakes {
+            self.changed.notify_one();
+        }
     }
 }
 
@@ -129,11 +134,17 @@ impl Ticker {
     /// A tick: the unit of a store's epoch deadline.
     const TICK: Duration = Duration::from_millis(1);
 
-    /// Starts the thread.
-    pub(crate) fn start(engine: wasmtime::Engine) -> std::io::Result<Self> {
+    /// Starts the thread; `enter` is what it does first.
+    pub(crate) fn start(
+        engine: wasmtime::Engine,
+        enter: impl FnOnce() + Send + 'static,
+    ) -> std::io::Result<Self> {
         let shared = Arc::new(Shared { calls: Mutex::default(), changed: Condvar::new() });
         let theirs = Arc::clone(&shared);
-        thread::Builder::new().name("policy-ticker".into()).spawn(move || tick(&theirs, &engine))?;
+        thread::Builder::new().name("policy-ticker".into()).spawn(move || {
+            enter();
+            tick(&theirs, &engine);
+        })?;
         Ok(Self { shared })
     }
 

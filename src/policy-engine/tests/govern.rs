@@ -142,21 +142,21 @@ fn a_governor_that_fails_is_told_and_then_not_asked_any_more() {
             governor("bad", settings, ALL),
             governor("good", "how = 'cpu-weight', to = 9", ALL)
         );
-        let engine = bundle(&both).suspending();
+        let engine = bundle(&both).suspending().unwrap();
         let mut memory = Memory::new();
         for _ in 0..5 {
             let tick = engine.tick(&samples(), &mut memory);
             assert_eq!(tick.failures[0].code, code, "{:?}", tick.failures);
             assert_eq!(done(&tick), ["db cpu-weight 9", "web cpu-weight 9"]);
         }
-        assert_eq!(engine.suspended(), ["bad"]);
+        assert_eq!(engine.suspended().unwrap(), ["bad"]);
         assert_eq!(engine.tick(&samples(), &mut memory).failures[0].code, "policy-suspended");
     }
 }
 
 #[test]
 fn a_suspended_plugin_that_admits_refuses() {
-    let engine = open(&how("trap", "")).unwrap().suspending();
+    let engine = open(&how("trap", "")).unwrap().suspending().unwrap();
     for _ in 0..5 {
         assert_eq!(engine.admit(&request(), None).unwrap_err().code(), "policy-trap");
     }
@@ -223,14 +223,14 @@ fn kinds_are_known_by_what_is_exported() {
         [("limits", Kind::Admission), ("tests/steward", Kind::Resources), ("tests/warden", Kind::Device)]
     {
         let path = root().join(format!("plugins/built/{plugin}.wasm"));
-        assert_eq!(install(&path, shared_cache(), compiler()).unwrap().kinds, [kind], "{plugin}");
+        assert_eq!(install(&path, shared_cache(), programs()).unwrap().kinds, [kind], "{plugin}");
     }
 }
 
 #[test]
 fn a_plugin_that_was_built_for_1_0_is_taken() {
-    let old = root().join("src/policy/tests/data/limits-for-1.0.wasm");
-    let seen = install(&old, shared_cache(), compiler()).unwrap();
+    let old = root().join("src/policy-engine/tests/data/limits-for-1.0.wasm");
+    let seen = install(&old, shared_cache(), programs()).unwrap();
     assert!(seen.exports.contains(&"casemate:policy/gate@1.0.0".to_owned()), "{:?}", seen.exports);
     let decision = admit(&entry("limits", &old, "max_memory = '4 GiB'")).unwrap();
     assert!(!decision.is_allowed());

@@ -221,7 +221,7 @@ fn recorded_questions_are_asked_again_and_differences_told() {
     let folder = tempfile::tempdir().unwrap();
     let bundle = folder.path().join("b.toml");
     std::fs::write(&bundle, with("limits", "limits.wasm", "", "")).unwrap();
-    let config = Config { bundle: &bundle, cache: shared_cache(), compiler: compiler(), key: None };
+    let config = Config { bundle: &bundle, cache: shared_cache(), programs: programs(), key: None };
     let file = deny_all();
     let swapped = Engine::open_with(config, Some(Substitute { name: Some("limits"), file: &file })).unwrap();
     assert_eq!(differences(&swapped).len(), 3);
@@ -246,7 +246,7 @@ fn each_shipped_plugin_answers_its_cases_and_each_of_its_reasons_was_seen() {
         "scripted/naming",
     ] {
         let file = root().join("plugins").join(plugin).join("cases.toml");
-        let (results, coverage) = run_cases(&file, shared_cache(), compiler()).unwrap();
+        let (results, coverage) = run_cases(&file, shared_cache(), programs()).unwrap();
         let failed: Vec<_> = results.iter().filter(|result| result.instead.is_some()).collect();
         assert!(failed.is_empty(), "{plugin}: {failed:?}");
         assert!(coverage.never.is_empty() && coverage.undeclared.is_empty(), "{plugin}: {coverage:?}");
@@ -261,7 +261,7 @@ fn cases_that_are_not_met_or_make_no_sense_are_told() {
     let run = |text: &str| {
         let (plugin, request) = (limits(), root().join("src/policy/examples/request.json"));
         std::fs::write(&file, format!("plugin = {plugin:?}\nrequest = {request:?}\n{text}")).unwrap();
-        run_cases(&file, shared_cache(), compiler())
+        run_cases(&file, shared_cache(), programs())
     };
     let (results, coverage) = run("[[case]]\nname = 'a'\nexpect = 'deny'\n").unwrap();
     assert_eq!(results[0].instead.as_deref(), Some("allowed"));
