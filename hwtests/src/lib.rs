@@ -63,6 +63,9 @@ pub mod devices {
     pub const SATA: &str = "0000:0a:00.0";
     /// Two functions of one card, each a teaching device; they can only be reset together.
     pub const CARD: [&str; 2] = ["0000:0b:00.0", "0000:0b:00.1"];
+    /// Another NVMe drive, whose one namespace is its own: 16 MiB that hold the pattern until a test has them erased. It has other IDs than
+    /// [`NVME`], and the host's driver leaves it alone.
+    pub const ERASED_NVME: &str = "0000:0c:00.0";
     /// The NVMe drive's second namespace belongs to no controller at first: 16 MiB that hold the pattern.
     pub const NVME_SECOND_NAMESPACE: u32 = 2;
 }

@@ -97,6 +97,7 @@ impl Lab {
         pattern_disk(&directory.join("nvme.img"), NVME_BYTES)?;
         pattern_disk(&directory.join("nvme-2.img"), NVME_PATTERN_BYTES as u64)?;
         pattern_disk(&directory.join("sata.img"), NVME_PATTERN_BYTES as u64)?;
+        pattern_disk(&directory.join("nvme-3.img"), NVME_PATTERN_BYTES as u64)?;
         let shared = directory.join("shared.img");
         fs::copy(self.layout.shared_disk(), &shared)
             .map_err(|error| LabError::io("copy", &self.layout.shared_disk(), error))?;
@@ -176,6 +177,9 @@ impl Lab {
         let (second, sata) = (path(directory.join("nvme-2.img"))?, path(directory.join("sata.img"))?);
         line.extend(["-drive".into(), format!("file={second},if=none,id=nvme1,format=raw")]);
         line.extend(words(&["-device nvme-ns,drive=nvme1,nsid=2,shared=on,detached=on"]));
+        let third = path(directory.join("nvme-3.img"))?;
+        line.extend(["-drive".into(), format!("file={third},if=none,id=nvme2,format=raw")]);
+        line.extend(words(&["-device nvme,serial=labscrub,drive=nvme2,bus=rp11,use-intel-id=on"]));
         line.extend(["-drive".into(), format!("file={sata},if=none,id=sata0,format=raw")]);
         line.extend(words(&["-device ide-hd,drive=sata0,bus=ahci.0,serial=labsata"]));
         line.extend(["-drive".into(), format!("file={shared},if=none,id=shared,format=raw")]);
@@ -212,6 +216,7 @@ const DEVICES: &[&str] = &[
     // One card with two functions.
     "-device pcie-root-port,id=rp10,chassis=10 -device edu,bus=rp10,addr=0.0,multifunction=on",
     "-device edu,bus=rp10,addr=0.1",
+    "-device pcie-root-port,id=rp11,chassis=11",
 ];
 
 /// A lab that was started. Dropped, it is killed and its disks are removed.
@@ -297,6 +302,7 @@ impl Drop for RunningLab {
         for name in [
             "nvme.img",
             "nvme-2.img",
+            "nvme-3.img",
             "sata.img",
             "shared.img",
             "share/command",

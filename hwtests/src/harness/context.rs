@@ -10,7 +10,7 @@ use std::{
 };
 
 use super::{Failure, Finished, GuestFile, GuestImage, PATIENCE, Running, protocol::PROGRAMS};
-use crate::{Layout, layout::workspace};
+use crate::{Layout, devices, layout::workspace};
 
 /// How long a host program other than a guest's run may take.
 const COMMAND_TIMEOUT: Duration = Duration::from_secs(60);
@@ -92,7 +92,10 @@ impl Ctx {
 
     /// Loads a driver of the lab's own kernel (`e1000e`, `igb`, `nvme`, `8139cp`...), which takes the devices it knows.
     pub fn load_driver(&self, name: &str) -> Result<(), Failure> {
-        self.shell(&format!("modprobe {name}")).map(drop)
+        // Of two drives one is enough for the host, and which of them is the first would differ from run to run.
+        let (spared, none) = (devices::ERASED_NVME, "no-driver");
+        self.shell(&format!("echo {none} >/sys/bus/pci/devices/{spared}/driver_override; modprobe {name}"))
+            .map(drop)
     }
 
     /// The driver that owns a PCI function now.

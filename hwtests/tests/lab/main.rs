@@ -26,6 +26,7 @@ mod passthrough;
 mod pools;
 mod processors;
 mod refusals;
+mod scrub;
 mod sockets;
 mod virtio;
 mod virtual_functions;
@@ -139,6 +140,9 @@ const TESTS: &[LabTest] = &[
     LabTest::new("run-killed-while-claiming-is-undone", endings::run_killed_while_claiming_is_undone),
     LabTest::new("signals-stop-in-order", endings::signals_stop_in_order),
     LabTest::new("signal-while-claiming-stops-in-order", endings::signal_while_claiming_stops_in_order),
+    LabTest::new("drive-is-erased-between-guests", scrub::drive_is_erased_between_guests)
+        .deadline_seconds(300),
+    LabTest::new("drive-not-erased-goes-to-nobody", scrub::drive_that_cannot_be_erased_goes_to_nobody),
     LabTest::new("missing-vmm-takes-nothing", endings::vmm_that_is_missing_takes_nothing),
     // The cell
     LabTest::new("cell-is-closed-around-a-guest", cell::is_closed_around_a_running_guest),

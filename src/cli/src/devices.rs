@@ -4,14 +4,18 @@ use std::process::ExitCode;
 
 use casemate_host::{
     DeviceState, Host, Ledger, Life, PciFunction, Pools, assignable, give_to_host, keep_for_guests,
+    scrub_device,
 };
 use casemate_keep::Paths;
-use casemate_spec::{PciAddress, Refusal};
+use casemate_spec::{PciAddress, Refusal, ScrubStep};
 use clap::{Args, Subcommand};
 use serde::Serialize;
 use serde_json::json;
 
-use crate::output::{self, Failure};
+use crate::{
+    output::{self, Failure},
+    run::scrubbed,
+};
 
 #[derive(Args)]
 pub(crate) struct Options {
@@ -36,6 +40,14 @@ enum Command {
     Release {
         /// Where it sits, as in 0000:03:00.0.
         address: PciAddress,
+    },
+    /// Erase what a free device stores: an NVMe drive's namespaces, all of them. Nothing brings that back.
+    Scrub {
+        /// Where it sits, as in 0000:03:00.0.
+        address: PciAddress,
+        /// Say that what it stores may go.
+        #[arg(long, required = true)]
+        erase: bool,
     },
     /// Keep a free device from all guests, until it is freed. The host's driver, if it has one, keeps it.
     Quarantine {
@@ -70,6 +82,7 @@ pub(crate) fn devices(paths: &Paths, options: &Options, json: bool) -> Result<Ex
     match &options.command {
         Some(Command::Claim { address }) => return claim(paths, &host, *address, json),
         Some(Command::Release { address }) => return release(paths, &host, *address, json),
+        Some(Command::Scrub { address, erase: _ }) => return scrub(paths, &host, *address, json),
         Some(Command::Quarantine { address, why }) => return quarantine(paths, &host, *address, why, json),
         Some(Command::Free { address }) => return free(paths, *address, json),
         None => {}
@@ -162,6 +175,29 @@ fn release(paths: &Paths, host: &Host, address: PciAddress, json: bool) -> Resul
         None => output::line(&format!("{address} is the host's again: no driver takes it")),
     }
     Ok(ExitCode::SUCCESS)
+}
+
+fn scrub(paths: &Paths, host: &Host, address: PciAddress, json: bool) -> Result<ExitCode, Failure> {
+    output::aside(&format!("what {address} stores is erased, which may take minutes"));
+    let returned = scrub_device(host, &Ledger::open(&paths.state)?, address, &[ScrubStep::NvmeFormat])?;
+    let mut is_clean = true;
+    for device in returned.iter().filter(|device| device.address == address) {
+        is_clean &= device.quarantined.is_none();
+        if json {
+            output::json(device);
+            continue;
+        }
+        let after = match (&device.quarantined, &device.error) {
+            (Some(why), _) => format!("QUARANTINED: {why}"),
+            (None, Some(error)) => error.clone(),
+            (None, None) => device
+                .returned_to
+                .as_ref()
+                .map_or_else(|| "no driver has it".to_owned(), |driver| format!("{driver} has it again")),
+        };
+        output::line(&format!("{address}: {}; {after}", scrubbed(device)));
+    }
+    Ok(if is_clean { ExitCode::SUCCESS } else { ExitCode::from(1) })
 }
 
 fn quarantine(

@@ -2,6 +2,7 @@
 
 use std::{io, path::PathBuf, process::ExitCode, time::Duration};
 
+use casemate_host::Returned;
 use casemate_keep::{ConsoleLog, DeviceReport, Event, Input, Paths, Report, RunOptions, Step};
 use casemate_spec::ByteSize;
 use clap::Args;
@@ -155,6 +156,10 @@ pub(crate) fn tell(step: &Step, json: bool) {
             output::aside(&format!("asked the guest to power off; it is stopped in {} s", grace.as_secs()));
         }
         Step::Ended { ending } => output::aside(&format!("the guest has ended: {ending}")),
+        Step::Scrubbing { devices } => {
+            let devices: Vec<_> = devices.iter().map(ToString::to_string).collect();
+            output::aside(&format!("what {} stores is erased, which may take minutes", devices.join(", ")));
+        }
         Step::Returned { devices } => devices.iter().for_each(|device| output::aside(&returned(device))),
     }
 }
@@ -168,7 +173,7 @@ fn returned(device: &DeviceReport) -> String {
         .map_or("given back to no driver".to_owned(), |to| format!("given back to {to}"));
     let mut line = match &seen.untouched {
         Some(why) => format!("{}: not reset, for {why}; {to}", seen.address),
-        None => format!("{}: {}; stored data was not scrubbed; {to}", seen.address, proof(device)),
+        None => format!("{}: {}; {}; {to}", seen.address, proof(device), scrubbed(seen)),
     };
     if let Some(why) = &seen.quarantined {
         line.push_str(&format!("; QUARANTINED: {why}"));
@@ -177,6 +182,15 @@ fn returned(device: &DeviceReport) -> String {
         line.push_str(&format!("; {error}"));
     }
     line
+}
+
+/// What was done about what it stores.
+pub(crate) fn scrubbed(seen: &Returned) -> String {
+    match &seen.scrubbed {
+        None => "stored data was not scrubbed".to_owned(),
+        Some(Ok(how)) => format!("scrubbed: {how}"),
+        Some(Err(_)) => "NOT SCRUBBED".to_owned(),
+    }
 }
 
 /// What was seen of a device after its guest.

@@ -68,7 +68,13 @@ fn list(host: &Host) -> Result<(), Box<dyn Error>> {
 fn request(addresses: &[&str]) -> Result<ClaimRequest, Box<dyn Error>> {
     let addresses =
         addresses.iter().map(|address| address.parse()).collect::<Result<Vec<PciAddress>, _>>()?;
-    Ok(ClaimRequest { owner: Owner::this_process("example")?, addresses, digests: Vec::new(), judged: false })
+    Ok(ClaimRequest {
+        owner: Owner::this_process("example")?,
+        addresses,
+        digests: Vec::new(),
+        scrub: Vec::new(),
+        judged: false,
+    })
 }
 
 fn cycle(host: &Host, ledger: &Ledger, addresses: &[&str]) -> Result<(), Box<dyn Error>> {

@@ -2,7 +2,7 @@
 
 use std::{io, os::fd::OwnedFd};
 
-use casemate_spec::{PciAddress, Refusal};
+use casemate_spec::{PciAddress, Refusal, ScrubStep};
 use sha2::{Digest, Sha256};
 
 use crate::{
@@ -28,6 +28,8 @@ pub struct ClaimRequest {
     pub addresses: Vec<PciAddress>,
     /// Those of which the option ROM is to be hashed, before the guest and after it.
     pub digests: Vec<PciAddress>,
+    /// Those that are scrubbed after it, and how.
+    pub scrub: Vec<(PciAddress, Vec<ScrubStep>)>,
     /// Whether somebody judges what comes back. When nobody can be asked any more, it goes into quarantine.
     pub judged: bool,
 }
@@ -87,8 +89,8 @@ pub struct ClaimedDevice {
 /// `device-unbind-timeout`, `device-bind-failed`, `device-reset-failed`, `device-firmware-unreadable`, `group-busy`, `group-not-viable`,
 /// `vfio-missing`, `vfio-failed`, `ledger-*`.
 pub fn claim(host: &Host, ledger: &Ledger, request: ClaimRequest) -> Result<Claim, Refusal> {
-    let ClaimRequest { owner, addresses, digests, judged } = request;
-    let mut records = write_down(host, ledger, &owner, &addresses, judged)?;
+    let mut records = write_down(host, ledger, &request)?;
+    let ClaimRequest { owner, digests, .. } = request;
     let taken = take(host, &records).and_then(|opened| {
         digest_firmware(ledger, &owner, &mut records, &opened, &digests)?;
         let notices = Notices::of(&records, &opened.fds)?;
@@ -130,11 +132,19 @@ impl Claim {
         &self.owner
     }
 
-    /// Resets and verifies each function, and gives it back to the driver it came from, or puts it in quarantine. The
+    /// Those that are scrubbed when they come back from the guest.
+    pub fn to_be_scrubbed(&self) -> Vec<PciAddress> {
+        let scrubbed = self.devices.iter().filter(|device| !device.record.scrub.is_empty());
+        scrubbed.map(|device| device.address).collect()
+    }
+
+    /// Resets, scrubs and verifies each function, and gives it back to the driver it came from, or puts it in quarantine. The
     /// guest's process must be gone, with its copies of the descriptors: a driver that is still used does not let go.
     ///
     /// `judge` hears of each function what was found, and can say why it goes into quarantine all the same; what was not found
     /// clean goes there whatever it says.
+    ///
+    /// What no guest has reached isn't scrubbed.
     ///
     /// Nothing here fails as a whole: what went wrong with a function stands in its [`Returned`].
     pub fn release(
@@ -143,9 +153,32 @@ impl Claim {
         ledger: &Ledger,
         judge: &mut dyn FnMut(&Returned) -> Option<String>,
     ) -> Vec<Returned> {
+        let lives = ledger.lives(self.devices.iter().map(|device| device.address));
+        let was_reached =
+            lives.map_or(true, |lives| lives.iter().any(|life| life.state != DeviceState::Claimed));
+        self.give_back(host, ledger, was_reached, judge)
+    }
+
+    /// The same with what no guest has reached, which is scrubbed all the same: somebody wants it so.
+    pub(crate) fn scrub(self, host: &Host, ledger: &Ledger) -> Vec<Returned> {
+        self.give_back(host, ledger, true, &mut |_| None)
+    }
+
+    fn give_back(
+        mut self,
+        host: &Host,
+        ledger: &Ledger,
+        scrubs: bool,
+        judge: &mut dyn FnMut(&Returned) -> Option<String>,
+    ) -> Vec<Returned> {
+        if !scrubs {
+            self.devices.iter_mut().for_each(|device| device.record.scrub.clear());
+        }
+        let scrubbed = self.to_be_scrubbed();
         let Self { container, groups, devices, notices, owner, .. } = self;
         let addresses: Vec<PciAddress> = devices.iter().map(|device| device.address).collect();
-        let taken_back = give_back::take_back(ledger, &owner, &addresses);
+        let taken_back = give_back::take_back(ledger, &owner, &addresses)
+            .and_then(|()| give_back::begin_scrub(ledger, &owner, &scrubbed));
         let (records, fds): (Vec<_>, Vec<_>) =
             devices.into_iter().map(|device| (device.record, device.fd)).unzip();
         // Devices are closed first; the container goes last, and its DMA maps with it.
@@ -155,7 +188,7 @@ impl Claim {
                 drop(opened);
                 (give_back::prove_after_request(host, records), None)
             } else {
-                (give_back::prove(host, records, &opened.1, &opened.0), Some(opened))
+                (give_back::prove(host, records, &opened.2, &opened.1, &opened.0), Some(opened))
             };
         for proof in &mut proofs {
             proof.heed(&notices);
@@ -171,13 +204,8 @@ impl Claim {
 }
 
 /// Judges the request and enters it in the ledger, in one change: of two commands for one device one is refused.
-fn write_down(
-    host: &Host,
-    ledger: &Ledger,
-    owner: &Owner,
-    addresses: &[PciAddress],
-    judged: bool,
-) -> Result<Vec<DeviceRecord>, Refusal> {
+fn write_down(host: &Host, ledger: &Ledger, request: &ClaimRequest) -> Result<Vec<DeviceRecord>, Refusal> {
+    let ClaimRequest { owner, addresses, scrub, judged, .. } = request;
     if addresses.is_empty() {
         return Err(Refusal::new(
             "claim-empty",
@@ -201,7 +229,9 @@ fn write_down(
         let find = |address: &PciAddress| functions.iter().find(|function| function.address == *address);
         let record = |address| {
             let function = find(address).ok_or_else(|| unreadable(*address, "it is gone"))?;
-            DeviceRecord::of(host, function).map(|record| DeviceRecord { judged, ..record })
+            let scrub = scrub.iter().find(|(of, _)| of == address).map(|(_, steps)| steps.clone());
+            let (scrub, judged) = (scrub.unwrap_or_default(), *judged);
+            DeviceRecord::of(host, function).map(|record| DeviceRecord { judged, scrub, ..record })
         };
         let devices: Vec<DeviceRecord> = addresses.iter().map(record).collect::<Result<_, _>>()?;
         book.entries.push(Entry {
@@ -233,6 +263,7 @@ impl DeviceRecord {
             state: DeviceState::Claimed,
             firmware: None,
             judged: false,
+            scrub: Vec::new(),
             config,
         })
     }
@@ -455,6 +486,7 @@ mod tests {
             owner: Owner::this_process("web").unwrap(),
             addresses: vec![at(address)],
             digests: vec![],
+            scrub: vec![],
             judged: false,
         }
     }

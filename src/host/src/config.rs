@@ -15,6 +15,8 @@ const EXTENDED_CAPABILITIES_MAX: usize = (CONFIG_BYTES_MAX - EXTENDED_START) / 8
 pub(crate) const COMMAND: u64 = 0x04;
 /// Bus master enable, in the command register.
 pub(crate) const COMMAND_BUS_MASTER: u16 = 1 << 2;
+/// Its BARs answer.
+pub(crate) const COMMAND_MEMORY: u16 = 1 << 1;
 const STATUS_CAPABILITIES: u8 = 1 << 4;
 
 const CAP_POWER: u8 = 0x01;

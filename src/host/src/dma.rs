@@ -26,6 +26,8 @@ const ROUTES_MOST: u32 = 4096;
 const PINS: u32 = 24;
 /// `CAP_SYS_RESOURCE` lets a process raise its own limits (capabilities(7)).
 const CAP_SYS_RESOURCE: u32 = 24;
+/// What IOMMUs map at least.
+const PAGE_BYTES: u64 = 4096;
 /// More reserved regions than any IOMMU has.
 const REGIONS_MAX: usize = 256;
 
@@ -202,6 +204,19 @@ pub struct IommuLimits {
 }
 
 impl IommuLimits {
+    /// An address for `bytes` of memory: `wanted`, or the beginning of the first range that has room, in whole pages.
+    pub(crate) fn room_for(&self, wanted: u64, bytes: u64) -> Option<u64> {
+        let fits = |start: u64| {
+            let last = start.checked_add(bytes)?.checked_sub(1)?;
+            let inside = |range: &RangeInclusive<u64>| range.contains(&start) && range.contains(&last);
+            (self.ranges.is_empty() || self.ranges.iter().any(inside)).then_some(start)
+        };
+        let begin = |range: &RangeInclusive<u64>| {
+            fits(range.start().max(&PAGE_BYTES).checked_next_multiple_of(PAGE_BYTES)?)
+        };
+        fits(wanted).or_else(|| self.ranges.iter().find_map(begin))
+    }
+
     /// Judges what only an open container tells: the IOMMU's address width, and how many mappings are left.
     ///
     /// # Errors
@@ -283,6 +298,18 @@ impl IommuLimits {
 #[cfg(test)]
 mod tests {
     use super::*;
+
+    #[test]
+    fn memory_for_a_device_lies_where_its_iommu_reaches() {
+        let room = |ranges: &[RangeInclusive<u64>]| {
+            IommuLimits { ranges: ranges.to_vec(), mappings: None }.room_for(0x10_0000, 0x5000)
+        };
+        assert_eq!(room(&[]), Some(0x10_0000), "the kernel doesn't say");
+        assert_eq!(room(&[0..=0xfedf_ffff, 0xfef0_0000..=u64::MAX]), Some(0x10_0000));
+        assert_eq!(room(&[0..=0x10_0fff, 0x20_0001..=0x30_0000]), Some(0x1000), "the first with room");
+        assert_eq!(room(&[0..=0x4fff, 0x20_0001..=0x30_0000]), Some(0x20_1000));
+        assert_eq!(room(&[0..=0x4fff, u64::MAX..=u64::MAX]), None);
+    }
     use crate::fixture::{Fixture, at};
     use proptest::prelude::*;
 

@@ -1,6 +1,6 @@
 //! Giving functions back: reset, verified, returned to the driver they came from, or put in quarantine.
 //!
-//! Stored data (a drive's blocks, firmware) is not scrubbed: a reset and config space say nothing about it.
+//! What a device stores is scrubbed where its pool says how: a reset and config space say nothing about it.
 
 use std::os::fd::OwnedFd;
 
@@ -16,7 +16,7 @@ use crate::{
     ledger::{DeviceRecord, Ledger, Owner, Quarantined},
     life::{DeviceState, Move},
     notices::{Notice, Notices},
-    reset,
+    reset, scrub,
     sys::vfio,
 };
 
@@ -35,6 +35,8 @@ pub struct Returned {
     pub config_as_first_seen: bool,
     /// Offsets at which it was not.
     pub config_differences: Vec<u16>,
+    /// What was done to scrub it, or why that failed; `None` when its pool doesn't say how.
+    pub scrubbed: Option<Result<String, String>>,
     /// Whether its option ROM is what it was before the guest; `None` when its pool doesn't ask for that.
     pub firmware_as_first_seen: Option<bool>,
     /// Why it needed no proof, and was not reset or looked at; then what stands above of both says nothing.
@@ -74,6 +76,7 @@ impl Proof {
             bus_master_off: false,
             config_as_first_seen: false,
             config_differences: Vec::new(),
+            scrubbed: None,
             firmware_as_first_seen: None,
             untouched: Some(why.to_owned()),
             returned_to: None,
@@ -89,6 +92,13 @@ impl Proof {
         proof.returned.returned_to = driver::current(host, proof.record.address);
         proof.returned.error = error;
         Self { next: Next::Leave, ..proof }
+    }
+
+    /// Of one that a guest had, and whose data nobody can scrub any more before the host has it.
+    pub(crate) fn unscrubbed(host: &Host, record: DeviceRecord, why: &str) -> Self {
+        let proof = Self::left_alone(host, record, why, None);
+        let next = Next::Quarantine(format!("{why}, before what its guest has stored was scrubbed"));
+        Self { next, ..proof }
     }
 
     /// Has somebody judge what was found, who can only be stricter.
@@ -128,23 +138,55 @@ pub(crate) fn take_back(ledger: &Ledger, owner: &Owner, addresses: &[PciAddress]
         .change(|book| addresses.iter().try_for_each(|address| book.advance(owner, *address, Move::TakeBack)))
 }
 
+/// Writes down that these are being scrubbed, after they were taken back.
+pub(crate) fn begin_scrub(ledger: &Ledger, owner: &Owner, addresses: &[PciAddress]) -> Result<(), Refusal> {
+    ledger.change(|book| addresses.iter().try_for_each(|address| book.advance(owner, *address, Move::Scrub)))
+}
+
+impl DeviceRecord {
+    /// Whether a guest may have stored something on it that is to be scrubbed.
+    pub(crate) fn is_unscrubbed(&self) -> bool {
+        let had = matches!(self.state, DeviceState::Attached | DeviceState::Dirty | DeviceState::Scrubbing);
+        had && !self.scrub.is_empty()
+    }
+}
+
 /// Adds to what went wrong.
 pub(crate) fn add_error(returned: &mut Returned, error: &Refusal) {
     let text = returned.error.take().map_or_else(|| error.to_string(), |first| format!("{first}; {error}"));
     returned.error = Some(text);
 }
 
-/// Silences, resets and looks at functions through VFIO. Their descriptors are still open, so nothing else can have them.
+/// Silences, resets, scrubs and looks at functions through VFIO. Their descriptors are still open, so nothing else can have them.
 pub(crate) fn prove(
     host: &Host,
     records: Vec<DeviceRecord>,
+    container: &OwnedFd,
     groups: &[ClaimedGroup],
     fds: &[OwnedFd],
 ) -> Vec<Proof> {
     fds.iter().for_each(vfio::disable_interrupts);
-    let resets = reset::all(&records, groups, fds);
-    let each = records.into_iter().zip(fds).zip(resets);
-    each.map(|((record, fd), reset)| look_at(host, record, fd, reset)).collect()
+    let mut resets = reset::all(&records, groups, fds);
+    let scrub = |((record, fd), reset): ((&DeviceRecord, &OwnedFd), &Result<(), String>)| {
+        let steps = Some(&record.scrub).filter(|steps| !steps.is_empty())?;
+        Some(match reset {
+            // One that was never a guest's has nothing to scrub.
+            Ok(()) => scrub::scrub(fd, container, steps),
+            Err(_) => Err("it could not be reset".to_owned()),
+        })
+    };
+    let scrubbed: Vec<_> = records.iter().zip(fds).zip(&resets).map(scrub).collect();
+    if scrubbed.iter().any(Option::is_some) {
+        // What the scrub left in registers goes too.
+        let again = reset::all(&records, groups, fds);
+        resets
+            .iter_mut()
+            .zip(again)
+            .filter(|(first, _)| first.is_ok())
+            .for_each(|(first, again)| *first = again);
+    }
+    let each = records.into_iter().zip(fds).zip(resets).zip(scrubbed);
+    each.map(|(((record, fd), reset), scrubbed)| look_at(host, record, fd, reset, scrubbed)).collect()
 }
 
 /// Takes functions again that the host wanted back while a guest had them, and proves them. Whoever unbinds one has its lock,
@@ -167,7 +209,7 @@ pub(crate) fn prove_after_request(host: &Host, records: Vec<DeviceRecord>) -> Ve
     }
     match open(host, &used) {
         Ok(Opened { container, groups, fds }) => {
-            proofs.extend(prove(host, used, &groups, &fds));
+            proofs.extend(prove(host, used, &container, &groups, &fds));
             drop((fds, groups, container));
         }
         Err(refusal) => proofs.extend(used.into_iter().map(|record| {
@@ -195,10 +237,17 @@ fn bind_again(host: &Host, record: &DeviceRecord) -> Result<(), String> {
     driver::bind_vfio(host, record.address).map_err(|refusal| is_there().err().unwrap_or(refusal.to_string()))
 }
 
-fn look_at(host: &Host, record: DeviceRecord, fd: &OwnedFd, reset: Result<(), String>) -> Proof {
+fn look_at(
+    host: &Host,
+    record: DeviceRecord,
+    fd: &OwnedFd,
+    reset: Result<(), String>,
+    scrubbed: Option<Result<String, String>>,
+) -> Proof {
     // The kernel restores the command register after the reset, with the guest's bus mastering in it.
     let cleared = vfio::clear_config_bits(fd, COMMAND, COMMAND_BUS_MASTER);
-    let mut returned = Returned { reset, untouched: None, ..Proof::not_needed(record.clone(), "").returned };
+    let mut returned =
+        Returned { reset, scrubbed, untouched: None, ..Proof::not_needed(record.clone(), "").returned };
     let unreadable = match read_config(host, record.address) {
         Ok(config) => {
             returned.bus_master_off = !config.bus_master();
@@ -218,6 +267,7 @@ fn look_at(host: &Host, record: DeviceRecord, fd: &OwnedFd, reset: Result<(), St
         Returned { reset: Err(error), reset_method, .. } => {
             Some(format!("its reset ({reset_method}) failed: {error}"))
         }
+        Returned { scrubbed: Some(Err(error)), .. } => Some(format!("it could not be scrubbed: {error}")),
         _ if unreadable.is_some() => {
             unreadable.map(|error| format!("its config space cannot be read: {error}"))
         }

@@ -1,9 +1,9 @@
 //! What an operator has done with a device that no guest has: taken from the host's driver, or given back to it.
 
-use casemate_spec::{PciAddress, Refusal};
+use casemate_spec::{PciAddress, Refusal, ScrubStep};
 
 use crate::{
-    DeviceState, Host, Ledger,
+    ClaimRequest, DeviceState, Host, Ledger, Owner, Returned, claim,
     driver::{self, VFIO},
     judge,
 };
@@ -38,6 +38,34 @@ pub fn keep_for_guests(
         }
     }
     Ok(all)
+}
+
+/// Erases what a free function stores, by these steps, and gives it back to where it was. Its group's mates are taken with it, and not
+/// scrubbed.
+///
+/// # Errors
+/// All of [`claim`](crate::claim). What became of the functions stands in the answer.
+pub fn scrub(
+    host: &Host,
+    ledger: &Ledger,
+    address: PciAddress,
+    steps: &[ScrubStep],
+) -> Result<Vec<Returned>, Refusal> {
+    let functions = host.functions()?;
+    let function = functions.iter().find(|function| function.address == address);
+    let mates = function.map(|function| function.group_mates.as_slice()).unwrap_or_default();
+    let is_no_bridge =
+        |mate: &&PciAddress| functions.iter().any(|other| other.address == **mate && !other.is_bridge);
+    let addresses = std::iter::once(address).chain(mates.iter().filter(is_no_bridge).copied()).collect();
+    let request = ClaimRequest {
+        // No guest's: theirs begin with a letter.
+        owner: Owner::this_process(&format!("-scrub-{address}"))?,
+        addresses,
+        digests: Vec::new(),
+        scrub: vec![(address, steps.to_vec())],
+        judged: false,
+    };
+    Ok(claim(host, ledger, request)?.scrub(host, ledger))
 }
 
 /// Gives a free function that VFIO's driver has to whichever driver of the host's takes it. Tells which that is; none when none

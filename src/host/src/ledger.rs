@@ -13,7 +13,7 @@ use std::{
     time::{Duration, Instant},
 };
 
-use casemate_spec::{PciAddress, Refusal};
+use casemate_spec::{PciAddress, Refusal, ScrubStep};
 use rustix::fs::{FlockOperation, flock};
 use serde::{Deserialize, Serialize};
 
@@ -130,6 +130,9 @@ pub(crate) struct DeviceRecord {
     /// Somebody judges it when it comes back.
     #[serde(default)]
     pub(crate) judged: bool,
+    /// How it's scrubbed when a guest has had it.
+    #[serde(default, skip_serializing_if = "Vec::is_empty")]
+    pub(crate) scrub: Vec<ScrubStep>,
     /// Config space as first seen; a host driver may have had bus mastering and messages on.
     pub(crate) config: ConfigSnapshot,
 }
@@ -412,6 +415,7 @@ pub(crate) mod tests {
             state: DeviceState::Attached,
             firmware: None,
             judged: false,
+            scrub: Vec::new(),
             config,
         }
     }

@@ -9,14 +9,16 @@
 //! - **In doubt the answer is no.** A function that is in use, that backs the root filesystem, that is the host's last
 //!   network card, that cannot be reset, or whose state cannot be read is refused, with a [`Refusal`] that says what to do.
 //! - **A device proves itself clean.** The reset's result is read, bus mastering is seen to be off, config space is
-//!   compared with what was first seen. What fails is quarantined and goes to nobody. Stored data is not scrubbed here.
+//!   compared with what was first seen, and what it stores is erased where its pool says how. What fails is quarantined and
+//!   goes to nobody.
 //! - **Every wait ends.** Reads are bounded in size. A write to sysfs runs in a child process that can be abandoned, for
 //!   a driver that never lets go sleeps in the kernel, beyond the reach of any signal. The one wait the kernel bounds
 //!   instead is its own wait for a device after a reset (60 s).
 //! - **Fixtures serve the tests.** What is read comes from `{root}/sys` and `{root}/proc`, so that a directory tree can
 //!   stand in for a machine, without root's rights.
 //!
-//! It knows nothing of policies, of tenants only whose guest had a device last, and maps no DMA: that binds to a process's memory, and is the VMM's.
+//! It knows nothing of policies, of tenants only whose guest had a device last, and maps no guest's memory for DMA: that binds to a process, and is the
+//! VMM's. A device that is scrubbed reaches 20 KiB of this one's.
 //!
 //! [`Refusal`]: casemate_spec::Refusal
 
@@ -49,6 +51,7 @@ mod pools;
 mod process;
 mod recover;
 mod reset;
+mod scrub;
 mod sriov;
 mod sys;
 mod tap;
@@ -64,7 +67,7 @@ pub use dma::{DmaNeeds, IommuLimits, judge_dma};
 pub use doctor::{Check, CheckState, doctor};
 pub use function::{Bar, BarKind, PciFunction};
 pub use give_back::Returned;
-pub use hand_over::{give_to_host, keep_for_guests};
+pub use hand_over::{give_to_host, keep_for_guests, scrub as scrub_device};
 pub use host::{Deadlines, Host};
 pub use image::{Image, open_image, open_initrd, open_kernel, open_qcow2};
 pub use judge::assignable;

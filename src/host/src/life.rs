@@ -20,6 +20,8 @@ pub enum DeviceState {
     Attached,
     /// A guest had it, and nothing has been done about it yet.
     Dirty,
+    /// What its guest has stored on it is being erased.
+    Scrubbing,
     /// It was reset and proved itself clean; it is on its way back to the host.
     Verified,
     /// It failed to prove itself clean, or an operator wants it so. Nobody gets it.
@@ -33,6 +35,7 @@ impl fmt::Display for DeviceState {
             Self::Claimed => "claimed",
             Self::Attached => "attached",
             Self::Dirty => "dirty",
+            Self::Scrubbing => "scrubbing",
             Self::Verified => "verified",
             Self::Quarantined => "quarantined",
         })
@@ -50,6 +53,8 @@ pub enum Move {
     Attach,
     /// The guest has ended, or never began.
     TakeBack,
+    /// What it stores is erased now.
+    Scrub,
     /// It was reset and found as first seen.
     Prove,
     /// It was not.
@@ -74,6 +79,11 @@ pub static MOVES: &[(DeviceState, Move, DeviceState)] = &[
     (DeviceState::Dirty, Move::TakeBack, DeviceState::Dirty),
     // Proven, but the driver did not let go of it: it is looked at again.
     (DeviceState::Verified, Move::TakeBack, DeviceState::Dirty),
+    // Who scrubbed it has died: it is scrubbed again. No restart makes it free.
+    (DeviceState::Scrubbing, Move::TakeBack, DeviceState::Dirty),
+    (DeviceState::Dirty, Move::Scrub, DeviceState::Scrubbing),
+    (DeviceState::Scrubbing, Move::Prove, DeviceState::Verified),
+    (DeviceState::Scrubbing, Move::Condemn, DeviceState::Quarantined),
     (DeviceState::Dirty, Move::Prove, DeviceState::Verified),
     (DeviceState::Dirty, Move::Condemn, DeviceState::Quarantined),
     (DeviceState::Verified, Move::GiveBack, DeviceState::Free),
@@ -200,11 +210,12 @@ mod tests {
     };
     use proptest::prelude::*;
 
-    const ALL: [Move; 10] = [
+    const ALL: [Move; 11] = [
         Move::Claim,
         Move::Undo,
         Move::Attach,
         Move::TakeBack,
+        Move::Scrub,
         Move::Prove,
         Move::Condemn,
         Move::GiveBack,

@@ -2,7 +2,7 @@
 
 use std::collections::BTreeSet;
 
-use casemate_spec::{Firmware, NumaPolicy, PciAddress, Pool, Pooled, Refusal, VirtualFunctions};
+use casemate_spec::{Firmware, NumaPolicy, PciAddress, Pool, Pooled, Refusal, ScrubStep, VirtualFunctions};
 
 use crate::{
     Ledger, PciFunction,
@@ -158,6 +158,15 @@ impl<'a> Pools<'a> {
     /// Those of which the option ROM is compared before and after each guest.
     pub fn digested(&self, addresses: &[PciAddress]) -> Vec<PciAddress> {
         self.with_firmware(addresses, Firmware::Digest)
+    }
+
+    /// Those that are scrubbed after each guest, and how.
+    pub fn scrubbed(&self, addresses: &[PciAddress]) -> Vec<(PciAddress, Vec<ScrubStep>)> {
+        let of = |address: &PciAddress| {
+            let pool = self.find(*address).and_then(|function| self.pool_of(function))?;
+            (!pool.scrub.is_empty()).then(|| (*address, pool.scrub.clone()))
+        };
+        addresses.iter().filter_map(of).collect()
     }
 
     fn with_firmware(&self, addresses: &[PciAddress], firmware: Firmware) -> Vec<PciAddress> {

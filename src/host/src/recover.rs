@@ -84,10 +84,17 @@ fn undo(host: &Host, ledger: &Ledger, owner: Owner, entry: Entry) -> Recovered {
     let now = entry.owner.clone();
     if !recovered.owner.keep.is_of_this_boot(host) {
         // The restart undid the claim: drivers are where the boot put them.
-        let proofs = entry
-            .devices
-            .into_iter()
-            .map(|record| Proof::left_alone(host, record, "the host was restarted since", None));
+        let unscrubbed: Vec<_> = entry.devices.iter().filter(|record| record.is_unscrubbed()).collect();
+        let addresses: Vec<_> = unscrubbed.iter().map(|record| record.address).collect();
+        if let Err(refusal) = give_back::take_back(ledger, &now, &addresses) {
+            recovered.error = Some(refusal.to_string());
+            return recovered;
+        }
+        let why = "the host was restarted since";
+        let proofs = entry.devices.into_iter().map(|record| match record.is_unscrubbed() {
+            true => Proof::unscrubbed(host, record, why),
+            false => Proof::left_alone(host, record, why, None),
+        });
         recovered.devices = give_back::settle(host, ledger, &now, proofs.collect());
         return recovered;
     }
@@ -135,12 +142,17 @@ fn prove_all(
     }
     let addresses: Vec<_> = used.iter().map(|record| record.address).collect();
     give_back::take_back(ledger, owner, &addresses)?;
+    // What no guest has reached isn't scrubbed.
+    used.iter_mut().filter(|record| !record.is_unscrubbed()).for_each(|record| record.scrub.clear());
+    let scrubbed: Vec<_> =
+        used.iter().filter(|record| !record.scrub.is_empty()).map(|record| record.address).collect();
+    give_back::begin_scrub(ledger, owner, &scrubbed)?;
     driver::load_vfio(host)?;
     for record in &used {
         driver::bind_vfio(host, record.address)?;
     }
     let Opened { container, groups, fds } = open(host, &used)?;
-    proofs.extend(give_back::prove(host, used, &groups, &fds).into_iter().map(Proof::unjudged));
+    proofs.extend(give_back::prove(host, used, &container, &groups, &fds).into_iter().map(Proof::unjudged));
     drop((fds, groups, container));
     Ok(proofs)
 }
@@ -156,6 +168,7 @@ fn is_at_home(host: &Host, record: &DeviceRecord) -> bool {
 mod tests {
     use super::*;
     use crate::{
+        DeviceState,
         fixture::Fixture,
         ledger::tests::{entry, record},
         process::Process,
@@ -217,6 +230,34 @@ mod tests {
         assert_eq!(recovered[0].devices[0].returned_to.as_deref(), Some("e1000e"));
         assert_eq!(machine.read("sys/bus/pci/devices/0000:01:00.0/driver_override"), "mine\n");
         assert_eq!(ledger.read().unwrap().entries, []);
+    }
+
+    #[test]
+    fn after_a_restart_what_was_not_scrubbed_goes_to_nobody() {
+        for (state, is_kept) in [
+            (DeviceState::Claimed, false),
+            (DeviceState::Attached, true),
+            (DeviceState::Dirty, true),
+            (DeviceState::Scrubbing, true),
+            (DeviceState::Verified, false),
+        ] {
+            let (machine, ledger) = after_a_crash(|entry| {
+                entry.owner.keep.boot_id = "another".into();
+                entry.devices[0].state = state;
+                entry.devices[0].scrub = vec![casemate_spec::ScrubStep::NvmeFormat];
+            });
+            with_processes(&machine);
+            machine.bind(E1000E, "e1000e");
+            let recovered = recover(&machine.host(), &ledger).unwrap();
+            let why = recovered[0].devices[0].quarantined.as_deref();
+            assert_eq!(
+                why.is_some_and(|why| why.contains("was scrubbed")),
+                is_kept,
+                "{state}: {recovered:?}"
+            );
+            let book = ledger.read().unwrap();
+            assert_eq!((book.entries.len(), book.quarantined.len()), (0, usize::from(is_kept)), "{state}");
+        }
     }
 
     #[test]

@@ -70,13 +70,18 @@ fn checks(returned: &Returned) -> Vec<Check> {
         [] => String::new(),
         offsets => format!("differs at {offsets:#x?}").replace('\n', ""),
     };
+    let (scrub, scrubbed) = match returned.scrubbed.clone() {
+        None => (CheckOutcome::NotDone, String::new()),
+        Some(Ok(how)) => (CheckOutcome::Passed, how),
+        Some(Err(why)) => (CheckOutcome::Failed, why),
+    };
     let firmware = returned.firmware_as_first_seen.map_or(CheckOutcome::NotDone, of);
     vec![
         check("reset", reset, how),
         check("bus-master", of(returned.bus_master_off), String::new()),
         check("config", of(returned.config_as_first_seen), differences),
         check("firmware", firmware, String::new()),
-        check("scrub", CheckOutcome::NotDone, String::new()),
+        check("scrub", scrub, scrubbed),
     ]
 }
 
@@ -93,6 +98,7 @@ mod tests {
             bus_master_off: true,
             config_as_first_seen: false,
             config_differences: vec![0x10, 0x44],
+            scrubbed: None,
             firmware_as_first_seen: Some(true),
             untouched: None,
             returned_to: None,
@@ -112,6 +118,8 @@ mod tests {
                 "scrub NotDone "
             ]
         );
+        returned.scrubbed = Some(Ok("1 namespace formatted".into()));
+        assert_eq!(told(&returned)[4], "scrub Passed 1 namespace formatted");
         (returned.reset, returned.firmware_as_first_seen) = (Err("EIO".into()), None);
         let told = told(&returned);
         assert_eq!((told[0].as_str(), told[3].as_str()), ("reset Failed EIO", "firmware NotDone "));

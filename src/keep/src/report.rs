@@ -88,6 +88,11 @@ pub enum Step {
         /// How.
         ending: Ending,
     },
+    /// What the guest has stored on these is erased first, which may take minutes.
+    Scrubbing {
+        /// Those.
+        devices: Vec<PciAddress>,
+    },
     /// They were.
     Returned {
         /// Each of them.

@@ -17,8 +17,8 @@ use casemate_host::{
 };
 use casemate_policy::Kind;
 use casemate_spec::{
-    Backing, CellPart, CellRules, DiskFormat, LIMITS, Located, PciAddress, Refusal, ResourceBounds, Vsock,
-    parse_guest,
+    Backing, CellPart, CellRules, DiskFormat, LIMITS, Located, PciAddress, Refusal, ResourceBounds,
+    ScrubStep, Vsock, parse_guest,
 };
 use signal_hook::consts::SIGUSR1;
 
@@ -122,6 +122,7 @@ pub fn run(
     choose_devices(&mut located, &pools, &ledger)?;
     let addresses = judge_devices(&located, &host, &functions, &ledger)?;
     let (unchecked, digests) = (pools.unchecked(&addresses), pools.digested(&addresses));
+    let scrub = pools.scrubbed(&addresses);
 
     let weakened = cell::weakened(paths, &located.guest, &images, &host_file.cell)?;
 
@@ -156,7 +157,7 @@ pub fn run(
     let given: Vec<_> = given
         .map(|function| (function.clone(), pools.pool_of(function).map(|pool| pool.name.to_string())))
         .collect();
-    let wanted = Wanted { addresses, unchecked, digests, judged };
+    let wanted = Wanted { addresses, unchecked, digests, scrub, judged };
     let claim = take_devices(&located, &host, &ledger, wanted, tell)?;
     drop(choosing);
     if let Some(Err(refusal)) = claim.as_ref().map(|claim| set_networks(&located, &host, &pools, claim)) {
@@ -191,6 +192,10 @@ pub fn run(
         functions: given,
         events: Events::below(&paths.state),
     };
+    let scrubbed = claim.as_ref().map(Claim::to_be_scrubbed).filter(|devices| !devices.is_empty());
+    if let Some(devices) = scrubbed {
+        tell(Step::Scrubbing { devices });
+    }
     let devices: Vec<DeviceReport> = claim
         .map(|claim| claim.release(&host, &ledger, &mut |returned| releasing.judge(returned)))
         .map(|returned| returned.into_iter().map(DeviceReport::from).collect())
@@ -532,6 +537,8 @@ struct Wanted {
     unchecked: Vec<PciAddress>,
     /// Those whose option ROM is compared before and after.
     digests: Vec<PciAddress>,
+    /// Those that are scrubbed when they come back, and how.
+    scrub: Vec<(PciAddress, Vec<ScrubStep>)>,
     /// Whether policies judge what comes back.
     judged: bool,
 }
@@ -543,15 +550,15 @@ fn take_devices(
     wanted: Wanted,
     tell: &mut dyn FnMut(Step),
 ) -> Result<Option<Claim>, Refusal> {
-    let Wanted { addresses, unchecked, digests, judged } = wanted;
+    let Wanted { addresses, unchecked, digests, scrub, judged } = wanted;
     if addresses.is_empty() {
         return Ok(None);
     }
     tell(Step::Claiming { devices: addresses.clone() });
     let first = addresses.first().copied();
     let owner = Owner::this_process(located.guest.name.as_str())?;
-    let claim = claim(host, ledger, ClaimRequest { owner: owner.clone(), addresses, digests, judged })
-        .map_err(|refusal| at_device(located, refusal))?;
+    let request = ClaimRequest { owner: owner.clone(), addresses, digests, scrub, judged };
+    let claim = claim(host, ledger, request).map_err(|refusal| at_device(located, refusal))?;
     let needs = cell::dma_needs(&located.guest);
     let fits = first
         .map_or(Ok(()), |first| claim.limits.judge(first, &needs))

@@ -226,7 +226,7 @@ impl<S: VectorSink> VectorSink for Noting<'_, S> {
 }
 
 /// Brings a device to rest, before a guest gets it and after one had it: MSI and MSI-X off, bus master off, reset, and bus
-/// master found off afterwards. Stored data is not scrubbed.
+/// master found off afterwards. What it stores is not looked at here.
 ///
 /// # Errors
 /// The first step that failed. The device must go to nobody then.

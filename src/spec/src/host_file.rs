@@ -2,7 +2,7 @@
 
 use std::{collections::BTreeMap, path::Path};
 
-use serde::Deserialize;
+use serde::{Deserialize, Serialize};
 use toml::Spanned;
 
 use crate::{
@@ -64,6 +64,8 @@ pub struct Pool {
     pub numa: NumaPolicy,
     /// What is known of the firmware after a guest had the device.
     pub firmware: Firmware,
+    /// What is done to what a device stores before anybody else gets it, in this order.
+    pub scrub: Vec<ScrubStep>,
     /// The pool's devices are virtual functions, which Casemate makes of the physical functions that the pool describes.
     pub virtual_functions: Option<VirtualFunctions>,
 }
@@ -136,6 +138,20 @@ pub enum Firmware {
     Unchecked,
 }
 
+/// A way to erase what a device stores.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(rename_all = "kebab-case")]
+pub enum ScrubStep {
+    /// Of an NVMe drive: every namespace is formatted with its data erased, and marks that were written before are looked for.
+    NvmeFormat,
+}
+
+impl ScrubStep {
+    fn named(name: &str) -> Option<Self> {
+        (name == "nvme-format").then_some(Self::NvmeFormat)
+    }
+}
+
 #[derive(Deserialize)]
 #[serde(deny_unknown_fields)]
 struct RawHost {
@@ -163,6 +179,8 @@ struct RawPool {
     trusted: bool,
     numa: Option<Spanned<String>>,
     firmware: Option<Spanned<String>>,
+    #[serde(default)]
+    scrub: Vec<Spanned<String>>,
     vfs: Option<Spanned<u16>>,
     vf_vlan: Option<Spanned<u16>>,
     vf_rate_mbps: Option<Spanned<u32>>,
@@ -243,6 +261,7 @@ impl Reader<'_> {
             firmware: self
                 .value(raw.firmware, firmware, "\"locked\", \"digest\" or \"unchecked\"")?
                 .unwrap_or_default(),
+            scrub: self.list(raw.scrub, ScrubStep::named, "\"nvme-format\"")?,
             virtual_functions,
             name,
             location,
@@ -367,6 +386,7 @@ id = "1b36:0010"
 addresses = ["0000:03:00.0", "0000:04:00.0"]
 numa = "required"
 firmware = "locked"
+scrub = ["nvme-format"]
 
 [[pool]]
 name = "nics"
@@ -390,34 +410,36 @@ vf_namespaces = [2, 3]
             (nvme.addresses.len(), nvme.numa, nvme.firmware),
             (2, NumaPolicy::Required, Firmware::Locked)
         );
+        assert_eq!((nvme.scrub.as_slice(), nics.scrub.as_slice()), (&[ScrubStep::NvmeFormat][..], &[][..]));
         assert!(nvme.class.unwrap().holds(0x01_0802) && !nvme.class.unwrap().holds(0x01_0700));
         assert_eq!((nics.vendor, nics.trusted, nics.firmware), (Some(0x8086), true, Firmware::Unchecked));
         let virtual_functions =
             VirtualFunctions { count: 4, vlan: 100, rate_mbps: 0, namespaces: vec![2, 3] };
         assert_eq!((&nvme.virtual_functions, &nics.virtual_functions), (&None, &Some(virtual_functions)));
-        assert_eq!((nics.location.line, nics.location.key.as_str()), (10, "pool[1].name"));
+        assert_eq!((nics.location.line, nics.location.key.as_str()), (11, "pool[1].name"));
         assert_eq!(parse_host(Path::new("host.toml"), "").unwrap(), HostFile::default());
     }
 
     #[test]
     fn refuses_by_code_and_place() {
         for (from, to, start) in [
-            ("name = \"nics\"", "name = \"fast-nvme\"", "[pool-twice] host.toml:10: pool[1].name"),
-            ("name = \"nics\"", "name = \"NICs\"", "[bad-name] host.toml:10: pool[1].name"),
+            ("name = \"nics\"", "name = \"fast-nvme\"", "[pool-twice] host.toml:11: pool[1].name"),
+            ("name = \"nics\"", "name = \"NICs\"", "[bad-name] host.toml:11: pool[1].name"),
             ("\"0108\"", "\"108\"", "[bad-pool] host.toml:3: pool[0].class"),
             ("\"0108\"", "\"+108\"", "[bad-pool] host.toml:3: pool[0].class"),
             ("1b36:0010", "1b36", "[bad-pool] host.toml:4: pool[0].id"),
             ("0000:04:00.0", "nvme", "[bad-pool] host.toml:5: pool[0].addresses"),
             ("\"required\"", "\"near\"", "[bad-pool] host.toml:6: pool[0].numa"),
+            ("\"nvme-format\"", "\"shred\"", "[bad-pool] host.toml:8: pool[0].scrub"),
             ("\"locked\"", "\"hash\"", "[bad-pool] host.toml:7: pool[0].firmware"),
-            ("vendor = \"8086\"", "", "[bad-pool] host.toml:10: pool[1].name"),
-            ("vfs = 4", "vfs = 0", "[bad-pool] host.toml:13: pool[1].vfs"),
-            ("vfs = 4", "", "[bad-pool] host.toml:14: pool[1].vf_vlan"),
-            ("= 100", "= 4095", "[bad-pool] host.toml:14: pool[1].vf_vlan"),
-            ("[2, 3]", "[2, 2]", "[bad-pool] host.toml:15: pool[1].vf_namespaces"),
-            ("[2, 3]", "[1, 2, 3, 4, 5]", "[bad-pool] host.toml:15: pool[1].vf_namespaces"),
-            ("trusted = true", "trusted = 1", "[bad-toml] host.toml:12: pool[1].trusted"),
-            ("trusted = true", "price = 1", "[unknown-key] host.toml:12: pool[1].price"),
+            ("vendor = \"8086\"", "", "[bad-pool] host.toml:11: pool[1].name"),
+            ("vfs = 4", "vfs = 0", "[bad-pool] host.toml:14: pool[1].vfs"),
+            ("vfs = 4", "", "[bad-pool] host.toml:15: pool[1].vf_vlan"),
+            ("= 100", "= 4095", "[bad-pool] host.toml:15: pool[1].vf_vlan"),
+            ("[2, 3]", "[2, 2]", "[bad-pool] host.toml:16: pool[1].vf_namespaces"),
+            ("[2, 3]", "[1, 2, 3, 4, 5]", "[bad-pool] host.toml:16: pool[1].vf_namespaces"),
+            ("trusted = true", "trusted = 1", "[bad-toml] host.toml:13: pool[1].trusted"),
+            ("trusted = true", "price = 1", "[unknown-key] host.toml:13: pool[1].price"),
         ] {
             let text = refused(from, to);
             assert!(text.starts_with(start), "{text}");

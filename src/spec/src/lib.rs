@@ -29,7 +29,9 @@ pub use cpu::{Cpu, CpuList, CpuListError, CpuModel};
 pub use device::{DevicePin, PciId, PciIdError};
 pub use disk::{Backing, DISK_QUEUES_MAX, Disk, DiskFormat};
 pub use guest::{Assigned, Boot, Guest, LIMITS, Limits, Located, Name, Pooled, parse_guest};
-pub use host_file::{ClassPrefix, Firmware, HostFile, NumaPolicy, Pool, VirtualFunctions, parse_host};
+pub use host_file::{
+    ClassPrefix, Firmware, HostFile, NumaPolicy, Pool, ScrubStep, VirtualFunctions, parse_host,
+};
 pub use hotplug::Hotplug;
 pub use limit::{IoLimits, Rate};
 pub use net::Net;

@@ -1,6 +1,7 @@
 //! The calls into the kernel that need `unsafe`, each behind a safe function that reads its result.
 
 pub(crate) mod child;
+pub(crate) mod dma;
 pub(crate) mod nvme;
 pub(crate) mod probe;
 pub(crate) mod tun;

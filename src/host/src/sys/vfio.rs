@@ -222,15 +222,61 @@ fn tell(device: impl AsFd, event: impl AsFd, index: u32) -> io::Result<()> {
     unsafe { ioctl_in(device, VFIO_DEVICE_SET_IRQS(), &set).map(drop) }
 }
 
+/// A device's BAR, read and written 32 bits at once.
+pub(crate) struct Registers<'a> {
+    device: &'a OwnedFd,
+    region: vfio_region_info,
+}
+
+impl<'a> Registers<'a> {
+    /// Those of the BAR of this number.
+    pub(crate) fn of(device: &'a OwnedFd, bar: u32) -> io::Result<Self> {
+        Ok(Self { device, region: region(device, bar)? })
+    }
+
+    /// The register at an offset.
+    pub(crate) fn read(&self, register: u64) -> io::Result<u32> {
+        let mut value = [0; 4];
+        match pread(self.device, &mut value, self.place(register)?)? {
+            4 => Ok(u32::from_le_bytes(value)),
+            _ => Err(io::ErrorKind::UnexpectedEof.into()),
+        }
+    }
+
+    /// Sets it.
+    pub(crate) fn write(&self, register: u64, value: u32) -> io::Result<()> {
+        match pwrite(self.device, &value.to_le_bytes(), self.place(register)?)? {
+            4 => Ok(()),
+            _ => Err(io::ErrorKind::WriteZero.into()),
+        }
+    }
+
+    fn place(&self, register: u64) -> io::Result<u64> {
+        let end = register.checked_add(4).filter(|end| *end <= self.region.size);
+        end.and_then(|_| self.region.offset.checked_add(register)).ok_or_else(|| {
+            io::Error::new(io::ErrorKind::InvalidInput, format!("the BAR has {} bytes", self.region.size))
+        })
+    }
+}
+
 /// Clears `bits` of the 16-bit config register at `register`, through VFIO.
 pub(crate) fn clear_config_bits(device: impl AsFd, register: u64, bits: u16) -> io::Result<()> {
+    change_config(device, register, |value| value & !bits)
+}
+
+/// Sets `bits` of the 16-bit config register at `register`, through VFIO.
+pub(crate) fn set_config_bits(device: impl AsFd, register: u64, bits: u16) -> io::Result<()> {
+    change_config(device, register, |value| value | bits)
+}
+
+fn change_config(device: impl AsFd, register: u64, change: impl Fn(u16) -> u16) -> io::Result<()> {
     let region = region(&device, VFIO_PCI_CONFIG_REGION_INDEX)?;
     let offset = region.offset.checked_add(register).ok_or(io::ErrorKind::InvalidData)?;
     let mut value = [0u8; 2];
     if pread(&device, &mut value, offset)? != value.len() {
         return Err(io::ErrorKind::UnexpectedEof.into());
     }
-    let value = (u16::from_le_bytes(value) & !bits).to_le_bytes();
+    let value = change(u16::from_le_bytes(value)).to_le_bytes();
     if pwrite(&device, &value, offset)? != value.len() {
         return Err(io::ErrorKind::WriteZero.into());
     }
