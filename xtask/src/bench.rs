@@ -21,7 +21,7 @@ struct Row {
     peer: String,
     peer_version: String,
     theirs: f64,
-    ratio: f64,
+    ratio: Option<f64>,
     runs: u64,
 }
 
@@ -36,6 +36,9 @@ pub(crate) fn run(name: Option<&str>, json: bool) -> Result<ExitCode, LabError> 
     let logs = Layout::of_workspace().logs();
     forget_logs(&logs);
     let mut bench = cargo(&["test", "--release", "--package", "casemate-hwtests", "--test", "bench", "--"]);
+    // `jail` for `bench-jail`.
+    let name =
+        name.map(|name| if name.starts_with("bench-") { name.to_owned() } else { format!("bench-{name}") });
     bench.args(name).env("CASEMATE_PROGRAMS", programs());
     let ok = bench.status().is_ok_and(|status| status.success());
     let lines = rows(&logs);
@@ -70,9 +73,9 @@ fn table(lines: &[String]) {
     println!("| what | unit | Casemate | the other | which | ratio | runs |\n|---|---|---|---|---|---|---|");
     for row in lines.iter().filter_map(|line| serde_json::from_str::<Row>(line).ok()) {
         let Row { name, unit, ours, peer, peer_version, theirs, ratio, runs } = row;
-        println!(
-            "| {name} | {unit} | {ours:.0} | {theirs:.0} | {peer} {peer_version} | {ratio:.2} | {runs} |"
-        );
+        // Against nothing there is no ratio.
+        let ratio = ratio.map_or_else(|| "-".to_owned(), |ratio| format!("{ratio:.2}"));
+        println!("| {name} | {unit} | {ours:.0} | {theirs:.0} | {peer} {peer_version} | {ratio} | {runs} |");
     }
     println!(
         "\nMedians of runs in turn. A ratio above 1 is in Casemate's favour. docs/performance.md says what it tells."

@@ -3,6 +3,7 @@
 //!
 //! What is measured is told in lines of the log that begin with `# row `, each with JSON behind it.
 
+mod jail;
 mod peers;
 
 use std::{
@@ -19,6 +20,7 @@ use serde_json::json;
 const BENCHES: &[LabTest] = &[
     LabTest::new("bench-start", start).deadline_seconds(600),
     LabTest::new("bench-memory", memory).deadline_seconds(600),
+    LabTest::new("bench-jail", jail::jail).deadline_seconds(600),
 ];
 
 /// For a guest to come so far.
@@ -43,6 +45,19 @@ fn tell(name: &str, unit: &str, peers: &[Peer], measured: &[Vec<f64>]) {
         let row = json!({
             "name": name, "unit": unit, "ours": own, "peer": peer.name(), "theirs": other,
             "peer_version": peer.version(), "ratio": ratio, "runs": ours.len(),
+        });
+        println!("# row {row}");
+    }
+}
+
+/// Tells a row of a count, which is exact; less is better.
+fn tell_counts(name: &str, peers: &[Peer], counts: &[f64]) {
+    let Some((ours, others)) = counts.split_first() else { return };
+    for (peer, theirs) in peers.iter().skip(1).zip(others) {
+        let ratio = (*ours > 0.0).then(|| theirs / ours);
+        let row = json!({
+            "name": name, "unit": "count", "ours": ours, "peer": peer.name(), "theirs": theirs,
+            "peer_version": peer.version(), "ratio": ratio, "runs": 1,
         });
         println!("# row {row}");
     }

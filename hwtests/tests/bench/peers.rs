@@ -23,8 +23,8 @@ pub(crate) struct Guest {
 pub(crate) enum Peer {
     /// `casemate run`: admitted by the shipped policy, in a cell.
     Casemate,
-    /// QEMU as q35 with virtio over PCI, without a jail.
-    Qemu { version: String },
+    /// QEMU as q35 with virtio over PCI: without a jail, or with what it can close itself.
+    Qemu { version: String, closed: bool },
 }
 
 impl Peer {
@@ -32,7 +32,14 @@ impl Peer {
     pub(crate) fn found(ctx: &Ctx) -> Result<Vec<Self>, Failure> {
         let told = ctx.run(["qemu-system-x86_64", "--version"])?;
         let version = told.success()?.stdout.split_whitespace().nth(3).unwrap_or("?").to_owned();
-        Ok(vec![Self::Casemate, Self::Qemu { version }])
+        Ok(vec![Self::Casemate, Self::Qemu { version, closed: false }])
+    }
+
+    /// As closed as libvirt has it: a user of its own, and all that its `-sandbox` denies. Casemate is closed always.
+    pub(crate) fn close(&mut self) {
+        if let Self::Qemu { closed, .. } = self {
+            *closed = true;
+        }
     }
 
     pub(crate) fn name(&self) -> &'static str {
@@ -45,7 +52,7 @@ impl Peer {
     pub(crate) fn version(&self) -> &str {
         match self {
             Self::Casemate => "",
-            Self::Qemu { version } => version,
+            Self::Qemu { version, .. } => version,
         }
     }
 
@@ -60,7 +67,7 @@ impl Peer {
                 }
                 ctx.start_guest(&file)
             }
-            Self::Qemu { .. } => ctx.start(qemu(guest)),
+            Self::Qemu { closed, .. } => ctx.start(qemu(guest, *closed)),
         }
     }
 
@@ -77,14 +84,21 @@ impl Peer {
     }
 }
 
-fn qemu(guest: &Guest) -> Vec<OsString> {
+fn qemu(guest: &Guest, closed: bool) -> Vec<OsString> {
     let fixed = "qemu-system-x86_64 -enable-kvm -M q35 -cpu host -smp 1 -display none -nodefaults -serial stdio -no-reboot";
-    let mut words: Vec<OsString> = fixed.split(' ').map(OsString::from).collect();
+    // It can't give up root's rights itself where it denies calls for rights.
+    let before = if closed { "setpriv --reuid=65534 --regid=65534 --clear-groups " } else { "" };
+    let mut words: Vec<OsString> =
+        before.split_whitespace().chain(fixed.split(' ')).map(OsString::from).collect();
     let mut add = |option: &str, value: OsString| words.extend([OsString::from(option), value]);
     add("-m", guest.memory_mib.to_string().into());
     add("-kernel", guest.kernel.clone().into());
     add("-initrd", guest.initrd.clone().into());
     add("-append", "console=ttyS0 quiet".into());
+    if closed {
+        let sandbox = "on,obsolete=deny,elevateprivileges=deny,spawn=deny,resourcecontrol=deny";
+        add("-sandbox", sandbox.into());
+    }
     for (number, (path, read_only)) in guest.disks.iter().enumerate() {
         let read_only = if *read_only { "on" } else { "off" };
         let image = path.display();
