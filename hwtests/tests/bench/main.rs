@@ -3,6 +3,7 @@
 //!
 //! What is measured is told in lines of the log that begin with `# row `, each with JSON behind it.
 
+mod disk;
 mod jail;
 mod peers;
 
@@ -20,6 +21,7 @@ use serde_json::json;
 const BENCHES: &[LabTest] = &[
     LabTest::new("bench-start", start).deadline_seconds(600),
     LabTest::new("bench-memory", memory).deadline_seconds(600),
+    LabTest::new("bench-disk", disk::disk).deadline_seconds(900),
     LabTest::new("bench-jail", jail::jail).deadline_seconds(600),
 ];
 

@@ -36,6 +36,10 @@ pub(crate) fn cards_carry_long_frames(ctx: &mut Ctx) -> Result<(), Failure> {
         let targets = descriptors.filter_map(|entry| fs::read_link(entry.path()).ok());
         let has_vhost = targets.filter(|to| to.as_os_str() == "/dev/vhost-net").count() > 0;
         expect!(has_vhost == vhost, "the cell has vhost: {has_vhost}, and the file says {vhost}");
+        // Far more than there is, for one; the other can't be limited at all, and says so.
+        let limited =
+            ctx.run(["casemate", "limit", ctx.name(), "net", "0", "--operations-per-second", "1000000"])?;
+        if vhost { limited.refusal("ask-no-limits").map(drop) } else { limited.success().map(drop) }?;
         let run = running.wait(LONG)?;
         run.success()?.printed("up is good")?.printed("down is good")?.printed("up again")?;
         let frame: u32 = run.value("frame:")?.parse().unwrap_or(0);

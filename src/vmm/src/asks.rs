@@ -13,7 +13,7 @@ use casemate_wire::{
 use crate::{
     error::bounded,
     hotplug::{Card, Order},
-    machine::{Emulated, Running},
+    machine::{Emulated, Own, Running},
 };
 
 /// Asks of one kind that may wait for their answer at a time.
@@ -212,6 +212,10 @@ pub(crate) fn limit(
     let Some(device) = nth(devices, wanted, number) else {
         return refuse("ask-no-device", "this guest has no such device".into());
     };
+    if matches!(device.own, Own::NoLimits) {
+        let why = "the host's kernel serves this card, and heeds no limits: take vhost = true out of the guest's file";
+        return refuse("ask-no-limits", why.into());
+    }
     let rate = |rate: Rate| casemate_virtio::Rate { per_second: rate.per_second, burst: rate.burst };
     device.worker.limit(casemate_virtio::Limits {
         bytes: limits.bytes.map(rate),

@@ -108,8 +108,10 @@ pub(crate) struct Emulated {
 
 /// What can be changed of a device while it runs.
 pub(crate) enum Own {
-    /// Nothing.
+    /// Nothing else.
     Nothing,
+    /// Not even limits: the host's kernel serves it, and heeds none.
+    NoLimits,
     /// How much memory the guest gives up.
     Balloon(Arc<BalloonControl>),
 }
@@ -119,7 +121,7 @@ impl Emulated {
     pub(crate) fn balloon(&self) -> Option<&BalloonControl> {
         match &self.own {
             Own::Balloon(balloon) => Some(balloon),
-            Own::Nothing => None,
+            Own::Nothing | Own::NoLimits => None,
         }
     }
 }
@@ -168,14 +170,14 @@ impl Built {
         }
         for net in machine.nets {
             let tap = descriptors.take(net.tap)?;
-            let card: Box<dyn Device> = match net.vhost {
+            let (card, own): (Box<dyn Device>, Own) = match net.vhost {
                 Some(vhost) => {
                     let card = KernelNet::new(tap, descriptors.take(vhost)?, net.mac);
-                    Box::new(card.map_err(|error| Error::device("/dev/vhost-net", error))?)
+                    (Box::new(card.map_err(|error| Error::device("/dev/vhost-net", error))?), Own::NoLimits)
                 }
-                None => Box::new(Net::new(tap, net.mac)),
+                None => (Box::new(Net::new(tap, net.mac)), Own::Nothing),
             };
-            parts.add_virtio(card, Own::Nothing)?;
+            parts.add_virtio(card, own)?;
         }
         if let Some(vsock) = machine.vsock {
             let streams = KeepStreams::new(descriptors.take(vsock.socket)?);

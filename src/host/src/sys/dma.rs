@@ -7,7 +7,7 @@ use std::{
     sync::atomic::{Ordering, fence},
 };
 
-use rustix::mm::{MapFlags, ProtFlags, mmap_anonymous, munmap};
+use rustix::mm::{Advice, MapFlags, ProtFlags, madvise, mmap_anonymous, munmap};
 use vfio_bindings::bindings::vfio::{
     VFIO_BASE, VFIO_DMA_MAP_FLAG_READ, VFIO_DMA_MAP_FLAG_WRITE, VFIO_TYPE, vfio_iommu_type1_dma_map,
     vfio_iommu_type1_dma_unmap,
@@ -38,6 +38,9 @@ impl<'a> DmaArea<'a> {
             mmap_anonymous(ptr::null_mut(), length, ProtFlags::READ | ProtFlags::WRITE, MapFlags::PRIVATE)
         }?;
         let start = NonNull::new(start.cast::<u8>()).ok_or_else(|| io::Error::other("mapped at 0"))?;
+        // A child that is forked meanwhile would leave this process with copies of pages, and the device with the pages.
+        // SAFETY: the range is the mapping; it stays as it is in this process.
+        unsafe { madvise(start.as_ptr().cast(), length, Advice::LinuxDontFork) }?;
         let area = Self { container, start, length, address };
         let map = vfio_iommu_type1_dma_map {
             argsz: u32::try_from(size_of::<vfio_iommu_type1_dma_map>()).unwrap_or(0),

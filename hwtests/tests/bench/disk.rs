@@ -1,0 +1,130 @@
+//! A virtio disk: how long requests take, and how often a processor leaves the guest for them.
+
+use std::{
+    fs,
+    path::{Path, PathBuf},
+    time::Duration,
+};
+
+use casemate_hwtests::harness::{Ctx, Failure, Running};
+
+use crate::{
+    SOON, guest,
+    peers::{Guest, Peer},
+};
+
+/// One after the other, past the guest's cache.
+const REQUESTS: u32 = 2_000;
+/// Of a long one.
+const LONG_MIB: u32 = 64;
+/// For all of a part, where KVM is emulated.
+const PART_MAX: Duration = Duration::from_secs(120);
+
+/// What is done in the guest: its name, and the command.
+const PARTS: [(&str, &str); 4] = [
+    ("reads", "dd if=/dev/vda of=/dev/null bs=4k count=2000 iflag=direct"),
+    ("writes", "dd if=/dev/zero of=/dev/vda bs=4k count=2000 oflag=direct"),
+    ("long-reads", "dd if=/dev/vda of=/dev/null bs=1M count=64 iflag=direct"),
+    ("long-writes", "dd if=/dev/zero of=/dev/vda bs=1M count=64 oflag=direct"),
+];
+
+/// What was measured of one part.
+#[derive(Clone, Copy, Default)]
+struct Part {
+    seconds: f64,
+    exits: u64,
+    to_user_space: u64,
+}
+
+pub(crate) fn disk(ctx: &mut Ctx) -> Result<(), Failure> {
+    ctx.shell("mountpoint -q /sys/kernel/debug || mount -t debugfs none /sys/kernel/debug")?;
+    let image = ctx.directory().join("disk.img");
+    fs::write(&image, vec![1; (LONG_MIB as usize) << 20])?;
+    // The pauses are for the host to look at its counters.
+    let mut script = String::from("now() { cut -d' ' -f1 /proc/uptime; }\n");
+    for (name, command) in PARTS {
+        let line = format!(
+            "echo {name}-begin; sleep 1; begin=$(now); {command} 2>/dev/null; end=$(now); echo {name}: $begin $end\nsleep 1\n"
+        );
+        script.push_str(&line);
+    }
+    let guest: Guest = guest(ctx, &script, vec![(image, false)])?;
+    let peers = Peer::found(ctx)?;
+    let mut measured = vec![Vec::new(); peers.len()];
+    for _ in 0..3 {
+        for (peer, parts) in peers.iter().zip(&mut measured) {
+            let running = peer.start(ctx, &guest)?;
+            parts.push(parts_of(peer, &running)?);
+            running.wait(SOON)?.success()?;
+        }
+    }
+    let of = |index: usize, value: &dyn Fn(Part) -> f64| -> Vec<Vec<f64>> {
+        let runs = |runs: &Vec<[Part; 4]>| {
+            runs.iter().map(|parts| parts.get(index).map_or(f64::NAN, |part| value(*part))).collect()
+        };
+        measured.iter().map(runs).collect()
+    };
+    let requests = f64::from(REQUESTS);
+    for (index, name) in [(0, "4 KiB reads"), (1, "4 KiB writes")] {
+        crate::tell(
+            &format!("{name}, one after the other"),
+            "µs each",
+            &peers,
+            &of(index, &|part| part.seconds * 1e6 / requests),
+        );
+        crate::tell(
+            &format!("{name}: exits"),
+            "per 1,000",
+            &peers,
+            &of(index, &|part| part.exits as f64 * 1e3 / requests),
+        );
+        let to_user_space = of(index, &|part| part.to_user_space as f64 * 1e3 / requests);
+        crate::tell(&format!("{name}: exits to user space"), "per 1,000", &peers, &to_user_space);
+    }
+    for (index, name) in [(2, "reads of 1 MiB"), (3, "writes of 1 MiB")] {
+        crate::tell(name, "ms each", &peers, &of(index, &|part| part.seconds * 1e3 / f64::from(LONG_MIB)));
+    }
+    Ok(())
+}
+
+fn parts_of(peer: &Peer, running: &Running) -> Result<[Part; 4], Failure> {
+    let mut parts = [Part::default(); 4];
+    for ((name, _), part) in PARTS.iter().zip(&mut parts) {
+        running.wait_for_text(&format!("{name}-begin"), PART_MAX)?;
+        let pid = peer.vmm_of(running)?;
+        let before = counters(pid)?;
+        running.wait_for_text(&format!("{name}: "), PART_MAX)?;
+        let after = counters(pid)?;
+        let printed = running.printed_so_far();
+        let line = printed
+            .lines()
+            .find_map(|line| line.trim().strip_prefix(&format!("{name}: ")).map(str::to_owned));
+        let times: Vec<f64> = line
+            .iter()
+            .flat_map(|line| line.split_whitespace())
+            .filter_map(|word| word.parse().ok())
+            .collect();
+        let [begin, end] = times[..] else {
+            return Err(Failure::new(format_args!("no times of {name}: {line:?}")));
+        };
+        part.seconds = end - begin;
+        part.exits = after[0].saturating_sub(before[0]);
+        part.to_user_space = (after[1] + after[2]).saturating_sub(before[1] + before[2]);
+    }
+    Ok(parts)
+}
+
+/// KVM's counters of a process's machine: exits, those to user space for registers, and for ports.
+fn counters(pid: u32) -> Result<[u64; 3], Failure> {
+    let mut entries = fs::read_dir("/sys/kernel/debug/kvm")?.flatten();
+    let own = entries.find(|entry| entry.file_name().to_string_lossy().starts_with(&format!("{pid}-")));
+    let own: PathBuf =
+        own.map(|entry| entry.path()).ok_or_else(|| Failure::new("KVM has no counters of it"))?;
+    let read = |path: &Path, name: &str| -> Result<u64, Failure> {
+        let text = fs::read_to_string(path.join(name))?;
+        text.trim().parse().map_err(|_| Failure::new(format_args!("{name} is {text:?}")))
+    };
+    // Of each processor, where the kernel counts so; its own folders have the rest.
+    let sum = |name: &str| read(&own, name);
+    Ok([sum("exits")?, sum("mmio_exits")?, sum("io_exits")?])
+}
