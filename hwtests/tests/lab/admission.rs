@@ -202,7 +202,7 @@ pub(crate) fn only_what_the_hosts_key_signed_decides(ctx: &mut Ctx) -> Result<()
         "hwtests/tests/data/signed/bundle.toml",
         "hwtests/tests/data/signed/bundle.toml.minisig",
         "hwtests/tests/data/signed/policy.pub",
-        "src/policy/tests/data/limits-for-1.0.wasm",
+        "src/policy-engine/tests/data/limits-for-1.0.wasm",
     ] {
         let from = workspace(from);
         fs::copy(&from, ctx.directory().join(from.file_name().unwrap_or_default()))?;
