@@ -44,7 +44,7 @@ pub(crate) fn disk(ctx: &mut Ctx) -> Result<(), Failure> {
     let mut script = String::from("now() { cut -d' ' -f1 /proc/uptime; }\n");
     for (name, command) in PARTS {
         let line = format!(
-            "echo {name}-begin; sleep 1; begin=$(now); {command} 2>/dev/null; end=$(now); echo {name}: $begin $end\nsleep 1\n"
+            "echo {name}-begin; sleep 1; begin=$(now); {command} 2>/dev/null; end=$(now); echo {name}: $begin $end; echo {name}-end\nsleep 1\n"
         );
         script.push_str(&line);
     }
@@ -93,7 +93,7 @@ fn parts_of(peer: &Peer, running: &Running) -> Result<[Part; 4], Failure> {
         running.wait_for_text(&format!("{name}-begin"), PART_MAX)?;
         let pid = peer.vmm_of(running)?;
         let before = counters(pid)?;
-        running.wait_for_text(&format!("{name}: "), PART_MAX)?;
+        running.wait_for_text(&format!("{name}-end"), PART_MAX)?;
         let after = counters(pid)?;
         let printed = running.printed_so_far();
         let line = printed
