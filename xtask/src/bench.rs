@@ -75,7 +75,7 @@ fn table(lines: &[String]) {
         let Row { name, unit, ours, peer, peer_version, theirs, ratio, runs } = row;
         // Against nothing there is no ratio.
         let ratio = ratio.map_or_else(|| "-".to_owned(), |ratio| format!("{ratio:.2}"));
-        println!("| {name} | {unit} | {ours:.0} | {theirs:.0} | {peer} {peer_version} | {ratio} | {runs} |");
+        println!("| {name} | {unit} | {ours} | {theirs} | {peer} {peer_version} | {ratio} | {runs} |");
     }
     println!(
         "\nMedians of runs in turn. A ratio above 1 is in Casemate's favour. docs/performance.md says what it tells."

@@ -5,6 +5,7 @@
 
 mod disk;
 mod jail;
+mod net;
 mod peers;
 
 use std::{
@@ -22,6 +23,7 @@ const BENCHES: &[LabTest] = &[
     LabTest::new("bench-start", start).deadline_seconds(600),
     LabTest::new("bench-memory", memory).deadline_seconds(600),
     LabTest::new("bench-disk", disk::disk).deadline_seconds(900),
+    LabTest::new("bench-net", net::net).deadline_seconds(1200),
     LabTest::new("bench-jail", jail::jail).deadline_seconds(600),
 ];
 
@@ -69,7 +71,7 @@ fn tell_counts(name: &str, peers: &[Peer], counts: &[f64]) {
 fn guest(ctx: &Ctx, script: &str, disks: Vec<(PathBuf, bool)>) -> Result<Guest, Failure> {
     let initrd = ctx.directory().join("guest.cpio");
     GuestImage::new(script).write(ctx.layout(), &initrd)?;
-    Ok(Guest { kernel: ctx.layout().guest_kernel(), initrd, memory_mib: MEMORY_MIB, disks })
+    Ok(Guest { kernel: ctx.layout().guest_kernel(), initrd, memory_mib: MEMORY_MIB, disks, net: None })
 }
 
 /// From the command to the first line of the guest's own program.

@@ -17,6 +17,17 @@ pub(crate) struct Guest {
     pub(crate) memory_mib: u64,
     /// Raw images, and whether each is only read.
     pub(crate) disks: Vec<(PathBuf, bool)>,
+    pub(crate) net: Option<Net>,
+}
+
+/// A network card.
+#[derive(Clone, Copy)]
+pub(crate) struct Net {
+    pub(crate) tap: &'static str,
+    /// Of the host's end, with the length of its prefix.
+    pub(crate) host_address: &'static str,
+    /// Whether the kernel carries its frames.
+    pub(crate) vhost: bool,
 }
 
 /// A VMM.
@@ -65,10 +76,18 @@ impl Peer {
                 for (path, read_only) in &guest.disks {
                     file = file.disk(path, *read_only);
                 }
+                if let Some(net) = guest.net {
+                    file = file.net(net.tap, net.host_address).vhost(net.vhost);
+                }
                 ctx.start_guest(&file)
             }
             Self::Qemu { closed, .. } => ctx.start(qemu(guest, *closed)),
         }
+    }
+
+    /// Whether it gives the host's end of a card its address.
+    pub(crate) fn makes_taps(&self) -> bool {
+        matches!(self, Self::Casemate)
     }
 
     /// The process that has the guest's memory.
@@ -104,6 +123,11 @@ fn qemu(guest: &Guest, closed: bool) -> Vec<OsString> {
         let image = path.display();
         add("-drive", format!("file={image},if=none,id=d{number},format=raw,aio=io_uring,cache=writeback,readonly={read_only}").into());
         add("-device", format!("virtio-blk-pci,drive=d{number}").into());
+    }
+    if let Some(Net { tap, vhost, .. }) = guest.net {
+        let vhost = if vhost { "on" } else { "off" };
+        add("-netdev", format!("tap,id=n0,ifname={tap},script=no,downscript=no,vhost={vhost}").into());
+        add("-device", "virtio-net-pci,netdev=n0,romfile=".into());
     }
     words
 }

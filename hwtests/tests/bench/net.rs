@@ -1,0 +1,84 @@
+//! A virtio network card: how long data takes to the host and back, and a packet both ways.
+
+use std::time::Duration;
+
+use casemate_hwtests::harness::{Ctx, Failure, Running};
+
+use crate::{
+    SOON, guest,
+    peers::{Guest, Net, Peer},
+};
+
+/// Data each way.
+const MIB: u32 = 32;
+/// For all that one guest does, where KVM is emulated.
+const RUN_MAX: Duration = Duration::from_secs(180);
+const TAP: &str = "cmbench0";
+const HOST: &str = "192.0.2.1";
+
+/// What one run took: seconds to the host, seconds from it, milliseconds of a round trip.
+type Times = [f64; 3];
+
+pub(crate) fn net(ctx: &mut Ctx) -> Result<(), Failure> {
+    ctx.shell("modprobe vhost_net")?;
+    let script = format!(
+        "mount -o ro -t ext4 $(ls /dev/vd? | tail -n 1) /mnt
+        for name in dev proc sys tmp run; do mount --bind /$name /mnt/$name; done
+        tools() {{ program=$1; shift; LD_LIBRARY_PATH=/usr/lib/x86_64-linux-gnu/ceph chroot /mnt /usr/bin/$program \"$@\"; }}
+        now() {{ cut -d' ' -f1 /proc/uptime; }}
+        ip addr add 192.0.2.2/24 dev eth0; ip link set eth0 up
+        n=0; until ping -c 1 -W 1 {HOST} >/dev/null || [ $n = 60 ]; do n=$((n + 1)); done
+        begin=$(now); tools iperf3 -c {HOST} -p 7021 -n {MIB}M >/dev/null && echo up: $begin $(now)
+        begin=$(now); tools iperf3 -c {HOST} -p 7022 -n {MIB}M -R >/dev/null && echo down: $begin $(now)
+        begin=$(now); ping -c 500 -A -q {HOST} >/dev/null && echo trips: $begin $(now)"
+    );
+    let mut guest: Guest = guest(ctx, &script, vec![(ctx.layout().guest_tools(), true)])?;
+    let peers = Peer::found(ctx)?;
+    for vhost in [false, true] {
+        guest.net = Some(Net { tap: TAP, host_address: "192.0.2.1/24", vhost });
+        let mut measured = vec![Vec::new(); peers.len()];
+        for _ in 0..3 {
+            for (peer, times) in peers.iter().zip(&mut measured) {
+                times.push(run(ctx, peer, &guest)?);
+            }
+        }
+        let of = |index: usize| -> Vec<Vec<f64>> {
+            let runs =
+                |runs: &Vec<Times>| runs.iter().filter_map(|times| times.get(index).copied()).collect();
+            measured.iter().map(runs).collect()
+        };
+        let by = if vhost { "vhost-net" } else { "the VMM" };
+        crate::tell(&format!("{MIB} MiB to the host, by {by}"), "s", &peers, &of(0));
+        crate::tell(&format!("{MIB} MiB from the host, by {by}"), "s", &peers, &of(1));
+        crate::tell(&format!("round trip, by {by}"), "ms", &peers, &of(2));
+    }
+    Ok(())
+}
+
+fn run(ctx: &Ctx, peer: &Peer, guest: &Guest) -> Result<Times, Failure> {
+    let servers = ["7021", "7022"].map(|port| ctx.start(["iperf3", "-s", "-1", "-p", port]));
+    let running = peer.start(ctx, guest)?;
+    running.wait_for_text("CASEMATE-INIT", SOON)?;
+    if !peer.makes_taps() {
+        ctx.shell(&format!("ip addr add {HOST}/24 dev {TAP}; ip link set {TAP} up"))?;
+    }
+    let times = times(running)?;
+    for server in servers {
+        server?.wait(Duration::from_secs(10))?.success()?;
+    }
+    Ok(times)
+}
+
+fn times(running: Running) -> Result<Times, Failure> {
+    let run = running.wait(RUN_MAX)?;
+    run.success()?;
+    let took = |label: &str| -> Result<f64, Failure> {
+        let line = run.value(label)?;
+        let words: Vec<f64> = line.split_whitespace().filter_map(|word| word.parse().ok()).collect();
+        match words[..] {
+            [begin, end] => Ok(end - begin),
+            _ => Err(Failure::new(format_args!("no times of {label} {line}"))),
+        }
+    };
+    Ok([took("up:")?, took("down:")?, took("trips:")? * 1e3 / 500.0])
+}
