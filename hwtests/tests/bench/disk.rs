@@ -108,14 +108,32 @@ fn parts_of(peer: &Peer, running: &Running) -> Result<[Part; 4], Failure> {
             return Err(Failure::new(format_args!("no times of {name}: {line:?}")));
         };
         part.seconds = end - begin;
-        part.exits = after[0].saturating_sub(before[0]);
-        part.to_user_space = (after[1] + after[2]).saturating_sub(before[1] + before[2]);
+        let Counters { exits, to_user_space } = after.since(before);
+        (part.exits, part.to_user_space) = (exits, to_user_space);
     }
     Ok(parts)
 }
 
-/// KVM's counters of a process's machine: exits, those to user space for registers, and for ports.
-fn counters(pid: u32) -> Result<[u64; 3], Failure> {
+/// KVM's counters of a machine.
+#[derive(Clone, Copy)]
+pub(crate) struct Counters {
+    pub(crate) exits: u64,
+    /// For registers and ports.
+    pub(crate) to_user_space: u64,
+}
+
+impl Counters {
+    /// What was counted since.
+    pub(crate) fn since(self, before: Self) -> Self {
+        Self {
+            exits: self.exits.saturating_sub(before.exits),
+            to_user_space: self.to_user_space.saturating_sub(before.to_user_space),
+        }
+    }
+}
+
+/// Those of a process's machine.
+pub(crate) fn counters(pid: u32) -> Result<Counters, Failure> {
     let mut entries = fs::read_dir("/sys/kernel/debug/kvm")?.flatten();
     let own = entries.find(|entry| entry.file_name().to_string_lossy().starts_with(&format!("{pid}-")));
     let own: PathBuf =
@@ -124,7 +142,6 @@ fn counters(pid: u32) -> Result<[u64; 3], Failure> {
         let text = fs::read_to_string(path.join(name))?;
         text.trim().parse().map_err(|_| Failure::new(format_args!("{name} is {text:?}")))
     };
-    // Of each processor, where the kernel counts so; its own folders have the rest.
-    let sum = |name: &str| read(&own, name);
-    Ok([sum("exits")?, sum("mmio_exits")?, sum("io_exits")?])
+    let to_user_space = read(&own, "mmio_exits")?.saturating_add(read(&own, "io_exits")?);
+    Ok(Counters { exits: read(&own, "exits")?, to_user_space })
 }

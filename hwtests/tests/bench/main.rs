@@ -3,6 +3,7 @@
 //!
 //! What is measured is told in lines of the log that begin with `# row `, each with JSON behind it.
 
+mod assigned;
 mod disk;
 mod jail;
 mod net;
@@ -24,6 +25,7 @@ const BENCHES: &[LabTest] = &[
     LabTest::new("bench-memory", memory).deadline_seconds(600),
     LabTest::new("bench-disk", disk::disk).deadline_seconds(900),
     LabTest::new("bench-net", net::net).deadline_seconds(1200),
+    LabTest::new("bench-assigned", assigned::assigned).deadline_seconds(900),
     LabTest::new("bench-jail", jail::jail).deadline_seconds(600),
 ];
 
@@ -71,7 +73,14 @@ fn tell_counts(name: &str, peers: &[Peer], counts: &[f64]) {
 fn guest(ctx: &Ctx, script: &str, disks: Vec<(PathBuf, bool)>) -> Result<Guest, Failure> {
     let initrd = ctx.directory().join("guest.cpio");
     GuestImage::new(script).write(ctx.layout(), &initrd)?;
-    Ok(Guest { kernel: ctx.layout().guest_kernel(), initrd, memory_mib: MEMORY_MIB, disks, net: None })
+    Ok(Guest {
+        kernel: ctx.layout().guest_kernel(),
+        initrd,
+        memory_mib: MEMORY_MIB,
+        disks,
+        net: None,
+        device: None,
+    })
 }
 
 /// From the command to the first line of the guest's own program.

@@ -18,6 +18,8 @@ pub(crate) struct Guest {
     /// Raw images, and whether each is only read.
     pub(crate) disks: Vec<(PathBuf, bool)>,
     pub(crate) net: Option<Net>,
+    /// A physical function, by its address.
+    pub(crate) device: Option<&'static str>,
 }
 
 /// A network card.
@@ -79,6 +81,9 @@ impl Peer {
                 if let Some(net) = guest.net {
                     file = file.net(net.tap, net.host_address).vhost(net.vhost);
                 }
+                if let Some(address) = guest.device {
+                    file = file.device(address);
+                }
                 ctx.start_guest(&file)
             }
             Self::Qemu { closed, .. } => ctx.start(qemu(guest, *closed)),
@@ -128,6 +133,9 @@ fn qemu(guest: &Guest, closed: bool) -> Vec<OsString> {
         let vhost = if vhost { "on" } else { "off" };
         add("-netdev", format!("tap,id=n0,ifname={tap},script=no,downscript=no,vhost={vhost}").into());
         add("-device", "virtio-net-pci,netdev=n0,romfile=".into());
+    }
+    if let Some(address) = guest.device {
+        add("-device", format!("vfio-pci,host={address}").into());
     }
     words
 }
