@@ -122,6 +122,7 @@ pub(crate) fn tidy_reason(reason: Reason) -> Reason {
 mod tests {
     use super::*;
     use crate::change::Field;
+    use proptest::prelude::*;
     use std::{path::Path, time::Duration};
 
     fn entries() -> Vec<Entry> {
@@ -170,6 +171,37 @@ mod tests {
                     || error.contains("it changes vcpus"),
                 "{error}"
             );
+        }
+    }
+
+    proptest! {
+        /// Whatever a captured process makes of an answer: it's an error, or no character of it draws on a terminal, and nothing
+        /// is otherwise than the bundle permits.
+        #[test]
+        fn no_answer_is_a_panic_or_paints(
+            changes in prop::collection::vec((any::<prop::sample::Index>(), any::<u8>()), 0..6),
+            text in "[\\PC\x00-\x1f\u{80}-\u{9f}]{0,20}",
+            memory in prop_oneof![Just(1 << 30), any::<u64>()],
+        ) {
+            let reason = Reason { remedy: Some(text.clone()), ..Reason::of_casemate("c", text.clone()) };
+            let change = Change { reason: text, ..change("small", Field::Memory, Value::Number(memory)) };
+            let verdict = Verdict::Deny { reasons: vec![reason] };
+            let mut bytes = serde_json::to_vec(&decision(verdict, vec![change])).unwrap();
+            for (at, byte) in changes {
+                let at = at.index(bytes.len());
+                bytes[at] = byte;
+            }
+            let Ok(answer) = serde_json::from_slice::<Decision>(&bytes) else { return Ok(()) };
+            let Ok(taken) = told(answer) else { return Ok(()) };
+            let refusals = taken.refusals();
+            let changes = taken.changes.iter().map(ToString::to_string);
+            let shown = refusals.iter().map(ToString::to_string).chain(changes);
+            for line in shown {
+                prop_assert!(!line.chars().any(char::is_control), "{line:?}");
+            }
+            for change in &taken.changes {
+                prop_assert_eq!((change.plugin.as_str(), change.field), ("small", Field::Memory));
+            }
         }
     }
 
