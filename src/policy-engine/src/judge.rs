@@ -2,7 +2,7 @@
 
 use std::fs::File;
 
-use casemate_policy::{Fault, PolicyError, one_line, talk};
+use casemate_policy::{Fault, PolicyError, talk};
 
 use crate::{
     code::Codes,
@@ -46,15 +46,15 @@ impl Judge {
         let description = plugin.describe(&self.ticker)?;
         plugin.check_settings(&self.ticker)?;
         let (imports, exports) = surface(&self.codes.engine, &component);
-        let lines = |texts: &[String]| texts.iter().map(|text| one_line(text)).collect();
+        // As the plugin has it: whoever asked makes lines of it, since this process isn't believed.
         let described = talk::Described {
-            name: one_line(&description.name),
-            version: one_line(&description.version),
-            summary: one_line(&description.summary),
+            name: description.name,
+            version: description.version,
+            summary: description.summary,
             kinds: plugin.kinds(),
-            reasons: lines(&description.reasons),
-            changes: lines(&description.changes),
-            needs: lines(&description.needs),
+            reasons: description.reasons,
+            changes: description.changes,
+            needs: description.needs,
             settings_schema: description.settings_schema,
             imports,
             exports,
