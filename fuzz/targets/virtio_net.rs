@@ -14,5 +14,7 @@ fuzz_target!(|script: &[u8]| {
     for length in [20, 1526, 9000, 65000] {
         let _ = wire.send(&vec![7; length]);
     }
-    hostile::play(Box::new(Net::new(tap.into(), [2, 0, 0, 0, 0, 1])), script);
+    let Ok(second) = tap.try_clone() else { return };
+    let Ok(card) = Net::new(vec![tap.into(), second.into()], [2, 0, 0, 0, 0, 1]) else { return };
+    hostile::play(Box::new(card), script);
 });

@@ -58,6 +58,11 @@ impl Layout {
         self.root.join("tools.img")
     }
 
+    /// A program of another VMM that the benchmark was given, by its name.
+    pub fn peer(&self, name: &str) -> PathBuf {
+        self.root.join("peers").join(name)
+    }
+
     /// One log a test: `NAME.log`; one console log a lab run: `console-N.log`.
     pub fn logs(&self) -> PathBuf {
         self.root.join("logs")

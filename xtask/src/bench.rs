@@ -13,6 +13,9 @@ use crate::{
 /// What lines of a bench's log begin with that tell a row.
 const ROW: &str = "# row ";
 
+/// Programs of other VMMs that are looked for on PATH. QEMU is not among them: the lab has one.
+const PEERS: [&str; 3] = ["cloud-hypervisor", "firecracker", "jailer"];
+
 #[derive(Deserialize)]
 struct Row {
     name: String,
@@ -35,6 +38,7 @@ pub(crate) fn run(name: Option<&str>, json: bool) -> Result<ExitCode, LabError> 
     }
     let logs = Layout::of_workspace().logs();
     forget_logs(&logs);
+    bring_peers(&Layout::of_workspace())?;
     let mut bench = cargo(&["test", "--release", "--package", "casemate-hwtests", "--test", "bench", "--"]);
     // `jail` for `bench-jail`.
     let name =
@@ -48,6 +52,24 @@ pub(crate) fn run(name: Option<&str>, json: bool) -> Result<ExitCode, LabError> 
         table(&lines);
     }
     Ok(if ok && !lines.is_empty() { ExitCode::SUCCESS } else { ExitCode::FAILURE })
+}
+
+/// Other VMMs, where the lab sees them: those of this machine's PATH, and no others.
+fn bring_peers(layout: &Layout) -> Result<(), LabError> {
+    let folders = std::env::var_os("PATH").unwrap_or_default();
+    for name in PEERS {
+        let to = layout.peer(name);
+        let _ = fs::remove_file(&to);
+        let from =
+            std::env::split_paths(&folders).map(|folder| folder.join(name)).find(|path| path.is_file());
+        let Some(from) = from else { continue };
+        let brought = to.parent().map_or(Ok(()), fs::create_dir_all).and_then(|()| fs::copy(&from, &to));
+        brought.map_err(|error| {
+            let what = format!("cannot copy {} to {}: {error}", from.display(), to.display());
+            LabError::new(what, "check both paths")
+        })?;
+    }
+    Ok(())
 }
 
 /// Rows of earlier runs are not told again.

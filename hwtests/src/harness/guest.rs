@@ -104,6 +104,8 @@ struct Net {
     host_address: String,
     #[serde(skip_serializing_if = "std::ops::Not::not")]
     vhost: bool,
+    #[serde(skip_serializing_if = "Option::is_none")]
+    queues: Option<u8>,
 }
 
 #[derive(Clone, Debug, Serialize)]
@@ -196,7 +198,12 @@ impl GuestFile {
     /// Adds an emulated network card on a tap whose host end has this address, as in `192.0.2.1/24`.
     #[must_use]
     pub fn net(mut self, tap: &str, host_address: &str) -> Self {
-        self.net.push(Net { tap: tap.to_owned(), host_address: host_address.to_owned(), vhost: false });
+        self.net.push(Net {
+            tap: tap.to_owned(),
+            host_address: host_address.to_owned(),
+            vhost: false,
+            queues: None,
+        });
         self
     }
 
@@ -204,6 +211,15 @@ impl GuestFile {
     #[must_use]
     pub fn vhost(mut self, vhost: bool) -> Self {
         self.net.iter_mut().for_each(|net| net.vhost = vhost);
+        self
+    }
+
+    /// Gives the last card so many pairs of queues.
+    #[must_use]
+    pub fn net_queues(mut self, queues: u8) -> Self {
+        if let Some(net) = self.net.last_mut() {
+            net.queues = Some(queues);
+        }
         self
     }
 

@@ -50,7 +50,8 @@ pub(crate) fn assigned(ctx: &mut Ctx) -> Result<(), Failure> {
     );
     let mut guest: Guest = guest(ctx, &script, Vec::new())?;
     guest.device = Some(devices::NVME);
-    let peers = Peer::found(ctx)?;
+    let mut peers = Peer::found(ctx)?;
+    peers.retain(|peer| peer.can(&guest));
     let mut measured = vec![Vec::new(); peers.len()];
     for _ in 0..3 {
         for (peer, runs) in peers.iter().zip(&mut measured) {
@@ -85,7 +86,7 @@ fn run(ctx: &Ctx, peer: &Peer, guest: &Guest) -> Result<Run, Failure> {
     let seconds = seconds(&running)?;
     running.wait_for_text("last-line", PART_MAX)?;
     let ended = Instant::now();
-    running.wait(SOON)?.success()?;
+    peer.end(running, SOON)?;
     let free_ms = ended.elapsed().as_secs_f64() * 1e3;
     // Whoever comes next can have it.
     let group = fs::read_link(format!("/sys/bus/pci/devices/{}/iommu_group", devices::NVME))?;

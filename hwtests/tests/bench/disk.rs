@@ -55,7 +55,7 @@ pub(crate) fn disk(ctx: &mut Ctx) -> Result<(), Failure> {
         for (peer, parts) in peers.iter().zip(&mut measured) {
             let running = peer.start(ctx, &guest)?;
             parts.push(parts_of(peer, &running)?);
-            running.wait(SOON)?.success()?;
+            peer.end(running, SOON)?;
         }
     }
     let of = |index: usize, value: &dyn Fn(Part) -> f64| -> Vec<Vec<f64>> {

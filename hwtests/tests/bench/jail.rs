@@ -75,7 +75,7 @@ impl Seen {
 
     /// The thread of the first virtual processor.
     fn processor(&self) -> usize {
-        let is_its = |name: &str| name == "vcpu0" || name.starts_with("CPU 0");
+        let is_its = |name: &str| ["vcpu0", "fc_vcpu 0"].contains(&name) || name.starts_with("CPU 0");
         let tid = self.view.threads.iter().find(|thread| is_its(&thread.name)).map(|thread| thread.tid);
         self.filters.iter().position(|thread| Some(thread.tid) == tid).unwrap_or(0)
     }
@@ -103,7 +103,7 @@ pub(crate) fn jail(ctx: &mut Ctx) -> Result<(), Failure> {
     let script = "dd if=/dev/vda of=/dev/null bs=64k 2>/dev/null; echo used-all; sleep 1000";
     let guest: Guest = guest(ctx, script, vec![(disk, false)])?;
     let mut peers = Peer::found(ctx)?;
-    peers.iter_mut().for_each(Peer::close);
+    peers.iter_mut().for_each(|peer| peer.close(ctx));
     // For whoever is not root.
     ctx.shell("chmod 666 /dev/kvm disk.img; chmod a+rx . ..; chmod a+r guest.cpio")?;
     let mut seen = Vec::new();

@@ -17,7 +17,7 @@ use std::{
 };
 
 use casemate_hwtests::harness::{self, Ctx, Failure, GuestImage, LabTest};
-use peers::{Guest, Peer, pss_beyond_kib};
+use peers::{Guest, LAST_LINE, Peer, pss_beyond_kib};
 use serde_json::json;
 
 const BENCHES: &[LabTest] = &[
@@ -72,7 +72,7 @@ fn tell_counts(name: &str, peers: &[Peer], counts: &[f64]) {
 /// A guest that runs `script`, with an image of it in the bench's folder.
 fn guest(ctx: &Ctx, script: &str, disks: Vec<(PathBuf, bool)>) -> Result<Guest, Failure> {
     let initrd = ctx.directory().join("guest.cpio");
-    GuestImage::new(script).write(ctx.layout(), &initrd)?;
+    GuestImage::new(&format!("{script}\necho {LAST_LINE}")).write(ctx.layout(), &initrd)?;
     Ok(Guest {
         kernel: ctx.layout().guest_kernel(),
         initrd,
@@ -93,7 +93,7 @@ fn start(ctx: &mut Ctx) -> Result<(), Failure> {
             let running = peer.start(ctx, &guest)?;
             running.wait_for_text("CASEMATE-INIT", SOON)?;
             took.push(begun.elapsed().as_secs_f64() * 1e3);
-            running.wait(SOON)?.success()?;
+            peer.end(running, SOON)?;
         }
     }
     tell("start, to init", "ms", &peers, &measured);
@@ -112,7 +112,7 @@ fn memory(ctx: &mut Ctx) -> Result<(), Failure> {
             let running = peer.start(ctx, &guest)?;
             running.wait_for_text("used-all", SOON)?;
             kib.push(pss_beyond_kib(peer.vmm_of(&running)?, guest.memory_mib)?);
-            running.wait(SOON)?.success()?;
+            peer.end(running, SOON)?;
         }
     }
     tell("memory beside the guest's", "KiB", &peers, &measured);

@@ -33,9 +33,10 @@ pub(crate) fn net(ctx: &mut Ctx) -> Result<(), Failure> {
         begin=$(now); ping -c 500 -A -q {HOST} >/dev/null && echo trips: $begin $(now)"
     );
     let mut guest: Guest = guest(ctx, &script, vec![(ctx.layout().guest_tools(), true)])?;
-    let peers = Peer::found(ctx)?;
     for vhost in [false, true] {
         guest.net = Some(Net { tap: TAP, host_address: "192.0.2.1/24", vhost });
+        let mut peers = Peer::found(ctx)?;
+        peers.retain(|peer| peer.can(&guest));
         let mut measured = vec![Vec::new(); peers.len()];
         for _ in 0..3 {
             for (peer, times) in peers.iter().zip(&mut measured) {
@@ -62,16 +63,15 @@ fn run(ctx: &Ctx, peer: &Peer, guest: &Guest) -> Result<Times, Failure> {
     if !peer.makes_taps() {
         ctx.shell(&format!("ip addr add {HOST}/24 dev {TAP}; ip link set {TAP} up"))?;
     }
-    let times = times(running)?;
+    let times = times(peer, running)?;
     for server in servers {
         server?.wait(Duration::from_secs(10))?.success()?;
     }
     Ok(times)
 }
 
-fn times(running: Running) -> Result<Times, Failure> {
-    let run = running.wait(RUN_MAX)?;
-    run.success()?;
+fn times(peer: &Peer, running: Running) -> Result<Times, Failure> {
+    let run = peer.end(running, RUN_MAX)?;
     let took = |label: &str| -> Result<f64, Failure> {
         let line = run.value(label)?;
         let words: Vec<f64> = line.split_whitespace().filter_map(|word| word.parse().ok()).collect();

@@ -1,14 +1,19 @@
 //! The VMMs that are measured, and how each is started.
 
+mod lines;
+
 use std::{
-    ffi::OsString,
     fs,
     path::{Path, PathBuf},
     time::Duration,
 };
 
-use casemate_hwtests::harness::{Ctx, Failure, GuestFile, Running};
+use casemate_hwtests::harness::{Ctx, Failure, Finished, GuestFile, Running};
+use rustix::process::Signal;
 use serde_json::Value;
+
+/// What each guest prints last.
+pub(crate) const LAST_LINE: &str = "bench-guest-ends";
 
 /// A guest for all of them: one processor, a serial console.
 pub(crate) struct Guest {
@@ -38,20 +43,50 @@ pub(crate) enum Peer {
     Casemate,
     /// QEMU as q35 with virtio over PCI: without a jail, or with what it can close itself.
     Qemu { version: String, closed: bool },
+    /// Cloud Hypervisor under its own filters: with Landlock when closed.
+    CloudHypervisor { program: PathBuf, version: String, closed: bool },
+    /// Firecracker under its own filters, with virtio over PCI: under its jailer when closed.
+    Firecracker { program: PathBuf, version: String, jailer: Option<PathBuf> },
 }
 
 impl Peer {
     /// Casemate, and the others that are on this machine.
     pub(crate) fn found(ctx: &Ctx) -> Result<Vec<Self>, Failure> {
-        let told = ctx.run(["qemu-system-x86_64", "--version"])?;
-        let version = told.success()?.stdout.split_whitespace().nth(3).unwrap_or("?").to_owned();
-        Ok(vec![Self::Casemate, Self::Qemu { version, closed: false }])
+        let version = |program: &Path, word: usize| -> Result<String, Failure> {
+            let told = ctx.run([program.as_os_str(), "--version".as_ref()])?;
+            let printed = &told.success()?.stdout;
+            let version = printed.split_whitespace().nth(word).unwrap_or("?");
+            Ok(version.trim_start_matches('v').to_owned())
+        };
+        let mut peers = vec![Self::Casemate];
+        peers.push(Self::Qemu { version: version(Path::new("qemu-system-x86_64"), 3)?, closed: false });
+        let program = ctx.layout().peer("cloud-hypervisor");
+        if program.exists() {
+            let version = version(&program, 1)?;
+            peers.push(Self::CloudHypervisor { program, version, closed: false });
+        }
+        let program = ctx.layout().peer("firecracker");
+        if program.exists() {
+            let version = version(&program, 1)?;
+            peers.push(Self::Firecracker { program, version, jailer: None });
+        }
+        for absent in ["cloud-hypervisor", "firecracker"] {
+            if !ctx.layout().peer(absent).exists() {
+                println!("# {absent} was not found on PATH: it's not measured");
+            }
+        }
+        Ok(peers)
     }
 
-    /// As closed as libvirt has it: a user of its own, and all that its `-sandbox` denies. Casemate is closed always.
-    pub(crate) fn close(&mut self) {
-        if let Self::Qemu { closed, .. } = self {
-            *closed = true;
+    /// As closed as it can be by what comes with it: QEMU as libvirt has it, with a user of its own and all that its
+    /// `-sandbox` denies; Firecracker under its jailer, if it is there. Casemate is closed always.
+    pub(crate) fn close(&mut self, ctx: &Ctx) {
+        match self {
+            Self::Casemate => {}
+            Self::Qemu { closed, .. } | Self::CloudHypervisor { closed, .. } => *closed = true,
+            Self::Firecracker { jailer, .. } => {
+                *jailer = Some(ctx.layout().peer("jailer")).filter(|jailer| jailer.exists());
+            }
         }
     }
 
@@ -59,40 +94,68 @@ impl Peer {
         match self {
             Self::Casemate => "casemate",
             Self::Qemu { .. } => "qemu",
+            Self::CloudHypervisor { .. } => "cloud-hypervisor",
+            Self::Firecracker { .. } => "firecracker",
         }
     }
 
     pub(crate) fn version(&self) -> &str {
         match self {
             Self::Casemate => "",
-            Self::Qemu { version, .. } => version,
+            Self::Qemu { version, .. }
+            | Self::CloudHypervisor { version, .. }
+            | Self::Firecracker { version, .. } => version,
+        }
+    }
+
+    /// Whether it has such a machine: the kernel's network back end and assigned devices are not everywhere.
+    pub(crate) fn can(&self, guest: &Guest) -> bool {
+        let vhost = guest.net.is_some_and(|net| net.vhost);
+        match self {
+            Self::Casemate | Self::Qemu { .. } => true,
+            Self::CloudHypervisor { .. } => !vhost,
+            Self::Firecracker { .. } => !vhost && guest.device.is_none(),
         }
     }
 
     pub(crate) fn start(&self, ctx: &Ctx, guest: &Guest) -> Result<Running, Failure> {
         match self {
-            Self::Casemate => {
-                let mut file = GuestFile::new("bench", &guest.kernel, &guest.initrd)
-                    .vcpus(1)
-                    .memory(&format!("{} MiB", guest.memory_mib));
-                for (path, read_only) in &guest.disks {
-                    file = file.disk(path, *read_only);
-                }
-                if let Some(net) = guest.net {
-                    file = file.net(net.tap, net.host_address).vhost(net.vhost);
-                }
-                if let Some(address) = guest.device {
-                    file = file.device(address);
-                }
-                ctx.start_guest(&file)
+            Self::Casemate => ctx.start_guest(&casemate(guest)),
+            Self::Qemu { closed, .. } => ctx.start(lines::qemu(guest, *closed)),
+            Self::CloudHypervisor { program, closed, .. } => {
+                ctx.start(lines::cloud_hypervisor(program, guest, *closed))
             }
-            Self::Qemu { closed, .. } => ctx.start(qemu(guest, *closed)),
+            Self::Firecracker { program, jailer, .. } => {
+                if let Some(net) = guest.net {
+                    let Net { tap, host_address, .. } = net;
+                    ctx.shell(&format!(
+                        "ip link del {tap} 2>/dev/null; ip tuntap add {tap} mode tap vnet_hdr
+                        ip addr add {host_address} dev {tap}; ip link set {tap} up"
+                    ))?;
+                }
+                match jailer {
+                    None => ctx.start(lines::firecracker(ctx, program, guest)?),
+                    Some(jailer) => ctx.start(lines::jailed_firecracker(ctx, jailer, program, guest)?),
+                }
+            }
         }
     }
 
-    /// Whether it gives the host's end of a card its address.
+    /// Waits until the guest has ended, which Firecracker's can't by itself: it has no ACPI to power off by.
+    pub(crate) fn end(&self, running: Running, timeout: Duration) -> Result<Finished, Failure> {
+        if matches!(self, Self::Firecracker { .. }) {
+            running.wait_for_text(LAST_LINE, timeout)?;
+            running.signal(Signal::TERM)?;
+            return running.wait(timeout);
+        }
+        let finished = running.wait(timeout)?;
+        finished.success()?;
+        Ok(finished)
+    }
+
+    /// Whether the host's end of a card has its address by now.
     pub(crate) fn makes_taps(&self) -> bool {
-        matches!(self, Self::Casemate)
+        !matches!(self, Self::Qemu { .. })
     }
 
     /// The process that has the guest's memory.
@@ -103,41 +166,26 @@ impl Peer {
                 let pid = step.get("pid").and_then(Value::as_u64).and_then(|pid| u32::try_from(pid).ok());
                 pid.ok_or_else(|| Failure::new(format_args!("the step names no process: {step}")))
             }
-            Self::Qemu { .. } => Ok(running.pid()),
+            // The jailer, too, becomes what it starts.
+            _ => Ok(running.pid()),
         }
     }
 }
 
-fn qemu(guest: &Guest, closed: bool) -> Vec<OsString> {
-    let fixed = "qemu-system-x86_64 -enable-kvm -M q35 -cpu host -smp 1 -display none -nodefaults -serial stdio -no-reboot";
-    // It can't give up root's rights itself where it denies calls for rights.
-    let before = if closed { "setpriv --reuid=65534 --regid=65534 --clear-groups " } else { "" };
-    let mut words: Vec<OsString> =
-        before.split_whitespace().chain(fixed.split(' ')).map(OsString::from).collect();
-    let mut add = |option: &str, value: OsString| words.extend([OsString::from(option), value]);
-    add("-m", guest.memory_mib.to_string().into());
-    add("-kernel", guest.kernel.clone().into());
-    add("-initrd", guest.initrd.clone().into());
-    add("-append", "console=ttyS0 quiet".into());
-    if closed {
-        let sandbox = "on,obsolete=deny,elevateprivileges=deny,spawn=deny,resourcecontrol=deny";
-        add("-sandbox", sandbox.into());
+fn casemate(guest: &Guest) -> GuestFile {
+    let mut file = GuestFile::new("bench", &guest.kernel, &guest.initrd)
+        .vcpus(1)
+        .memory(&format!("{} MiB", guest.memory_mib));
+    for (path, read_only) in &guest.disks {
+        file = file.disk(path, *read_only);
     }
-    for (number, (path, read_only)) in guest.disks.iter().enumerate() {
-        let read_only = if *read_only { "on" } else { "off" };
-        let image = path.display();
-        add("-drive", format!("file={image},if=none,id=d{number},format=raw,aio=io_uring,cache=writeback,readonly={read_only}").into());
-        add("-device", format!("virtio-blk-pci,drive=d{number}").into());
-    }
-    if let Some(Net { tap, vhost, .. }) = guest.net {
-        let vhost = if vhost { "on" } else { "off" };
-        add("-netdev", format!("tap,id=n0,ifname={tap},script=no,downscript=no,vhost={vhost}").into());
-        add("-device", "virtio-net-pci,netdev=n0,romfile=".into());
+    if let Some(net) = guest.net {
+        file = file.net(net.tap, net.host_address).vhost(net.vhost);
     }
     if let Some(address) = guest.device {
-        add("-device", format!("vfio-pci,host={address}").into());
+        file = file.device(address);
     }
-    words
+    file
 }
 
 /// Pss of a process without its one large mapping, which is the guest's memory.

@@ -127,7 +127,7 @@ fn everything_emulated(ctx: &Ctx, out: &Path) -> Result<(), Failure> {
     let guest = ctx.guest(&script)?.vcpus(2).slots(1).vsock(&socket);
     let guest =
         guest.disk(&raw, false).disk_of(Disk { path: image, format: Some("qcow2"), ..Disk::default() });
-    let guest = guest.net("cmtest0", "192.0.0.1/24").vhost(true).net("cmtest1", "192.0.1.1/24");
+    let guest = guest.net("cmtest0", "192.0.0.1/24").vhost(true).net("cmtest1", "192.0.1.1/24").net_queues(2);
     let (running, mut typed) = follow(ctx, out, &with_tools(ctx, guest))?;
     running.wait_for_text("guest is ready", SOON * 2)?;
     typed.write_all(b"good day\n")?;

@@ -51,3 +51,33 @@ pub(crate) fn cards_carry_long_frames(ctx: &mut Ctx) -> Result<(), Failure> {
     }
     Ok(())
 }
+
+/// Two processors with a pair of queues each: the host spreads what comes, the guest what goes, and both pairs are used.
+pub(crate) fn several_queues(ctx: &mut Ctx) -> Result<(), Failure> {
+    let script = format!(
+        "{WITH_TOOLS}
+        ip addr add 192.0.2.2/24 dev eth0; ip link set eth0 up
+        echo queues: $(ls /sys/class/net/eth0/queues | grep -c rx)
+        tools iperf3 -c 192.0.2.1 -p 7031 -P 8 -n 16M && echo up is good
+        tools iperf3 -c 192.0.2.1 -p 7032 -P 8 -n 16M -R && echo down is good
+        used() {{ awk -v q=$1 '$NF ~ q {{ for (i = 2; i < NF; i++) if ($i ~ /^[0-9]+$/) n += $i }} END {{ print n + 0 }}' /proc/interrupts; }}
+        echo first: $(used input.0); echo second: $(used input.1)
+        echo sent-second: $(used output.1)"
+    );
+    ctx.shell("modprobe vhost_net")?;
+    for vhost in [false, true] {
+        let servers = ["7031", "7032"].map(|port| ctx.start(["iperf3", "-s", "-1", "-p", port]));
+        let guest = with_tools(ctx, ctx.guest(&script)?.vcpus(2)).net("cmtest0", "192.0.2.1/24");
+        let run = ctx.start_guest(&guest.net_queues(2).vhost(vhost))?.wait(LONG)?;
+        run.success()?.printed("up is good")?.printed("down is good")?;
+        expect!(run.value("queues:")? == "2", "the guest has {} queues", run.value("queues:")?);
+        for queue in ["first:", "second:", "sent-second:"] {
+            let interrupts: u32 = run.value(queue)?.parse().unwrap_or(0);
+            expect!(interrupts > 0, "with vhost {vhost} a queue was not used: {queue} {interrupts}");
+        }
+        for server in servers {
+            server?.wait(Duration::from_secs(10))?.success()?;
+        }
+    }
+    Ok(())
+}

@@ -101,6 +101,7 @@ pub(crate) const IOCTLS: &[(&str, u32)] = &[
     ("VFIO_IOMMU_UNMAP_DMA", 0x3b72),
     ("VFIO_IOMMU_DIRTY_PAGES", 0x3b75),
     ("TUNSETOFFLOAD", 0x400454d0),
+    ("TUNSETQUEUE", 0x400454d9),
     ("TUNSETVNETHDRSZ", 0x400454d8),
     ("TUNGETIFF", 0x800454d2),
     ("TUNSETIFF", 0x400454ca),

@@ -206,6 +206,7 @@ fn narrow_roles_of(request: &str) -> &'static [Role] {
         | "VFIO_DEVICE_SET_IRQS"
         | "VFIO_DEVICE_RESET" => &[Role::Control],
         "TUNSETOFFLOAD" => &[Role::Net, Role::Spare],
+        "TUNSETQUEUE" => &[Role::Net],
         "VHOST_SET_FEATURES"
         | "VHOST_SET_MEM_TABLE"
         | "VHOST_SET_VRING_NUM"

@@ -18,6 +18,8 @@ pub struct TapRequest {
     pub host_address: Option<(IpAddr, u8)>,
     /// The bridge that it becomes a port of.
     pub bridge: Option<String>,
+    /// Queues, 1 or more: the kernel spreads flows over them.
+    pub queues: u8,
 }
 
 /// A tap: up, without offloads, each frame with a virtio-net header of 12 bytes. Not persistent: it goes with the last
@@ -25,7 +27,7 @@ pub struct TapRequest {
 #[derive(Debug)]
 pub struct Tap {
     /// Read and write a frame at a time.
-    pub fd: OwnedFd,
+    pub queues: Vec<OwnedFd>,
     /// Name of the interface.
     pub name: String,
 }
@@ -39,14 +41,16 @@ impl Tap {
         let name = &request.name;
         check_name(name)?;
         check_address(request)?;
-        let fd = tun::create(name, VNET_HEADER_BYTES).map_err(|error| match error.raw_os_error() {
-            Some(libc::EBUSY) => Refusal::new(
-                "tap-exists",
-                name,
-                "there is a network interface of this name",
-                format!("choose another name, or remove it: ip link del {name}"),
-            ),
-            _ => failed(name, &error, "making the tap failed"),
+        let queues = tun::create(name, VNET_HEADER_BYTES, request.queues).map_err(|error| {
+            match error.raw_os_error() {
+                Some(libc::EBUSY) => Refusal::new(
+                    "tap-exists",
+                    name,
+                    "there is a network interface of this name",
+                    format!("choose another name, or remove it: ip link del {name}"),
+                ),
+                _ => failed(name, &error, "making the tap failed"),
+            }
         })?;
         match request.host_address {
             Some((IpAddr::V4(address), prefix_bits)) => tun::set_ipv4(name, address, prefix_bits),
@@ -74,7 +78,22 @@ impl Tap {
             })?;
         }
         tun::set_up(name).map_err(|error| failed(name, &error, "bringing the tap up failed"))?;
-        Ok(Self { fd, name: name.clone() })
+        Ok(Self { queues, name: name.clone() })
+    }
+}
+
+impl Tap {
+    /// The queue of a tap that was made with one.
+    ///
+    /// # Errors
+    /// `tap-failed` for another.
+    pub fn only(self) -> Result<OwnedFd, Refusal> {
+        let count = self.queues.len();
+        let queue = self.queues.into_iter().next().filter(|_| count == 1);
+        queue.ok_or_else(|| {
+            let error = io::Error::other(format!("it has {count} queues"));
+            failed(&self.name, &error, "taking the tap's queue failed")
+        })
     }
 }
 
@@ -126,6 +145,7 @@ mod tests {
             name: name.into(),
             host_address: Some((address.parse().unwrap(), prefix)),
             bridge: None,
+            queues: 1,
         };
         for name in ["", "a name", "a/b", "tap%d", "..", "sixteen-letters!", "t\u{e4}p"] {
             assert_eq!(Tap::create(&request(name, "10.0.0.1", 24)).unwrap_err().code, "tap-name", "{name:?}");

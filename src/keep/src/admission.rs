@@ -347,6 +347,7 @@ fn request(
         mac: net.mac.map(|mac| mac.map(|byte| format!("{byte:02x}")).join(":")),
         attrs: [
             ("vhost", net.vhost.then(|| "true".to_owned())),
+            ("queues", (net.queues > 1).then(|| net.queues.to_string())),
             ("host-address", net.host_address.map(|(address, length)| format!("{address}/{length}"))),
         ]
         .into_iter()

@@ -98,9 +98,9 @@ impl Attaching {
                 format: casemate_wire::Format::Raw,
             }),
             _ => Card::Net(casemate_wire::Net {
-                tap: Slot(0),
+                taps: vec![Slot(0)],
                 mac: mac(operator.guest(), LIMITS.nets + usize::from(slot)),
-                vhost: None,
+                vhosts: Vec::new(),
             }),
         };
         let told = record::give(&self.paths, operator.guest(), fd.as_fd(), size_bytes);
@@ -204,8 +204,10 @@ impl Attaching {
         let net = Net { tap: tap.to_owned(), mac: None, attrs };
         self.judge(&format!("add net {tap}"), |spec| spec.nets.push(net))?;
         let host_address = host_address.map(|(address, length)| (address.into(), length));
-        match Tap::create(&TapRequest { name: tap.to_owned(), host_address, bridge: None }) {
-            Ok(tap) => Ok(tap.fd),
+        match Tap::create(&TapRequest { name: tap.to_owned(), host_address, bridge: None, queues: 1 })
+            .and_then(Tap::only)
+        {
+            Ok(queue) => Ok(queue),
             Err(refusal) => {
                 self.forget(&Attachment::Net { tap: tap.to_owned(), host_address: None });
                 Err(refusal)

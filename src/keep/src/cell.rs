@@ -311,7 +311,9 @@ fn threads(guest: &Guest) -> u64 {
     let slots = usize::from(guest.hotplug.slots);
     let disks = guest.disks.len() * (1 + RING_THREADS);
     // A thread for each slot, and the one that puts devices into them.
-    let devices = disks + guest.nets.len() * 2 + guest.devices.len() + 5 + slots + slots.min(1);
+    // The card's own, and one of vhost's for each pair of queues.
+    let nets = guest.nets.iter().map(|net| 1 + usize::from(net.queues)).sum::<usize>();
+    let devices = disks + nets + guest.devices.len() + 5 + slots + slots.min(1);
     u64::from(guest.vcpus) * 2 + devices as u64 + 8
 }
 
@@ -389,7 +391,7 @@ fn send_machine(
             "load kvm_amd or kvm_intel, or turn virtualisation on in the firmware; see `casemate doctor`";
         Refusal::new("kvm-missing", "/dev/kvm", format_args!("it cannot be opened: {error}"), remedy)
     })?;
-    let vhosts = guest.nets.iter().map(open_vhost).collect::<Result<Vec<_>, _>>()?;
+    let vhosts = guest.nets.iter().map(open_vhosts).collect::<Result<Vec<_>, _>>()?;
     let mut fds = Descriptors::default();
     let claim = resources.claim;
     let machine = Machine {
@@ -406,8 +408,8 @@ fn send_machine(
         disks: disks(guest, resources.images, &mut fds),
         nets: (guest.nets.iter().zip(resources.taps).enumerate())
             .map(|(number, (net, tap))| Net {
-                tap: fds.add(tap.fd.as_fd()),
-                vhost: vhosts.get(number).and_then(Option::as_ref).map(|file| fds.add(file.as_fd())),
+                taps: tap.queues.iter().map(|queue| fds.add(queue.as_fd())).collect(),
+                vhosts: vhosts.get(number).into_iter().flatten().map(|file| fds.add(file.as_fd())).collect(),
                 mac: net.mac.unwrap_or_else(|| mac(guest.name.as_str(), number)),
             })
             .collect(),
@@ -488,10 +490,11 @@ fn ram(guest: &Guest) -> wire::Ram {
     wire::Ram { pages, prefault, numa_node }
 }
 
-/// The kernel's side of a card, when it is to serve the card's queues.
-fn open_vhost(net: &casemate_spec::Net) -> Result<Option<File>, Refusal> {
-    let open = || File::options().read(true).write(true).open("/dev/vhost-net");
-    net.vhost.then(open).transpose().map_err(|error| {
+/// The kernel's side of a card, when it is to serve the card's queues: one a pair.
+fn open_vhosts(net: &casemate_spec::Net) -> Result<Vec<File>, Refusal> {
+    let open = |_| File::options().read(true).write(true).open("/dev/vhost-net");
+    let count = if net.vhost { net.queues } else { 0 };
+    (0..count).map(open).collect::<Result<_, _>>().map_err(|error| {
         let cause = format_args!("it cannot be opened for {}: {error}", net.tap);
         Refusal::new("vhost-missing", "/dev/vhost-net", cause, "modprobe vhost_net, or take vhost = true out")
     })

@@ -191,7 +191,7 @@ impl GuestRecord {
             started_seconds: now_seconds(),
             vcpus: u32::from(guest.vcpus),
             memory_bytes: guest.memory.bytes(),
-            nets: u32::try_from(guest.nets.len()).unwrap_or(u32::MAX),
+            nets: guest.nets.iter().map(|net| u32::from(net.queues)).sum(),
             spec_sha256: spec_sha256.to_owned(),
             policy: policy.plugins.clone(),
             files: files.filter_map(|image| name_of(&image.fd)).collect(),

@@ -583,7 +583,7 @@ fn make_taps(located: &Located) -> Result<Vec<Tap>, Refusal> {
     let nets = located.guest.nets.iter().enumerate();
     nets.map(|(index, net)| {
         let host_address = net.host_address.map(|(address, length)| (address.into(), length));
-        let request = TapRequest { name: net.tap.clone(), host_address, bridge: None };
+        let request = TapRequest { name: net.tap.clone(), host_address, bridge: None, queues: net.queues };
         Tap::create(&request).map_err(|refusal| refusal.at(located.location(&format!("net[{index}].tap"))))
     })
     .collect()

@@ -503,6 +503,8 @@ address = "0000:03:00.0"
             ("memory = \"512 MiB\"", "memory = 512", "bad-toml"),
             ("kernel = \"vmlinux\"", "kernel = \"\"", "bad-path"),
             ("quiet\"", "qu\\u0007iet\"", "bad-command-line"),
+            ("tap = \"web0\"", "tap = \"web0\"\nqueues = 9", "bad-queues"),
+            ("tap = \"web0\"", "tap = \"web0\"\nqueues = 0", "bad-queues"),
             ("tap = \"web0\"", "tap = \"../web0\"", "bad-tap"),
             ("192.0.2.1/24", "192.0.2.1", "bad-address"),
             ("02:00", "01:00", "bad-mac"),

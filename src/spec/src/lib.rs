@@ -34,7 +34,7 @@ pub use host_file::{
 };
 pub use hotplug::Hotplug;
 pub use limit::{IoLimits, Rate};
-pub use net::Net;
+pub use net::{NET_QUEUES_MAX, Net};
 pub use ram::{Pages, Ram};
 pub use refusal::{Location, Refusal};
 pub use resources::{HostResources, ResourceBounds, TenantBounds};

@@ -11,6 +11,9 @@ use crate::{
     limit::RawLimit,
 };
 
+/// Pairs of queues that a network card can have.
+pub const NET_QUEUES_MAX: u8 = 8;
+
 /// An emulated network card on a tap that lives as long as the guest.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub struct Net {
@@ -20,6 +23,8 @@ pub struct Net {
     pub host_address: Option<(Ipv4Addr, u8)>,
     /// The card's MAC address; made from guest's name and slot when absent.
     pub mac: Option<[u8; 6]>,
+    /// Pairs of queues, 1 to [`NET_QUEUES_MAX`].
+    pub queues: u8,
     /// Whether the host's kernel serves the card's queues.
     pub vhost: bool,
     /// How much it may do.
@@ -32,6 +37,7 @@ pub(crate) struct RawNet {
     tap: Spanned<String>,
     host_address: Option<Spanned<String>>,
     mac: Option<Spanned<String>>,
+    queues: Option<Spanned<i64>>,
     #[serde(default)]
     vhost: bool,
     limit: Option<RawLimit>,
@@ -80,8 +86,9 @@ impl Reader<'_> {
             }
             limit => self.limits(limit)?,
         };
+        let queues = raw.queues.map_or(Ok(1), |queues| self.queues(&queues, NET_QUEUES_MAX))?;
         let (host_address, mac) = (host_address.transpose()?, mac.transpose()?);
-        Ok(Net { tap, host_address, mac, vhost: raw.vhost, limits })
+        Ok(Net { tap, host_address, mac, queues, vhost: raw.vhost, limits })
     }
 }
 

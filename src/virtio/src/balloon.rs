@@ -295,10 +295,10 @@ impl Device for Balloon {
     fn changing_config(&self) -> Option<Arc<DeviceConfig>> {
         Some(Arc::clone(&self.0.config))
     }
-    fn backend(&self) -> Option<BorrowedFd<'_>> {
-        Some(self.0.ask.as_fd())
+    fn backends(&self) -> Vec<BorrowedFd<'_>> {
+        vec![self.0.ask.as_fd()]
     }
-    fn backend_ready(&mut self, active: &mut Active) -> Result<Progress, Fault> {
+    fn backend_ready(&mut self, active: &mut Active, _backend: usize) -> Result<Progress, Fault> {
         if active.has_feature(VIRTIO_BALLOON_F_STATS_VQ) {
             self.statistics(active)
         } else {

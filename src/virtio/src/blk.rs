@@ -228,16 +228,16 @@ impl Device for Blk {
     fn resize(&mut self, size_bytes: u64) {
         self.disk.size_bytes = size_bytes;
     }
-    fn backend(&self) -> Option<BorrowedFd<'_>> {
+    fn backends(&self) -> Vec<BorrowedFd<'_>> {
         match &self.engine {
-            Engine::Ring(ring) => Some(ring.events()),
-            Engine::Sync(..) => None,
+            Engine::Ring(ring) => vec![ring.events()],
+            Engine::Sync(..) => Vec::new(),
         }
     }
     fn queue_ready(&mut self, active: &mut Active, index: usize) -> Result<Progress, Fault> {
         self.turn(active, 1u64.checked_shl(index as u32).unwrap_or(0))
     }
-    fn backend_ready(&mut self, active: &mut Active) -> Result<Progress, Fault> {
+    fn backend_ready(&mut self, active: &mut Active, _backend: usize) -> Result<Progress, Fault> {
         match &self.engine {
             Engine::Ring(_) => self.turn(active, 0),
             Engine::Sync(..) => Ok(Progress::Idle),

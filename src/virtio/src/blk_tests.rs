@@ -59,7 +59,7 @@ fn wait(disk: &mut Blk, active: &mut Active, mut done: impl FnMut() -> bool) -> 
     let end = Instant::now() + Duration::from_secs(20);
     while !done() {
         assert!(Instant::now() < end, "the disk does not answer");
-        disk.backend_ready(active)?;
+        disk.backend_ready(active, 0)?;
         thread::yield_now();
     }
     Ok(())
@@ -447,7 +447,7 @@ fn what_comes_in_pieces_is_put_together() {
         end.write_all(&vec![byte; bytes]).unwrap();
         let soon = Instant::now() + Duration::from_millis(50);
         while Instant::now() < soon {
-            disk.backend_ready(&mut active).unwrap();
+            disk.backend_ready(&mut active, 0).unwrap();
         }
     }
     assert_eq!(ring.take(), Some((0, 513)));

@@ -78,19 +78,21 @@ pub trait Device: Send {
     fn changing_config(&self) -> Option<Arc<DeviceConfig>> {
         None
     }
-    /// A descriptor whose readiness to be read is a [`Device::backend_ready`].
-    fn backend(&self) -> Option<BorrowedFd<'_>> {
-        None
+    /// Descriptors whose readiness to be read is a [`Device::backend_ready`]: always the same.
+    fn backends(&self) -> Vec<BorrowedFd<'_>> {
+        Vec::new()
     }
 
     /// What it stores to has so many bytes from now on. Runs on the device's thread, active or not; the driver is told
     /// afterwards.
     fn resize(&mut self, _size_bytes: u64) {}
 
-    /// Takes the doorbells, one a queue, when somebody else is to hear them: [`Device::queue_ready`] is then not called,
-    /// and true returned. Asked once, before its thread starts.
-    fn take_doorbells(&mut self, _doorbells: &Arc<[EventFd]>) -> bool {
-        false
+    /// Takes the doorbells, one a queue, when somebody else is to hear them as well. Asked once, before its thread starts.
+    fn take_doorbells(&mut self, _doorbells: &Arc<[EventFd]>) {}
+
+    /// Whether the doorbell of a queue is a [`Device::queue_ready`]. Asked once, before its thread starts.
+    fn hears(&self, _index: usize) -> bool {
+        true
     }
 
     /// The driver has made the device active.
@@ -119,11 +121,11 @@ pub trait Device: Send {
     /// Called before the memory is taken away.
     fn quiesce(&mut self) {}
 
-    /// The backend has something to read, perhaps.
+    /// The backend of this number has something to read, perhaps.
     ///
     /// # Errors
     /// As for [`Device::queue_ready`].
-    fn backend_ready(&mut self, _active: &mut Active) -> Result<Progress, Fault> {
+    fn backend_ready(&mut self, _active: &mut Active, _backend: usize) -> Result<Progress, Fault> {
         Ok(Progress::Idle)
     }
 }
@@ -172,6 +174,12 @@ pub enum DeviceError {
     /// More or fewer queues than a disk can have.
     #[error("a disk with {0} queues; it has 1 to {most}", most = crate::blk::QUEUES_MAX)]
     DiskQueues(u16),
+    /// More or fewer queues than a network card can have, or not as many of the kernel's.
+    #[error("a network card with {0} pairs of queues; it has 1 to {most}", most = crate::net::PAIRS_MAX)]
+    NetQueues(usize),
+    /// The kernel does not serve queues of a network card.
+    #[error("the kernel cannot serve the card: {0}")]
+    Vhost(std::io::Error),
     /// An image that cannot be a disk.
     #[error(transparent)]
     DiskFormat(#[from] crate::qcow2::FormatError),

@@ -194,7 +194,8 @@ mod tests {
         for _ in 0..8 {
             wire.send(&[7; 1526]).unwrap();
         }
-        (Box::new(Net::new(tap.into(), [2, 0, 0, 0, 0, 1])), wire)
+        let taps = vec![tap.try_clone().unwrap().into(), tap.into()];
+        (Box::new(Net::new(taps, [2, 0, 0, 0, 0, 1]).unwrap()), wire)
     }
 
     /// A guest that first sets up queue 0 and starts the device, so that most of what follows reaches it.

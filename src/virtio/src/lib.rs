@@ -49,7 +49,7 @@ pub use device::{Device, DeviceError, Fault, Kind, Progress};
 pub use device_config::DeviceConfig;
 pub use interrupt::Interrupt;
 pub use limit::{Limiter, Limits, Rate};
-pub use net::{KernelNet, Net};
+pub use net::{KernelNet, Net, PAIRS_MAX as NET_PAIRS_MAX};
 pub use request::{Buffers, Request};
 pub use rng::Rng;
 pub use transport::{Doorbell, PciParts, PciTransport, SetupError, vector_count};

@@ -13,7 +13,7 @@ fn card() -> (Net, UnixDatagram) {
     let (tap, wire) = UnixDatagram::pair().unwrap();
     tap.set_nonblocking(true).unwrap();
     wire.set_nonblocking(true).unwrap();
-    (Net::new(tap.into(), MAC), wire)
+    (Net::new(vec![tap.into()], MAC).unwrap(), wire)
 }
 
 fn frame(content: &[u8]) -> Vec<u8> {
@@ -26,6 +26,77 @@ fn describes_itself() {
     assert_eq!(net.config(), [2, 0, 0, 0, 0, 7, 1, 0]);
     let bits = [0, 1, 5, 7, 8, 11, 12, 15, 16];
     assert_eq!(net.features(), bits.iter().map(|bit| 1u64 << bit).sum::<u64>());
+}
+
+/// A card with two pairs of queues over one socket, which is no tap: it has nothing to be set.
+fn wide_card() -> (Net, UnixDatagram) {
+    let (tap, wire) = UnixDatagram::pair().unwrap();
+    tap.set_nonblocking(true).unwrap();
+    wire.set_nonblocking(true).unwrap();
+    (Net::new(vec![tap.try_clone().unwrap().into(), tap.into()], MAC).unwrap(), wire)
+}
+
+#[test]
+fn a_card_has_as_many_queues_as_its_tap() {
+    let (net, _wire) = wide_card();
+    assert_eq!(net.config(), [2, 0, 0, 0, 0, 7, 1, 0, 2, 0]);
+    assert_eq!(net.features(), card().0.features() | 1 << 17 | 1 << 22);
+    assert_eq!(net.queue_sizes(), [256, 256, 256, 256, 16]);
+    let none = Net::new(Vec::new(), MAC);
+    assert!(matches!(none, Err(DeviceError::NetQueues(0))));
+    let tap = || UnixDatagram::unbound().unwrap().into();
+    let many = Net::new(std::iter::repeat_with(tap).take(9).collect(), MAC);
+    assert!(matches!(many, Err(DeviceError::NetQueues(9))));
+}
+
+#[test]
+fn a_driver_says_how_many_pairs_it_uses() {
+    let command = |bytes: &[u8], features: u64, control: usize| {
+        let memory = memory();
+        let (mut net, _wire) = wide_card();
+        let mut rings: Vec<Ring> = (0..5).map(|i| Ring::new(&memory, 0x1000 + 0x4000 * i, 16)).collect();
+        fill(&memory, BUFFER, bytes);
+        fill(&memory, BUFFER + 64, &[0xaa]);
+        let length = u32::try_from(bytes.len()).unwrap();
+        rings[control].offer(&[(BUFFER, length, false), (BUFFER + 64, 1, true)]);
+        let (mut active, _events) = active(&memory, &rings.iter().collect::<Vec<_>>(), features);
+        net.activate(&mut active).unwrap();
+        run(&mut net, &mut active, control).unwrap();
+        (bytes_at(&memory), net.pairs.used())
+    };
+    let both = 1 << 17 | 1 << 22;
+    assert_eq!(command(&[4, 0, 2, 0], both, 4), (0, 2));
+    assert_eq!(command(&[4, 0, 1, 0], both, 4), (0, 1));
+    for odd in [&[4, 0, 0, 0][..], &[4, 0, 3, 0], &[4, 0, 0, 1], &[4, 1, 2, 0], &[0, 0, 2, 0], &[4, 0, 2]] {
+        assert_eq!(command(odd, both, 4), (1, 1), "{odd:?}");
+    }
+    // Who knows of one pair has its control queue behind that, and nothing to command.
+    assert_eq!(command(&[4, 0, 2, 0], 1 << 17, 2), (1, 1));
+}
+
+fn bytes_at(memory: &crate::active::Memory) -> u8 {
+    bytes(memory, BUFFER + 64, 1)[0]
+}
+
+#[test]
+fn each_pair_has_frames_of_its_own() {
+    let memory = memory();
+    let (mut net, wire) = wide_card();
+    let mut rings: Vec<Ring> = (0..5).map(|i| Ring::new(&memory, 0x1000 + 0x4000 * i, 16)).collect();
+    fill(&memory, BUFFER, &[0; 12]);
+    fill(&memory, BUFFER + 12, b"second");
+    rings[3].offer(&[(BUFFER, 18, false)]);
+    let head = rings[2].offer(&[(BUFFER + 0x1000, 1526, true)]);
+    let (mut active, events) = active(&memory, &rings.iter().collect::<Vec<_>>(), 1 << 17 | 1 << 22);
+    net.activate(&mut active).unwrap();
+    run(&mut net, &mut active, 3).unwrap();
+    let mut got = [0; 100];
+    let length = wire.recv(&mut got).unwrap();
+    assert_eq!(got[..length], frame(b"second"));
+    wire.send(&frame(b"reply")).unwrap();
+    net.backend_ready(&mut active, 1).unwrap();
+    assert_eq!(rings[2].take(), Some((head, 17)));
+    assert_eq!((signals(&events[2]), signals(&events[0])), (1, 0));
 }
 
 #[test]
@@ -128,7 +199,7 @@ fn received_frames_wait_for_buffers() {
     let (mut active, events) = active(&memory, &[&receive, &transmit], 0);
     wire.send(&frame(b"one")).unwrap();
     wire.send(&frame(b"two")).unwrap();
-    assert_eq!(net.backend_ready(&mut active).unwrap(), Progress::Idle);
+    assert_eq!(net.backend_ready(&mut active, 0).unwrap(), Progress::Idle);
     assert_eq!(receive.take(), None);
 
     fill(&memory, BUFFER, &[0xff; 2048]);
@@ -148,7 +219,7 @@ fn received_frames_wait_for_buffers() {
     run(&mut net, &mut active, RECEIVE).unwrap();
     assert_eq!(receive.take(), None);
     wire.send(&frame(b"three")).unwrap();
-    assert_eq!(net.backend_ready(&mut active).unwrap(), Progress::Idle);
+    assert_eq!(net.backend_ready(&mut active, 0).unwrap(), Progress::Idle);
     assert_eq!(receive.take(), Some((head, 17)));
     assert_eq!(bytes(&memory, BUFFER, 17), [&header[..], b"three"].concat());
 }

@@ -190,7 +190,7 @@ pub(crate) fn attack_with(
     for index in 0..rings.len() {
         // An attack may feed itself by writing into the rings, so only each turn is promised to end.
         for _ in 0..100 {
-            let turns = [device.queue_ready(&mut active, index), device.backend_ready(&mut active)];
+            let turns = [device.queue_ready(&mut active, index), device.backend_ready(&mut active, 0)];
             if turns.iter().any(Result::is_err) {
                 break;
             }

@@ -15,7 +15,7 @@ use crate::{
     device::{Device, Fault},
     device_config::DeviceConfig,
     interrupt::Interrupt,
-    worker::{QUEUES_MAX, Remote, Worker, WorkerControl},
+    worker::{EVENTS_MAX, Remote, Worker, WorkerControl},
 };
 
 const VIRTIO_VENDOR: u16 = 0x1af4;
@@ -128,7 +128,8 @@ impl PciTransport {
             return Err(SetupError::Events { needed, given });
         }
         let sizes = device.queue_sizes();
-        if sizes.len() > QUEUES_MAX || !sizes.iter().all(|size| size.is_power_of_two() && *size <= 1 << 15) {
+        let events_max = EVENTS_MAX.saturating_sub(device.backends().len());
+        if sizes.len() > events_max || !sizes.iter().all(|size| size.is_power_of_two() && *size <= 1 << 15) {
             return Err(SetupError::Device("too many queues, or sizes that are not powers of two"));
         }
         if device.config().len() as u64 > PAGE_BYTES {

@@ -186,9 +186,38 @@ pub(crate) fn send(
 pub(crate) fn set_offloads(tap: BorrowedFd<'_>, flags: u32) -> io::Result<()> {
     const TUNSETOFFLOAD: libc::c_ulong = 0x4004_54d0;
     // SAFETY: the call takes a number.
-    match unsafe { libc::ioctl(tap.as_raw_fd(), TUNSETOFFLOAD, libc::c_ulong::from(flags)) } {
+    tap_answer(unsafe { libc::ioctl(tap.as_raw_fd(), TUNSETOFFLOAD, libc::c_ulong::from(flags)) })
+}
+
+/// Has the host give frames to one of a tap's queues, or no longer (TUNSETQUEUE). It fails when that is so already.
+///
+/// # Errors
+/// What the kernel says.
+pub(crate) fn set_queue(tap: BorrowedFd<'_>, is_used: bool) -> io::Result<()> {
+    const TUNSETQUEUE: libc::c_ulong = 0x4004_54d9;
+    let flags = if is_used { libc::IFF_ATTACH_QUEUE } else { libc::IFF_DETACH_QUEUE };
+    let mut request = IfRequest { name: [0; 16], flags: 0, rest: [0; 22] };
+    request.flags = i16::try_from(flags).unwrap_or(0);
+    // SAFETY: the call reads one ifreq, of which this is one.
+    tap_answer(unsafe { libc::ioctl(tap.as_raw_fd(), TUNSETQUEUE, &raw const request) })
+}
+
+/// `struct ifreq` (linux/if.h) with the flags of its union.
+#[repr(C)]
+struct IfRequest {
+    name: [u8; 16],
+    flags: i16,
+    rest: [u8; 22],
+}
+
+/// What an ioctl of a tap answered. What is no tap at all, as a socket in its place is none, has nothing to be set.
+fn tap_answer(result: libc::c_int) -> io::Result<()> {
+    match result {
         0 => Ok(()),
-        _ => Err(io::Error::last_os_error()),
+        _ => match io::Error::last_os_error() {
+            error if error.raw_os_error() == Some(libc::ENOTTY) => Ok(()),
+            error => Err(error),
+        },
     }
 }
 

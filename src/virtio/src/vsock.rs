@@ -365,14 +365,14 @@ impl Device for Vsock {
     fn config(&self) -> &[u8] {
         &self.config
     }
-    fn backend(&self) -> Option<BorrowedFd<'_>> {
-        Some(self.epoll.as_fd())
+    fn backends(&self) -> Vec<BorrowedFd<'_>> {
+        vec![self.epoll.as_fd()]
     }
     fn queue_ready(&mut self, active: &mut Active, index: usize) -> Result<Progress, Fault> {
         // Nothing is ever told by the third queue: the guest is not moved.
         if index > TRANSMIT { Ok(Progress::Idle) } else { self.turn(active) }
     }
-    fn backend_ready(&mut self, active: &mut Active) -> Result<Progress, Fault> {
+    fn backend_ready(&mut self, active: &mut Active, _backend: usize) -> Result<Progress, Fault> {
         self.turn(active)
     }
     /// A driver that begins anew knows of no connection.

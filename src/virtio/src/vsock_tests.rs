@@ -66,7 +66,7 @@ impl Guest {
     }
 
     fn run(&mut self, device: &mut Vsock) {
-        while device.backend_ready(&mut self.active).unwrap() == Progress::More {}
+        while device.backend_ready(&mut self.active, 0).unwrap() == Progress::More {}
     }
 
     fn send(&mut self, device: &mut Vsock, header: Header, data: &[u8]) {

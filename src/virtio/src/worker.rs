@@ -24,13 +24,12 @@ use crate::{
     limit::{Limiter, Limits},
 };
 
-/// What epoll reports with an event: a queue's index, or one of these.
-const BACKEND: u64 = 62;
+/// What epoll reports with an event: a queue's index, behind all of them a backend's, or this.
 const COMMAND: u64 = 63;
 /// The unit of a disk's capacity (virtio 1.3, 5.2.4).
 const SECTOR_BYTES: u64 = 512;
-/// Queues that a device can have, so that each is a bit beside the two above.
-pub(crate) const QUEUES_MAX: usize = 62;
+/// Queues and backends that a device can have together, so that each is a bit beside the one above.
+pub(crate) const EVENTS_MAX: usize = 62;
 
 enum Command {
     Activate(Box<Active>),
@@ -53,6 +52,8 @@ pub struct Worker {
     control: WorkerControl,
     counters: Arc<Counters>,
     config: Arc<DeviceConfig>,
+    /// How many of the numbers that epoll reports are queues', and how many are queues' and backends'.
+    numbers: (u64, u64),
     epoll: Epoll,
     commands: Receiver<Command>,
     finisher: Option<Sender<Command>>,
@@ -128,12 +129,15 @@ impl Worker {
             epoll.ctl(ControlOperation::Add, fd, event)
         };
         add(wake.as_raw_fd(), COMMAND)?;
-        let heard: &[EventFd] = if device.take_doorbells(&doorbells) { &[] } else { &doorbells };
-        for (number, doorbell) in (0..).zip(heard) {
-            add(doorbell.as_raw_fd(), number)?;
+        device.take_doorbells(&doorbells);
+        for (number, doorbell) in doorbells.iter().enumerate().filter(|(number, _)| device.hears(*number)) {
+            add(doorbell.as_raw_fd(), number as u64)?;
         }
-        if let Some(backend) = device.backend() {
-            add(backend.as_raw_fd(), BACKEND)?;
+        let queues = doorbells.len() as u64;
+        let mut numbers = (queues, queues);
+        for backend in device.backends() {
+            add(backend.as_raw_fd(), numbers.1)?;
+            numbers.1 += 1;
         }
         let (sender, commands) = mpsc::channel();
         let finisher = device.holds_back().then(|| sender.clone());
@@ -147,6 +151,7 @@ impl Worker {
             control,
             counters,
             config,
+            numbers,
             epoll,
             commands,
             finisher,
@@ -217,7 +222,7 @@ impl Worker {
     /// Whether this work waits for its device's limits; if so, it is taken care of.
     fn hold_back(&mut self, number: u64) -> bool {
         // A backend that is no tap tells of what is done already.
-        if number == BACKEND && self.device.kind() != Kind::Net {
+        if number >= self.numbers.0 && self.device.kind() != Kind::Net {
             return false;
         }
         let Some(wait) = self.control.limiter.wait() else { return false };
@@ -240,7 +245,7 @@ impl Worker {
             match self.commands.try_recv() {
                 Ok(Command::Activate(mut active)) => {
                     // Whatever happened before counts as an event: edges may have been missed.
-                    self.due |= (1 << BACKEND) | ((1 << active.queue_count()) - 1);
+                    self.due |= (1 << self.numbers.1) - 1;
                     match self.device.activate(&mut active) {
                         Ok(()) => self.active = Some(active),
                         Err(fault) => {
@@ -283,16 +288,16 @@ impl Worker {
     /// One turn for each queue and the backend that is due.
     fn work(&mut self) {
         let due = std::mem::take(&mut self.due);
-        for number in (0..=BACKEND).filter(|number| due >> number & 1 == 1) {
+        for number in (0..COMMAND).filter(|number| due >> number & 1 == 1) {
             if self.active.is_some() && self.hold_back(number) {
                 continue;
             }
             let Some(active) = &mut self.active else { return };
             let before = self.control.limiter.is_limited().then(|| self.counters.read());
-            let turn = match number {
-                BACKEND => self.device.backend_ready(active),
-                // Below `QUEUES_MAX`.
-                queue => self.device.queue_ready(active, queue as usize),
+            // Both are below `EVENTS_MAX`.
+            let turn = match number.checked_sub(self.numbers.0) {
+                Some(backend) => self.device.backend_ready(active, backend as usize),
+                None => self.device.queue_ready(active, number as usize),
             };
             match turn {
                 Ok(Progress::Idle) => {}

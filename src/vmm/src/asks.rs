@@ -142,7 +142,10 @@ fn take_order(id: u32, ask: &Ask, descriptors: &mut Descriptors) -> Result<Optio
                     queues: disk.queues.into(),
                     format: BlkFormat::Raw,
                 }),
-                casemate_wire::Card::Net(net) => Card::Net { tap: descriptors.take(net.tap)?, mac: net.mac },
+                casemate_wire::Card::Net(net) => {
+                    let taps = net.taps.iter().map(|tap| descriptors.take(*tap));
+                    Card::Net { taps: taps.collect::<Result<_, _>>()?, mac: net.mac }
+                }
             };
             Some(Order::Add { id, slot: *slot, card })
         }

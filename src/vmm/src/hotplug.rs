@@ -67,8 +67,8 @@ pub(crate) enum Card {
     Disk(BlkBackend),
     /// A network card.
     Net {
-        /// Its tap.
-        tap: OwnedFd,
+        /// The queues of its tap.
+        taps: Vec<OwnedFd>,
         /// Its address.
         mac: [u8; 6],
     },
@@ -257,7 +257,7 @@ impl Hotplug {
         }
         let device: Box<dyn Device> = match card {
             Card::Disk(backend) => Box::new(Blk::ringless(backend).map_err(Refusal::device)?),
-            Card::Net { tap, mac } => Box::new(Net::new(tap, mac)),
+            Card::Net { taps, mac } => Box::new(Net::new(taps, mac).map_err(Refusal::device)?),
         };
         self.add_virtio(slot, device)
     }

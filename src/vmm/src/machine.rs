@@ -169,14 +169,17 @@ impl Built {
             parts.add_virtio(Box::new(disk), Own::Nothing)?;
         }
         for net in machine.nets {
-            let tap = descriptors.take(net.tap)?;
-            let (card, own): (Box<dyn Device>, Own) = match net.vhost {
-                Some(vhost) => {
-                    let card = KernelNet::new(tap, descriptors.take(vhost)?, net.mac);
-                    (Box::new(card.map_err(|error| Error::device("/dev/vhost-net", error))?), Own::NoLimits)
-                }
-                None => (Box::new(Net::new(tap, net.mac)), Own::Nothing),
+            let mut take_all = |slots: Vec<casemate_wire::Slot>| -> Result<Vec<OwnedFd>, Error> {
+                slots.into_iter().map(|slot| Ok(descriptors.take(slot)?)).collect()
             };
+            let (taps, vhosts) = (take_all(net.taps)?, take_all(net.vhosts)?);
+            let made = if vhosts.is_empty() {
+                Net::new(taps, net.mac).map(|card| (Box::new(card) as Box<dyn Device>, Own::Nothing))
+            } else {
+                KernelNet::new(taps, vhosts, net.mac)
+                    .map(|card| (Box::new(card) as Box<dyn Device>, Own::NoLimits))
+            };
+            let (card, own) = made.map_err(|error| Error::device("virtio-net", error))?;
             parts.add_virtio(card, own)?;
         }
         if let Some(vsock) = machine.vsock {

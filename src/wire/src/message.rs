@@ -220,12 +220,12 @@ pub struct Below {
 /// An emulated network card.
 #[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
 pub struct Net {
-    /// A tap with 12-byte vnet headers.
-    pub tap: Slot,
+    /// The queues of a tap with 12-byte vnet headers, one for each pair of the card's.
+    pub taps: Vec<Slot>,
     /// The card's MAC address.
     pub mac: [u8; 6],
-    /// `/dev/vhost-net`, when the kernel is to serve the card's queues.
-    pub vhost: Option<Slot>,
+    /// As many of `/dev/vhost-net`, when the kernel is to serve the card's queues; else none.
+    pub vhosts: Vec<Slot>,
 }
 
 /// The socket device.

@@ -21,15 +21,23 @@ const SIOCBRADDIF: libc::c_ulong = 0x89a2;
 pub(crate) const NAME_BYTES_MAX: usize = libc::IFNAMSIZ - 1;
 
 /// Makes the tap `name`, which must not exist: no packet information, a virtio-net header of `header_bytes` in front of
-/// each frame, no offloads. It goes with the last descriptor.
-pub(crate) fn create(name: &str, header_bytes: i32) -> io::Result<OwnedFd> {
+/// each frame, no offloads. It goes with the last descriptor; there is one for each of its `queues`.
+pub(crate) fn create(name: &str, header_bytes: i32, queues: u8) -> io::Result<Vec<OwnedFd>> {
+    let shared = if queues > 1 { libc::IFF_MULTI_QUEUE } else { 0 };
+    // Only the first may make it.
+    let open =
+        |number: u8| queue(name, header_bytes, shared | if number == 0 { libc::IFF_TUN_EXCL } else { 0 });
+    (0..queues.max(1)).map(open).collect()
+}
+
+fn queue(name: &str, header_bytes: i32, more: libc::c_int) -> io::Result<OwnedFd> {
     // Not blocking: who reads frames asks epoll, and waits for nobody.
     let mut options = OpenOptions::new();
     options.read(true).write(true).custom_flags(libc::O_NONBLOCK);
     let tun: OwnedFd = options.open("/dev/net/tun")?.into();
     let mut request = request(name)?;
     // IFF_TUN_EXCL is the sign bit of the field's type.
-    let flags = libc::IFF_TAP | libc::IFF_NO_PI | libc::IFF_VNET_HDR | libc::IFF_TUN_EXCL;
+    let flags = libc::IFF_TAP | libc::IFF_NO_PI | libc::IFF_VNET_HDR | more;
     request.ifr_ifru.ifru_flags = u16::try_from(flags).map_err(io::Error::other)?.cast_signed();
     // SAFETY: TUNSETIFF reads and writes one ifreq.
     unsafe { ioctl_in_out(&tun, TUNSETIFF, &mut request)? };

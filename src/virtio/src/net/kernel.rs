@@ -10,44 +10,52 @@ use rustix::event::{EventfdFlags, eventfd};
 use virtio_bindings::virtio_net::VIRTIO_NET_F_MRG_RXBUF;
 use vmm_sys_util::eventfd::EventFd;
 
-use super::{QUEUE_SIZE, header::Offloads};
+use super::pairs::Pairs;
 use crate::{
     active::Active,
-    device::{Device, Fault, Kind, Progress},
-    net,
-    vectored::set_offloads,
+    device::{Device, DeviceError, Fault, Kind, Progress},
     vhost::{RingEvents, VhostNet},
 };
 
-const QUEUES: [u16; 2] = [QUEUE_SIZE; 2];
 /// Features that are between driver and kernel: all of the transport's, and buffers that are merged.
 const KERNEL_FEATURES: u64 = !0 << 24 | 1 << VIRTIO_NET_F_MRG_RXBUF;
 
-/// A network card with a kernel's thread.
+/// A network card with a kernel's thread for each pair of queues.
 #[derive(Debug)]
 pub struct KernelNet {
-    tap: OwnedFd,
-    vhost: VhostNet,
+    pairs: Pairs,
+    vhosts: Vec<VhostNet>,
     kernel_features: u64,
-    config: Vec<u8>,
     doorbells: Option<Arc<[EventFd]>>,
     /// An eventfd, by which the kernel tells of a broken ring.
     error: OwnedFd,
 }
 
 impl KernelNet {
-    /// A card as [`super::Net::new`] makes it, whose frames the thread of `vhost`, an open `/dev/vhost-net`, carries.
+    /// A card as [`super::Net::new`] makes it, whose frames the threads of `vhosts` carry, one a tap: each an open
+    /// `/dev/vhost-net` of its own.
     ///
     /// # Errors
-    /// What the kernel says.
-    pub fn new(tap: OwnedFd, vhost: OwnedFd, mac: [u8; 6]) -> io::Result<Self> {
-        let vhost = VhostNet::new(vhost)?;
-        let kernel_features = vhost.features()?;
-        if kernel_features & 1 << VIRTIO_NET_F_MRG_RXBUF == 0 {
-            return Err(io::ErrorKind::Unsupported.into());
+    /// [`DeviceError::NetQueues`] also when there are more of one than of the other; what the kernel says.
+    pub fn new(taps: Vec<OwnedFd>, vhosts: Vec<OwnedFd>, mac: [u8; 6]) -> Result<Self, DeviceError> {
+        if vhosts.len() != taps.len() {
+            return Err(DeviceError::NetQueues(vhosts.len()));
         }
-        let error = eventfd(0, EventfdFlags::NONBLOCK | EventfdFlags::CLOEXEC)?;
-        Ok(Self { tap, vhost, kernel_features, config: net::config(mac), doorbells: None, error })
+        let pairs = Pairs::new(taps, mac)?;
+        let of_kernel = || -> io::Result<_> {
+            let vhosts = vhosts.into_iter().map(VhostNet::new).collect::<io::Result<Vec<_>>>()?;
+            let mut kernel_features = !0;
+            for vhost in &vhosts {
+                kernel_features &= vhost.features()?;
+            }
+            if kernel_features & 1 << VIRTIO_NET_F_MRG_RXBUF == 0 {
+                return Err(io::ErrorKind::Unsupported.into());
+            }
+            let error = eventfd(0, EventfdFlags::NONBLOCK | EventfdFlags::CLOEXEC)?;
+            Ok((vhosts, kernel_features, error))
+        };
+        let (vhosts, kernel_features, error) = of_kernel().map_err(DeviceError::Vhost)?;
+        Ok(Self { pairs, vhosts, kernel_features, doorbells: None, error })
     }
 
     /// Whether the kernel told of a broken ring since this was last asked.
@@ -57,14 +65,20 @@ impl KernelNet {
 
     fn start(&self, active: &Active) -> io::Result<()> {
         let features = active.features() & KERNEL_FEATURES & self.kernel_features;
-        self.vhost.set_features(features)?;
-        self.vhost.set_memory(active.memory())?;
-        let doorbells = self.doorbells.iter().flat_map(|doorbells| doorbells.iter());
-        for (index, kick) in (0..).zip(doorbells) {
-            let Some(place) = active.place(index as usize) else { continue };
-            let call = active.interrupt().queue_event(index as usize);
-            let events = RingEvents { kick, call, error: self.error.as_fd() };
-            self.vhost.start(index, active.memory(), place, &events, self.tap.as_fd())?;
+        let doorbells = self.doorbells.as_deref().unwrap_or_default();
+        let cards = self.vhosts.iter().zip(self.pairs.taps()).zip(doorbells.chunks(2));
+        for (pair, ((vhost, tap), kicks)) in cards.enumerate() {
+            vhost.set_features(features)?;
+            vhost.set_memory(active.memory())?;
+            for (number, kick) in (0..).zip(kicks) {
+                let index = pair * 2 + number as usize;
+                // That of a driver which knows of one pair only.
+                let is_control = self.pairs.control(active) == Some(index);
+                let Some(place) = active.place(index).filter(|_| !is_control) else { continue };
+                let call = active.interrupt().queue_event(index);
+                let events = RingEvents { kick, call, error: self.error.as_fd() };
+                vhost.start(number, active.memory(), place, &events, tap)?;
+            }
         }
         Ok(())
     }
@@ -75,43 +89,50 @@ impl Device for KernelNet {
         Kind::Net
     }
     fn features(&self) -> u64 {
-        net::FEATURES
+        self.pairs.features()
     }
     fn queue_sizes(&self) -> &[u16] {
-        &QUEUES
+        self.pairs.queue_sizes()
     }
     fn config(&self) -> &[u8] {
-        &self.config
+        self.pairs.config()
     }
-    fn take_doorbells(&mut self, doorbells: &Arc<[EventFd]>) -> bool {
+    fn take_doorbells(&mut self, doorbells: &Arc<[EventFd]>) {
         self.doorbells = Some(Arc::clone(doorbells));
-        true
     }
-    fn backend(&self) -> Option<BorrowedFd<'_>> {
-        Some(self.error.as_fd())
+    fn hears(&self, index: usize) -> bool {
+        self.pairs.may_be_control(index)
+    }
+    fn backends(&self) -> Vec<BorrowedFd<'_>> {
+        vec![self.error.as_fd()]
     }
     fn activate(&mut self, active: &mut Active) -> Result<(), Fault> {
         let _ = self.is_broken();
-        set_offloads(self.tap.as_fd(), Offloads::of_tap(active).flags()).map_err(Fault::Host)?;
+        self.pairs.begin(active).map_err(Fault::Host)?;
         self.start(active).map_err(|error| {
             self.quiesce();
             Fault::Host(error)
         })
     }
-    fn queue_ready(&mut self, _active: &mut Active, _index: usize) -> Result<Progress, Fault> {
+    fn queue_ready(&mut self, active: &mut Active, index: usize) -> Result<Progress, Fault> {
+        if self.pairs.control(active) == Some(index) {
+            return self.pairs.obey(active, index);
+        }
         Ok(Progress::Idle)
     }
     /// The kernel found a ring broken.
-    fn backend_ready(&mut self, _active: &mut Active) -> Result<Progress, Fault> {
+    fn backend_ready(&mut self, _active: &mut Active, _backend: usize) -> Result<Progress, Fault> {
         if self.is_broken() {
             return Err(Fault::Request("was none that the kernel could follow"));
         }
         Ok(Progress::Idle)
     }
     fn quiesce(&mut self) {
-        for index in 0..QUEUES.len() as u32 {
-            // It fails for a queue that was never started.
-            let _ = self.vhost.stop(index);
+        for vhost in &self.vhosts {
+            for index in 0..2 {
+                // It fails for a queue that was never started.
+                let _ = vhost.stop(index);
+            }
         }
     }
 }
