@@ -50,8 +50,9 @@ enum Command {
     Demo(demo::DemoArguments),
     /// Measure Casemate beside other VMMs, with the same kernel and image, in turn, in one lab run
     #[command(
-        after_help = "The others are those on PATH: qemu-system-x86_64. docs/performance.md says how each row is measured and \
-        what it\ndoes not tell. NAME is bench-start or bench-memory."
+        after_help = "The others are the lab's QEMU, and those of cloud-hypervisor, firecracker and jailer that are on PATH.\n\
+        docs/performance.md says how each row is measured and what it does not tell.\n\
+        NAME is start, memory, disk, net, assigned or jail."
     )]
     Bench {
         /// A line of JSON for each row

@@ -79,7 +79,8 @@ impl Peer {
     }
 
     /// As closed as it can be by what comes with it: QEMU as libvirt has it, with a user of its own and all that its
-    /// `-sandbox` denies; Firecracker under its jailer, if it is there. Casemate is closed always.
+    /// `-sandbox` denies; Cloud Hypervisor with such a user and Landlock; Firecracker under its jailer, if that is there.
+    /// Casemate is closed always.
     pub(crate) fn close(&mut self, ctx: &Ctx) {
         match self {
             Self::Casemate => {}

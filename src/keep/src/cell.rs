@@ -12,7 +12,8 @@ use std::{
 use casemate_host::{Claim, DmaNeeds, Host, Image, Tap};
 use casemate_jail::{Cell, CellPlan, CgroupPlan, IoPlan, Program, Rlimits};
 use casemate_spec::{
-    CellPart, CellRules, CpuList, CpuModel, DiskFormat, Guest, IoLimits, Pages, Ram, Refusal,
+    CellPart, CellRules, CpuList, CpuModel, DiskFormat, Guest, IoLimits, LIMITS, NET_QUEUES_MAX, Pages, Ram,
+    Refusal,
 };
 use casemate_wire::{
     self as wire, Assigned, Below, Channel, Cpu, CpuRange, DeviceKind, Disk, Format, FromCell, Hotplug,
@@ -340,8 +341,11 @@ fn rlimits(guest: &Guest, resources: &Resources<'_>) -> Rlimits {
     Rlimits {
         memlock_bytes: pinned + LOCKED_OVERHEAD_BYTES,
         // An event for each vector (up to 2048 a function, twice: here and at the device), and what each device has: for
-        // a queue two of its interrupt's and two of its doorbell's.
-        descriptors_max: 512 + 32 * guest.disks.len() as u64 + 4096 * guest.devices.len() as u64,
+        // a queue two of its interrupt's and two of its doorbell's, for a pair of a card's also its tap's and vhost's.
+        descriptors_max: 512
+            + 32 * guest.disks.len() as u64
+            + 16 * guest.nets.iter().map(|net| u64::from(net.queues)).sum::<u64>()
+            + 4096 * guest.devices.len() as u64,
         threads_max: threads(guest),
         file_size_bytes_max: file_size_bytes_max(guest, resources.images),
     }
@@ -366,10 +370,16 @@ fn qcow2_bytes_max(image: &Image) -> u64 {
 #[derive(Default)]
 struct Descriptors<'a>(Vec<BorrowedFd<'a>>);
 
+/// What a guest has at most: kvm, kernel, initrd, console, its input, the sockets and the container; for a disk an image and that
+/// under it; for each pair of a card's queues a tap's and vhost's; a function and its group.
+const _: () = assert!(
+    7 + 2 * LIMITS.disks + 2 * LIMITS.nets * NET_QUEUES_MAX as usize + 2 * LIMITS.devices <= wire::DESCRIPTORS
+);
+
 impl<'a> Descriptors<'a> {
     fn add(&mut self, fd: BorrowedFd<'a>) -> Slot {
         self.0.push(fd);
-        // The spec's limits keep this far below 255; the channel refuses more than it can carry.
+        // The spec's limits keep this below 255; the channel refuses more than it can carry.
         Slot(u8::try_from(self.0.len() - 1).unwrap_or(u8::MAX))
     }
 }

@@ -7,11 +7,11 @@ use serde::{Deserialize, Serialize};
 use crate::{Answer, Ask, DeviceKind, Event, Limits, Refused};
 
 /// Version of this protocol. Both programs come from one build; a mismatch is refused at the first message.
-pub const VERSION: u32 = 2;
+pub const VERSION: u32 = 3;
 /// Most bytes of an encoded message.
 pub const MESSAGE_BYTES: usize = 32 << 10;
 /// Most descriptors with one message.
-pub const DESCRIPTORS: usize = 64;
+pub const DESCRIPTORS: usize = 192;
 /// Most bytes of a text from a cell that the keep takes.
 pub const TEXT_BYTES: usize = 1024;
 

@@ -9,10 +9,8 @@ use super::{Guest, Net};
 
 pub(super) fn qemu(guest: &Guest, closed: bool) -> Vec<OsString> {
     let fixed = "qemu-system-x86_64 -enable-kvm -M q35 -cpu host -smp 1 -display none -nodefaults -serial stdio -no-reboot";
-    // It can't give up root's rights itself where it denies calls for rights.
-    let before = if closed { "setpriv --reuid=65534 --regid=65534 --clear-groups " } else { "" };
-    let mut words: Vec<OsString> =
-        before.split_whitespace().chain(fixed.split(' ')).map(OsString::from).collect();
+    let mut words = before(closed);
+    words.extend(fixed.split(' ').map(OsString::from));
     let mut add = |option: &str, value: OsString| words.extend([OsString::from(option), value]);
     add("-m", guest.memory_mib.to_string().into());
     add("-kernel", guest.kernel.clone().into());
@@ -39,10 +37,17 @@ pub(super) fn qemu(guest: &Guest, closed: bool) -> Vec<OsString> {
     words
 }
 
+/// What gives a VMM a user of its own that can't do so itself, or not where it denies itself calls for rights.
+fn before(closed: bool) -> Vec<OsString> {
+    let words = if closed { "setpriv --reuid=65534 --regid=65534 --clear-groups" } else { "" };
+    words.split_whitespace().map(OsString::from).collect()
+}
+
 /// Under its own filters, which it has always.
 pub(super) fn cloud_hypervisor(program: &Path, guest: &Guest, closed: bool) -> Vec<OsString> {
     let fixed = "--cmdline|console=ttyS0 quiet|--cpus|boot=1|--serial|tty|--console|off|--seccomp|true";
-    let mut words = vec![OsString::from(program)];
+    let mut words = before(closed);
+    words.push(program.into());
     words.extend(fixed.split('|').map(OsString::from));
     let mut add = |option: &str, values: &[String]| {
         words.push(option.into());
