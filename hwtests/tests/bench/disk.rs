@@ -134,8 +134,16 @@ impl Counters {
 
 /// Those of a process's machine.
 pub(crate) fn counters(pid: u32) -> Result<Counters, Failure> {
+    // Named after the thread that made the machine, which need not be the first.
+    let threads: Vec<_> = fs::read_dir(format!("/proc/{pid}/task"))?
+        .flatten()
+        .map(|thread| format!("{}-", thread.file_name().to_string_lossy()))
+        .collect();
     let mut entries = fs::read_dir("/sys/kernel/debug/kvm")?.flatten();
-    let own = entries.find(|entry| entry.file_name().to_string_lossy().starts_with(&format!("{pid}-")));
+    let own = entries.find(|entry| {
+        let name = entry.file_name().to_string_lossy().into_owned();
+        threads.iter().any(|thread| name.starts_with(thread))
+    });
     let own: PathBuf =
         own.map(|entry| entry.path()).ok_or_else(|| Failure::new("KVM has no counters of it"))?;
     let read = |path: &Path, name: &str| -> Result<u64, Failure> {

@@ -100,21 +100,34 @@ fn start(ctx: &mut Ctx) -> Result<(), Failure> {
     Ok(())
 }
 
-/// What the VMM's process has beside the guest's memory, with a Linux that has used a disk.
+/// What the VMM's process has beside the guest's memory, with a Linux that has used a disk, and how often a processor left
+/// the guest until then.
 fn memory(ctx: &mut Ctx) -> Result<(), Failure> {
+    ctx.shell("mountpoint -q /sys/kernel/debug || mount -t debugfs none /sys/kernel/debug")?;
     let disk = ctx.directory().join("disk.img");
     fs::write(&disk, vec![1; 8 << 20])?;
     let script = "dd if=/dev/vda of=/dev/null bs=64k 2>/dev/null; echo used-all; sleep 4";
     let (peers, guest) = (Peer::found(ctx)?, guest(ctx, script, vec![(disk, false)])?);
     let mut measured = vec![Vec::new(); peers.len()];
+    let (mut exits, mut to_user_space) = (measured.clone(), measured.clone());
     for _ in 0..3 {
-        for (peer, kib) in peers.iter().zip(&mut measured) {
+        for (number, peer) in peers.iter().enumerate() {
             let running = peer.start(ctx, &guest)?;
             running.wait_for_text("used-all", SOON)?;
-            kib.push(pss_beyond_kib(peer.vmm_of(&running)?, guest.memory_mib)?);
+            let pid = peer.vmm_of(&running)?;
+            let counted = disk::counters(pid)?;
+            for (runs, value) in [
+                (&mut measured, pss_beyond_kib(pid, guest.memory_mib)?),
+                (&mut exits, counted.exits as f64),
+                (&mut to_user_space, counted.to_user_space as f64),
+            ] {
+                runs.get_mut(number).ok_or_else(|| Failure::new("no such peer"))?.push(value);
+            }
             peer.end(running, SOON)?;
         }
     }
     tell("memory beside the guest's", "KiB", &peers, &measured);
+    tell("start, and 8 MiB read from a disk: exits", "exits", &peers, &exits);
+    tell("start, and 8 MiB read from a disk: exits to user space", "exits", &peers, &to_user_space);
     Ok(())
 }

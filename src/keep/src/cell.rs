@@ -373,7 +373,8 @@ struct Descriptors<'a>(Vec<BorrowedFd<'a>>);
 /// What a guest has at most: kvm, kernel, initrd, console, its input, the sockets and the container; for a disk an image and that
 /// under it; for each pair of a card's queues a tap's and vhost's; a function and its group.
 const _: () = assert!(
-    7 + 2 * LIMITS.disks + 2 * LIMITS.nets * NET_QUEUES_MAX as usize + 2 * LIMITS.devices <= wire::DESCRIPTORS
+    7 + 2 * LIMITS.disks + 2 * LIMITS.nets * NET_QUEUES_MAX as usize + 2 * LIMITS.devices
+        <= wire::DESCRIPTORS
 );
 
 impl<'a> Descriptors<'a> {

@@ -34,8 +34,9 @@ impl Request {
     const IOMMU_UNMAP_DMA: Self = Self { name: "VFIO_IOMMU_UNMAP_DMA", number: 14 };
 
     /// `_IO(VFIO_TYPE, VFIO_BASE + number)`: VFIO's requests say neither direction nor size.
-    fn code(self) -> libc::c_ulong {
-        libc::c_ulong::from(VFIO_TYPE) << 8 | libc::c_ulong::from(VFIO_BASE + self.number)
+    fn code(self) -> libc::Ioctl {
+        // Below 65536; the C library says of what type it is.
+        (u32::from(VFIO_TYPE) << 8 | (VFIO_BASE + self.number)) as libc::Ioctl
     }
 
     fn result(self, returned: libc::c_int) -> Result<u32, VfioError> {

@@ -184,7 +184,7 @@ pub(crate) fn send(
 /// # Errors
 /// What the kernel says.
 pub(crate) fn set_offloads(tap: BorrowedFd<'_>, flags: u32) -> io::Result<()> {
-    const TUNSETOFFLOAD: libc::c_ulong = 0x4004_54d0;
+    const TUNSETOFFLOAD: libc::Ioctl = 0x4004_54d0;
     // SAFETY: the call takes a number.
     tap_answer(unsafe { libc::ioctl(tap.as_raw_fd(), TUNSETOFFLOAD, libc::c_ulong::from(flags)) })
 }
@@ -194,7 +194,7 @@ pub(crate) fn set_offloads(tap: BorrowedFd<'_>, flags: u32) -> io::Result<()> {
 /// # Errors
 /// What the kernel says.
 pub(crate) fn set_queue(tap: BorrowedFd<'_>, is_used: bool) -> io::Result<()> {
-    const TUNSETQUEUE: libc::c_ulong = 0x4004_54d9;
+    const TUNSETQUEUE: libc::Ioctl = 0x4004_54d9;
     let flags = if is_used { libc::IFF_ATTACH_QUEUE } else { libc::IFF_DETACH_QUEUE };
     let mut request = IfRequest { name: [0; 16], flags: 0, rest: [0; 22] };
     request.flags = i16::try_from(flags).unwrap_or(0);

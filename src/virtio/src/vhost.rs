@@ -6,21 +6,21 @@ use std::{
     os::fd::{AsRawFd, BorrowedFd, OwnedFd, RawFd},
 };
 
-use libc::c_ulong;
+use libc::Ioctl;
 use vm_memory::{Address, GuestAddress, GuestMemoryBackend, GuestMemoryMmap, GuestMemoryRegion};
 use vmm_sys_util::eventfd::EventFd;
 
-const SET_OWNER: c_ulong = 0xaf01;
-const GET_FEATURES: c_ulong = 0x8008_af00;
-const SET_FEATURES: c_ulong = 0x4008_af00;
-const SET_MEM_TABLE: c_ulong = 0x4008_af03;
-const SET_VRING_NUM: c_ulong = 0x4008_af10;
-const SET_VRING_ADDR: c_ulong = 0x4028_af11;
-const SET_VRING_BASE: c_ulong = 0x4008_af12;
-const SET_VRING_KICK: c_ulong = 0x4008_af20;
-const SET_VRING_CALL: c_ulong = 0x4008_af21;
-const SET_VRING_ERR: c_ulong = 0x4008_af22;
-const NET_SET_BACKEND: c_ulong = 0x4008_af30;
+const SET_OWNER: Ioctl = 0xaf01;
+const GET_FEATURES: Ioctl = 0x8008_af00_u32 as Ioctl;
+const SET_FEATURES: Ioctl = 0x4008_af00;
+const SET_MEM_TABLE: Ioctl = 0x4008_af03;
+const SET_VRING_NUM: Ioctl = 0x4008_af10;
+const SET_VRING_ADDR: Ioctl = 0x4028_af11;
+const SET_VRING_BASE: Ioctl = 0x4008_af12;
+const SET_VRING_KICK: Ioctl = 0x4008_af20;
+const SET_VRING_CALL: Ioctl = 0x4008_af21;
+const SET_VRING_ERR: Ioctl = 0x4008_af22;
+const NET_SET_BACKEND: Ioctl = 0x4008_af30;
 
 /// Pieces of memory that the kernel takes (`max_mem_regions` of the module vhost); guests have one or two.
 const REGIONS_MAX: usize = 64;
@@ -158,7 +158,7 @@ impl VhostNet {
         self.set(NET_SET_BACKEND, index, -1)
     }
 
-    fn set(&self, request: c_ulong, index: u32, value: RawFd) -> io::Result<()> {
+    fn set(&self, request: Ioctl, index: u32, value: RawFd) -> io::Result<()> {
         let number = Number { index, value };
         // SAFETY: each of these calls reads an index and a number or descriptor, eight bytes.
         checked(unsafe { libc::ioctl(self.0.as_raw_fd(), request, &raw const number) })

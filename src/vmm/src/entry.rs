@@ -31,9 +31,12 @@ const CONTROL: i32 = 3;
 /// why, 2 when the keep could not be told.
 pub fn enter() -> ExitCode {
     // One arena for all threads: they allocate little, and glibc reads a file to learn how many processors there are
-    // before it makes a ninth.
+    // before it makes a ninth. musl has one.
+    #[cfg(target_env = "gnu")]
     // SAFETY: sets a number of the allocator's, and there is one thread yet.
-    unsafe { libc::mallopt(libc::M_ARENA_MAX, 1) };
+    unsafe {
+        libc::mallopt(libc::M_ARENA_MAX, 1)
+    };
     if let Err(error) = casemate_filters::install(Role::Build) {
         eprintln!("casemate-vmm: the filter cannot be installed: {error}");
         return ExitCode::from(2);
