@@ -21,8 +21,9 @@ use crate::{
     platform::lock,
 };
 
-/// The signal that calls a processor out of the guest: the first that glibc leaves free (`SIGRTMIN`, signal(7)).
-const KICK: libc::c_int = 34;
+/// The signal that calls a processor out of the guest: the first that both glibc and musl leave free (`SIGRTMIN`, signal(7);
+/// musl's is 35).
+const KICK: libc::c_int = 35;
 
 /// The gate of one machine's processors.
 pub(crate) struct Gate {
