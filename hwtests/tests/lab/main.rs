@@ -79,7 +79,9 @@ const TESTS: &[LabTest] = &[
         .deadline_seconds(400),
     LabTest::new("network-carries-both-ways", virtio::network_carries_both_ways),
     LabTest::new("cards-carry-long-frames", network::cards_carry_long_frames).deadline_seconds(300),
-    LabTest::new("cards-of-several-queues", network::several_queues).deadline_seconds(300),
+    LabTest::new("cards-of-several-queues", network::several_queues)
+        .long("two processors of a guest and four streams are much for the lab's one")
+        .deadline_seconds(450),
     LabTest::new("sockets-reach-both-ways", sockets::sockets_reach_both_ways).deadline_seconds(240),
     LabTest::new("free-memory-goes-back", virtio::free_memory_goes_back),
     LabTest::new("entropy-is-there", virtio::entropy_is_there),

@@ -58,8 +58,8 @@ pub(crate) fn several_queues(ctx: &mut Ctx) -> Result<(), Failure> {
         "{WITH_TOOLS}
         ip addr add 192.0.2.2/24 dev eth0; ip link set eth0 up
         echo queues: $(ls /sys/class/net/eth0/queues | grep -c rx)
-        tools iperf3 -c 192.0.2.1 -p 7031 -P 8 -n 16M && echo up is good
-        tools iperf3 -c 192.0.2.1 -p 7032 -P 8 -n 16M -R && echo down is good
+        tools iperf3 -c 192.0.2.1 -p 7031 -P 4 -n 6M && echo up is good
+        tools iperf3 -c 192.0.2.1 -p 7032 -P 4 -n 6M -R && echo down is good
         used() {{ awk -v q=$1 '$NF ~ q {{ for (i = 2; i < NF; i++) if ($i ~ /^[0-9]+$/) n += $i }} END {{ print n + 0 }}' /proc/interrupts; }}
         echo first: $(used input.0); echo second: $(used input.1)
         echo sent-second: $(used output.1)"
