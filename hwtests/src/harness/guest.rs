@@ -116,6 +116,10 @@ struct Vsock {
 #[derive(Clone, Debug, Serialize)]
 struct Device {
     address: String,
+    #[serde(skip_serializing_if = "Option::is_none")]
+    rom: Option<PathBuf>,
+    #[serde(skip_serializing_if = "Option::is_none")]
+    rom_sha256: Option<String>,
 }
 
 impl GuestFile {
@@ -240,7 +244,16 @@ impl GuestFile {
     /// Adds an assigned PCI function.
     #[must_use]
     pub fn device(mut self, address: &str) -> Self {
-        self.device.push(Device { address: address.to_owned() });
+        self.device.push(Device { address: address.to_owned(), rom: None, rom_sha256: None });
+        self
+    }
+
+    /// Gives the PCI function that was added last an option ROM.
+    #[must_use]
+    pub fn rom(mut self, path: &Path, sha256: &str) -> Self {
+        if let Some(device) = self.device.last_mut() {
+            (device.rom, device.rom_sha256) = (Some(path.to_owned()), Some(sha256.to_owned()));
+        }
         self
     }
 

@@ -188,6 +188,45 @@ pub(crate) fn give_back(address: &str) -> Result<(), Failure> {
     wait_until("the device has no driver", Duration::from_secs(10), is_free)
 }
 
+/// A ROM of one image that Linux takes for one (PCI Firmware 3.0, 5.1): 40 blocks of 512 bytes, and so no power of two.
+fn option_rom() -> Vec<u8> {
+    let mut rom: Vec<u8> = (0..40 * 512u32).map(|byte| (byte % 251) as u8).collect();
+    let structure =
+        [&b"PCIR"[..], &[0x34, 0x12, 0xe8, 0x11, 0, 0, 0x18, 0, 3, 0, 0, 0xff, 40, 0, 1, 0, 0, 0x80]]
+            .concat();
+    for (at, bytes) in [(0, &[0x55, 0xaa, 40][..]), (0x18, &[0x1c, 0]), (0x1c, &structure)] {
+        rom.iter_mut().skip(at).zip(bytes).for_each(|(byte, new)| *byte = *new);
+    }
+    rom
+}
+
+/// A guest sees of its device the option ROM that its file names, and none without; a file that isn't what was written down is
+/// refused.
+pub(crate) fn rom_is_the_files(ctx: &mut Ctx) -> Result<(), Failure> {
+    let before = HostState::now();
+    let rom = ctx.directory().join("vbios.rom");
+    fs::write(&rom, option_rom())?;
+    let digest = ctx.shell("sha256sum vbios.rom | cut -d' ' -f1")?;
+    let script = "cd /sys/bus/pci/devices; for device in *; do
+            [ $(cat $device/vendor) = 0x1234 ] || continue
+            [ -e $device/rom ] || { echo it has no rom; continue; }
+            echo 1 >$device/enable; echo 1 >$device/rom; echo size: $(cat $device/rom | wc -c)
+            echo digest: $(sha256sum $device/rom | cut -d' ' -f1)
+            echo 0 >$device/rom
+        done";
+    let with_rom = |digest: &str| Ok::<_, Failure>(ctx.guest(script)?.device(devices::EDU).rom(&rom, digest));
+    let run = run_guest(ctx, &with_rom(&digest)?)?;
+    run.success()?;
+    expect!(run.value("digest:")? == digest, "the guest read {}", run.value("digest:")?);
+    expect!(run.value("size:")? == "20480", "its size is {}", run.value("size:")?);
+    run_guest(ctx, &ctx.guest(script)?.device(devices::EDU))?.success()?.printed("it has no rom")?;
+    let wrong = digest.replace(|c: char| c.is_ascii_digit(), "0");
+    run_guest(ctx, &with_rom(&wrong)?)?.refusal("rom-digest")?;
+    fs::write(&rom, "a virus")?;
+    run_guest(ctx, &with_rom(&digest)?)?.refusal("rom-format")?;
+    before.expect_unchanged()
+}
+
 /// Neither function of the card can be reset alone: only a guest that has both gets them.
 pub(crate) fn card_is_reset_as_a_whole(ctx: &mut Ctx) -> Result<(), Failure> {
     let before = HostState::now();

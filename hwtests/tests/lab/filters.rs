@@ -34,6 +34,7 @@ type Use = (String, String, String, String);
 /// their threads called is held beside the rules.
 pub(crate) fn rules_are_used(ctx: &mut Ctx) -> Result<(), Failure> {
     have_drive(ctx)?;
+    ctx.load_driver("igb")?;
     let out = ctx.directory().join("calls");
     everything_emulated(ctx, &out)?;
     everything_assigned(ctx, &out)?;
@@ -172,20 +173,26 @@ fn speak(socket: &Path) -> std::io::Result<String> {
     Ok(String::from_utf8_lossy(answer.get(..length).unwrap_or_default()).into_owned())
 }
 
-/// A drive by MSI-X and a card by INTx, in memory as the guest's file wants it.
+/// A drive by MSI-X and a card by INTx, in memory as the guest's file wants it; and a card that comes and goes.
 fn everything_assigned(ctx: &Ctx, out: &Path) -> Result<(), Failure> {
     let script = format!(
         "{WORDS}
         wait_for /sys/block/nvme0n1/size 131072
         dd if=/dev/nvme0n1 of=/dev/null bs=64k count=64 2>/dev/null; echo drive used
         card=$(interface 8139cp); ip addr add 10.0.2.15/24 dev $card; ip link set $card up
-        wait_for /sys/class/net/$card/carrier 1; ping -c 3 -W 20 10.0.2.2 && echo card used"
+        wait_for /sys/class/net/$card/carrier 1; ping -c 3 -W 20 10.0.2.2 && echo card used
+        ip link set $card down; modprobe igb; until [ -n \"$(interface igb)\" ]; do sleep 0.1; done; echo another came
+        while [ -n \"$(interface igb)\" ]; do sleep 0.1; done; echo it went"
     );
-    let guest = ctx.guest(&script)?.device(devices::NVME).device(devices::RTL8139);
+    let guest = ctx.guest(&script)?.device(devices::NVME).device(devices::RTL8139).slots(1);
     let guest = guest.table("ram", "huge_pages = \"none\"\nprefault = true\nnuma_node = 0")?;
     with_rtl8139(ctx, |ctx| {
         let (running, _typed) = follow(ctx, out, &guest)?;
-        running.wait(SOON * 2)?.printed("drive used")?.printed("card used")?;
+        running.wait_for_text("card used", SOON * 2)?;
+        operate(ctx, &["attach", ctx.name(), "--device", devices::IGB])?;
+        running.wait_for_text("another came", SOON)?;
+        operate(ctx, &["detach", ctx.name(), "1", "--within", "50"])?;
+        running.wait(SOON * 2)?.printed("drive used")?.printed("it went")?;
         Ok(())
     })
 }

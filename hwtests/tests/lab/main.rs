@@ -27,6 +27,7 @@ mod pools;
 mod processors;
 mod refusals;
 mod scrub;
+mod slot_devices;
 mod sockets;
 mod virtio;
 mod virtual_functions;
@@ -92,6 +93,12 @@ const TESTS: &[LabTest] = &[
         .long("Linux takes five seconds for each to let go")
         .deadline_seconds(900),
     LabTest::new("slots-refuse", hotplug::refuse_and_force).deadline_seconds(300),
+    LabTest::new("devices-come-and-go", slot_devices::come_and_go).deadline_seconds(400),
+    LabTest::new("ten-devices-in-a-row", slot_devices::ten_in_a_row)
+        .long("Linux takes five seconds for each to let go")
+        .deadline_seconds(900),
+    LabTest::new("slots-refuse-devices", slot_devices::refuse_and_force).deadline_seconds(400),
+    LabTest::new("slot-devices-are-recovered", slot_devices::recovered_after_a_crash).deadline_seconds(300),
     // Policy
     LabTest::new("too-big-is-refused", admission::too_big_is_refused),
     LabTest::new("swapped-plugin-flips-the-verdict", admission::swapped_plugin_flips_the_verdict),
@@ -121,6 +128,7 @@ const TESTS: &[LabTest] = &[
     LabTest::new("operator-keeps-a-drive-back", pools::operator_keeps_a_drive_back),
     LabTest::new("operator-claims-and-releases", pools::operator_claims_and_releases),
     LabTest::new("vfio-many-kinds-in-one-guest", devices::many_kinds_in_one_guest),
+    LabTest::new("vfio-rom-is-the-files", devices::rom_is_the_files),
     LabTest::new("vfio-dma-ends-with-its-guest", devices::dma_ends_with_its_guest),
     LabTest::new("vfio-failed-reset-is-quarantined", devices::failed_reset_is_quarantined),
     LabTest::new("vfio-wanted-back-ends-its-guest", notices::wanted_back_ends_its_guest)

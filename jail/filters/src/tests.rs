@@ -205,6 +205,16 @@ fn narrow_roles_of(request: &str) -> &'static [Role] {
         | "KVM_SET_USER_MEMORY_REGION"
         | "VFIO_DEVICE_SET_IRQS"
         | "VFIO_DEVICE_RESET" => &[Role::Control],
+        // Functions of the host's that come while the guest runs. The hot reset has the number of mapping: it is of functions whose
+        // groups the process has all.
+        "KVM_SET_DEVICE_ATTR"
+        | "VFIO_GET_API_VERSION"
+        | "VFIO_DEVICE_GET_INFO"
+        | "VFIO_DEVICE_GET_REGION_INFO"
+        | "VFIO_DEVICE_GET_IRQ_INFO"
+        | "VFIO_IOMMU_MAP_DMA"
+        | "VFIO_DEVICE_PCI_HOT_RESET"
+        | "VFIO_IOMMU_UNMAP_DMA" => &[Role::Hotplug],
         "TUNSETOFFLOAD" => &[Role::Net, Role::Spare],
         "TUNSETQUEUE" => &[Role::Net],
         "VHOST_SET_FEATURES"

@@ -2,15 +2,18 @@
 
 use std::{net::Ipv4Addr, path::PathBuf, process::ExitCode, time::Duration};
 
-use casemate_keep::{Attachment, OperatorRequest, Paths, operate};
-use casemate_spec::Refusal;
+use casemate_keep::{Attachment, DeviceReport, OperatorRequest, Paths, operate};
+use casemate_spec::{PciAddress, Refusal};
 use clap::Args;
 use serde_json::Value;
 
-use crate::output::{self, Failure};
+use crate::{
+    output::{self, Failure},
+    run,
+};
 
 #[derive(Args)]
-#[command(group(clap::ArgGroup::new("what").required(true).args(["disk", "net"])))]
+#[command(group(clap::ArgGroup::new("what").required(true).args(["disk", "net", "devices", "pool"])))]
 pub(crate) struct AttachOptions {
     /// The guest's name.
     guest: String,
@@ -26,6 +29,12 @@ pub(crate) struct AttachOptions {
     /// The host's own address on the tap, with its prefix: 192.0.2.1/24.
     #[arg(long, requires = "net", value_name = "ADDRESS", value_parser = prefix)]
     host_address: Option<(Ipv4Addr, u8)>,
+    /// A PCI device of the host's, by its address: 0000:03:00.0. Several become the functions of one card.
+    #[arg(long = "device", value_name = "ADDRESS", conflicts_with = "pool")]
+    devices: Vec<PciAddress>,
+    /// A PCI device of this pool of the host's.
+    #[arg(long, value_name = "NAME")]
+    pool: Option<String>,
 }
 
 #[derive(Args)]
@@ -43,16 +52,19 @@ pub(crate) struct DetachOptions {
 }
 
 pub(crate) fn attach(paths: &Paths, options: &AttachOptions, as_json: bool) -> Result<ExitCode, Failure> {
-    let attachment = match (&options.disk, &options.net) {
-        (Some(path), _) => {
+    let attachment = match options {
+        AttachOptions { disk: Some(path), .. } => {
             // The keep may stand in another folder.
             let path = std::path::absolute(path).map_err(|error| {
                 Refusal::new("bad-path", path.display(), error, "name the disk by its absolute path")
             })?;
             Attachment::Disk { path, read_only: options.read_only }
         }
-        (None, net) => {
-            Attachment::Net { tap: net.clone().unwrap_or_default(), host_address: options.host_address }
+        AttachOptions { net: Some(tap), .. } => {
+            Attachment::Net { tap: tap.clone(), host_address: options.host_address }
+        }
+        AttachOptions { devices, pool, .. } => {
+            Attachment::Devices { addresses: devices.clone(), pool: pool.clone() }
         }
     };
     let done = operate(paths, &options.guest, &OperatorRequest::Attach { attachment })?;
@@ -60,6 +72,14 @@ pub(crate) fn attach(paths: &Paths, options: &AttachOptions, as_json: bool) -> R
         output::json(&done);
     } else {
         output::line(&format!("guest {}: attached in slot {}", options.guest, number(&done, "slot")));
+        for device in done.get("devices").and_then(Value::as_array).into_iter().flatten() {
+            let word = |key: &str| device.get(key).and_then(Value::as_str);
+            let (address, how) =
+                (word("address").unwrap_or_default(), word("reset_method").unwrap_or_default());
+            let from = word("former_driver")
+                .map_or("no driver had it".into(), |driver| format!("taken from {driver}"));
+            output::line(&format!("{address}: {from}, reset by {how} with result 0"));
+        }
     }
     Ok(ExitCode::SUCCESS)
 }
@@ -71,13 +91,21 @@ pub(crate) fn detach(paths: &Paths, options: &DetachOptions, as_json: bool) -> R
     let done = operate(paths, guest, &request)?;
     if as_json {
         output::json(&done);
-    } else if done.get("forced") == Some(&Value::Bool(true)) {
+        return Ok(ExitCode::SUCCESS);
+    }
+    if done.get("forced") == Some(&Value::Bool(true)) {
         output::line(&format!(
             "guest {guest}: slot {slot} is empty; the guest had not let the device go, and it was taken"
         ));
     } else {
         output::line(&format!("guest {guest}: slot {slot} is empty"));
     }
+    // What a keep of another version tells is passed over.
+    let devices: Vec<DeviceReport> = done
+        .get("devices")
+        .and_then(|devices| serde_json::from_value(devices.clone()).ok())
+        .unwrap_or_default();
+    devices.iter().for_each(|device| output::line(&run::returned(device)));
     Ok(ExitCode::SUCCESS)
 }
 

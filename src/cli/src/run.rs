@@ -146,8 +146,16 @@ pub(crate) fn tell(step: &Step, json: bool) {
         Step::Event { event: Event::Panicked } => {
             output::aside("the guest says that its kernel has panicked")
         }
-        Step::DeviceWanted { device } => {
-            output::aside(&format!("the host wants {device} back, so the guest is to end"));
+        Step::DeviceWanted { device, slot } => {
+            let what = match slot {
+                None => "the guest is to end".to_owned(),
+                Some(slot) => format!("the guest is to let it go from slot {slot}"),
+            };
+            output::aside(&format!("the host wants {device} back, so {what}"));
+        }
+        Step::Attached { devices, slot } => {
+            let devices: Vec<_> = devices.iter().map(ToString::to_string).collect();
+            output::aside(&format!("{} came into slot {slot}", devices.join(", ")));
         }
         Step::DeviceFailed { device } => output::aside(&format!(
             "{device} has reported an error that was not corrected, so the guest is stopped"
@@ -165,7 +173,7 @@ pub(crate) fn tell(step: &Step, json: bool) {
 }
 
 /// A device's return in a line.
-fn returned(device: &DeviceReport) -> String {
+pub(crate) fn returned(device: &DeviceReport) -> String {
     let seen = &device.returned;
     let to = seen
         .returned_to

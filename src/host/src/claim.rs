@@ -1,6 +1,6 @@
 //! Taking functions from the host for one guest: written down, then taken, all or none.
 
-use std::{io, os::fd::OwnedFd};
+use std::{io, os::fd::OwnedFd, sync::Arc};
 
 use casemate_spec::{PciAddress, Refusal, ScrubStep};
 use sha2::{Digest, Sha256};
@@ -50,7 +50,7 @@ pub struct Claim {
     /// What the container can map.
     pub limits: IommuLimits,
     /// What the kernel tells of the functions.
-    pub notices: Notices,
+    pub notices: Arc<Notices>,
     owner: Owner,
 }
 
@@ -102,7 +102,7 @@ pub fn claim(host: &Host, ledger: &Ledger, request: ClaimRequest) -> Result<Clai
                 records.into_iter().zip(fds).map(|(record, fd)| ClaimedDevice::new(record, fd)).collect();
             let limits =
                 vfio::iommu_info(&container).map(|answer| IommuLimits::parse(&answer)).unwrap_or_default();
-            Ok(Claim { container, groups, devices, limits, notices, owner })
+            Ok(Claim { container, groups, devices, limits, notices: Arc::new(notices), owner })
         }
         Err(mut refusal) => {
             if let Err(why) = undo(host, ledger, &owner, records) {
@@ -156,22 +156,33 @@ impl Claim {
         let lives = ledger.lives(self.devices.iter().map(|device| device.address));
         let was_reached =
             lives.map_or(true, |lives| lives.iter().any(|life| life.state != DeviceState::Claimed));
-        self.give_back(host, ledger, was_reached, judge)
+        self.give_back(host, ledger, Return { was_reached, runs_on: false }, judge)
+    }
+
+    /// The same while the guest's process runs on. It has to have let go of all: the descriptors are closed here and the groups
+    /// opened anew, which the kernel allows when nobody has one any more. What it holds on to goes into quarantine.
+    pub fn release_from_running(
+        self,
+        host: &Host,
+        ledger: &Ledger,
+        judge: &mut dyn FnMut(&Returned) -> Option<String>,
+    ) -> Vec<Returned> {
+        self.give_back(host, ledger, Return { was_reached: true, runs_on: true }, judge)
     }
 
     /// The same with what no guest has reached, which is scrubbed all the same: somebody wants it so.
     pub(crate) fn scrub(self, host: &Host, ledger: &Ledger) -> Vec<Returned> {
-        self.give_back(host, ledger, true, &mut |_| None)
+        self.give_back(host, ledger, Return { was_reached: true, runs_on: false }, &mut |_| None)
     }
 
     fn give_back(
         mut self,
         host: &Host,
         ledger: &Ledger,
-        scrubs: bool,
+        how: Return,
         judge: &mut dyn FnMut(&Returned) -> Option<String>,
     ) -> Vec<Returned> {
-        if !scrubs {
+        if !how.was_reached {
             self.devices.iter_mut().for_each(|device| device.record.scrub.clear());
         }
         let scrubbed = self.to_be_scrubbed();
@@ -183,13 +194,18 @@ impl Claim {
             devices.into_iter().map(|device| (device.record, device.fd)).unzip();
         // Devices are closed first; the container goes last, and its DMA maps with it.
         let opened = (fds, groups, container);
-        let (mut proofs, opened) =
-            if addresses.iter().any(|address| notices.was_told(Notice::Wanted(*address))) {
-                drop(opened);
-                (give_back::prove_after_request(host, records), None)
+        let is_wanted = addresses.iter().any(|address| notices.was_told(Notice::Wanted(*address)));
+        let (mut proofs, opened) = if is_wanted || how.runs_on {
+            drop(opened);
+            let who = if how.runs_on {
+                "its guest's process has not let it go"
             } else {
-                (give_back::prove(host, records, &opened.2, &opened.1, &opened.0), Some(opened))
+                "the host took it from its guest"
             };
+            (give_back::prove_closed(host, records, who), None)
+        } else {
+            (give_back::prove(host, records, &opened.2, &opened.1, &opened.0), Some(opened))
+        };
         for proof in &mut proofs {
             proof.heed(&notices);
             proof.judge(judge);
@@ -201,6 +217,15 @@ impl Claim {
         }
         returned
     }
+}
+
+/// How functions come back.
+#[derive(Clone, Copy)]
+struct Return {
+    /// A guest may have stored something on them.
+    was_reached: bool,
+    /// Its process runs on, and could have a descriptor yet.
+    runs_on: bool,
 }
 
 /// Judges the request and enters it in the ledger, in one change: of two commands for one device one is refused.
@@ -216,7 +241,7 @@ fn write_down(host: &Host, ledger: &Ledger, request: &ClaimRequest) -> Result<Ve
     }
     let functions = host.survey()?;
     ledger.change(|book| {
-        if book.entries.iter().any(|entry| entry.owner.guest == owner.guest) {
+        if book.excludes(owner) {
             let cause = "a guest of this name has devices, or has not been cleaned up after";
             return Err(Refusal::new(
                 "guest-has-claim",

@@ -5,7 +5,7 @@
 use std::os::fd::OwnedFd;
 
 use casemate_spec::{PciAddress, Refusal};
-use serde::Serialize;
+use serde::{Deserialize, Serialize};
 
 use crate::{
     claim::{ClaimedGroup, Opened, firmware_digest, open, read_config},
@@ -21,7 +21,7 @@ use crate::{
 };
 
 /// What became of one function that a guest had.
-#[derive(Clone, Debug, PartialEq, Eq, Serialize)]
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
 pub struct Returned {
     /// Where it sits.
     pub address: PciAddress,
@@ -193,10 +193,11 @@ pub(crate) fn prove(
     each.map(|(((record, fd), reset), scrubbed)| look_at(host, record, fd, reset, scrubbed)).collect()
 }
 
-/// Takes functions again that the host wanted back while a guest had them, and proves them. Whoever unbinds one has its lock,
+/// Takes functions again that are closed by now, and proves them: the host wanted them back while a guest had them, or the
+/// guest's process runs on and must be seen to have let go. `why` says so of what can't be opened. Whoever unbinds one has its lock,
 /// under which nothing can reset it, until it is closed: so all are closed by now. Until they are proven no driver of the host's
 /// takes them by itself, for `driver_override` still names VFIO's.
-pub(crate) fn prove_after_request(host: &Host, records: Vec<DeviceRecord>) -> Vec<Proof> {
+pub(crate) fn prove_closed(host: &Host, records: Vec<DeviceRecord>, why: &str) -> Vec<Proof> {
     let mut proofs = Vec::new();
     let mut used = Vec::new();
     for record in records {
@@ -217,7 +218,7 @@ pub(crate) fn prove_after_request(host: &Host, records: Vec<DeviceRecord>) -> Ve
             drop((fds, groups, container));
         }
         Err(refusal) => proofs.extend(used.into_iter().map(|record| {
-            let why = format!("the host took it from its guest, and it could not be opened again: {refusal}");
+            let why = format!("{why}, and it could not be opened again: {refusal}");
             let proof = Proof::not_needed(record, "it could not be opened");
             Proof { next: Next::Quarantine(why), ..proof }
         })),

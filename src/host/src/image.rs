@@ -158,6 +158,33 @@ pub fn open_initrd(path: &Path) -> Result<Image, Refusal> {
     Ok(image)
 }
 
+/// The largest option ROM: the register has bits for no larger one.
+pub const ROM_BYTES_MAX: u64 = 16 << 20;
+
+/// Opens an option ROM (PCI Firmware 3.0, 5.1).
+///
+/// # Errors
+/// `rom-unreadable`, `rom-format`.
+pub fn open_rom(path: &Path) -> Result<Image, Refusal> {
+    let image = open_file("rom", path)?;
+    let wrong = |cause: &str| {
+        let remedy =
+            "name the device's ROM as its vendor gives it, or as `cat /sys/bus/pci/devices/ADDRESS/rom` does";
+        Refusal::new("rom-format", path.display(), cause, remedy)
+    };
+    if image.size_bytes > ROM_BYTES_MAX {
+        return Err(wrong("an option ROM has at most 16 MiB"));
+    }
+    let file = File::from(image.fd);
+    let mut start = [0u8; 2];
+    let read = read_start(&file, &mut start)
+        .map_err(|error| What { name: "rom", writes: false }.unreadable(path, error))?;
+    if start.get(..read) != Some(&[0x55, 0xaa]) {
+        return Err(wrong("an option ROM begins with the bytes 55 aa, and this does not"));
+    }
+    Ok(Image { fd: file.into(), ..image })
+}
+
 fn open_file(name: &'static str, path: &Path) -> Result<Image, Refusal> {
     let what = What { name, writes: false };
     let (file, kind) = what.open(path)?;
@@ -217,6 +244,7 @@ impl What {
         let (code, access) = match self.name {
             "kernel" => ("kernel-unreadable", "read"),
             "initrd" => ("initrd-unreadable", "read"),
+            "rom" => ("rom-unreadable", "read"),
             _ if self.writes => ("disk-unreadable", "read and written"),
             _ => ("disk-unreadable", "read"),
         };

@@ -33,10 +33,13 @@ const CHOOSING_WAIT: Duration = Duration::from_secs(120);
 /// Whose a claim is.
 #[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
 pub struct Owner {
-    /// Name of the guest. A guest has one claim at a time.
+    /// Name of the guest. A guest has one claim from its start, and one for each slot that devices came into while it ran.
     pub guest: String,
     /// The process that watches over it and gives the devices back.
     pub keep: Process,
+    /// The slot, from 1; `None` is what it started with.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub slot: Option<u8>,
 }
 
 impl Owner {
@@ -45,7 +48,17 @@ impl Owner {
     /// # Errors
     /// `host-unreadable` when /proc does not tell about this process.
     pub fn this_process(guest: &str) -> Result<Self, Refusal> {
-        Ok(Self { guest: guest.to_owned(), keep: this_process(&Host::live())? })
+        Ok(Self { guest: guest.to_owned(), keep: this_process(&Host::live())?, slot: None })
+    }
+
+    /// The same guest's slot of this number.
+    pub fn in_slot(self, slot: u8) -> Self {
+        Self { slot: Some(slot), ..self }
+    }
+
+    /// Whether both could not have claims at a time: one guest's, by two processes or for one slot.
+    fn excludes(&self, other: &Self) -> bool {
+        self.guest == other.guest && (self.keep != other.keep || self.slot == other.slot)
     }
 }
 
@@ -162,6 +175,11 @@ pub(crate) struct Book {
 }
 
 impl Book {
+    /// Whether somebody has a claim beside which this owner can't have one.
+    pub(crate) fn excludes(&self, owner: &Owner) -> bool {
+        self.entries.iter().any(|entry| entry.owner.excludes(owner))
+    }
+
     pub(crate) fn entry(&mut self, owner: &Owner) -> Option<&mut Entry> {
         self.entries.iter_mut().find(|entry| entry.owner == *owner)
     }

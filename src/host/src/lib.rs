@@ -69,7 +69,7 @@ pub use function::{Bar, BarKind, PciFunction};
 pub use give_back::Returned;
 pub use hand_over::{give_to_host, keep_for_guests, scrub as scrub_device};
 pub use host::{Deadlines, Host};
-pub use image::{Image, open_image, open_initrd, open_kernel, open_qcow2};
+pub use image::{Image, ROM_BYTES_MAX, open_image, open_initrd, open_kernel, open_qcow2, open_rom};
 pub use judge::assignable;
 pub use ledger::{Choosing, Ledger, Owner, Quarantined};
 pub use life::{DeviceState, Life, MOVES, Move};

@@ -13,7 +13,7 @@ use casemate_policy::{
     Attrs, Change, Device, Disk, Field, File, GuestSpec, HostState, Needs, Neighbour, Net, Operation,
     Outcome, Record, Request, Signers, Tenant, Value, Verdict,
 };
-use casemate_spec::{ByteSize, CellPart, DiskFormat, Guest, Located, Location, Refusal};
+use casemate_spec::{ByteSize, CellPart, DiskFormat, Guest, Located, Location, PciAddress, Refusal};
 
 use crate::{
     Decisions, Paths, PolicyReport, Refusals, admitted::Admitted, beside, digest, digest::Known, facts,
@@ -27,6 +27,8 @@ pub(crate) struct Images {
     pub(crate) disks: Vec<Image>,
     /// What lies under each of the disks.
     pub(crate) backings: Vec<Option<Image>>,
+    /// The option ROMs of its devices, sealed, each with its device.
+    pub(crate) roms: Vec<(PciAddress, Image)>,
 }
 
 /// Who asks, and what for.
@@ -54,7 +56,7 @@ pub(crate) struct Inventory<'a> {
 
 impl Inventory<'_> {
     /// The pools and the lives of all devices, for the host's attrs.
-    fn tell(&self, attrs: &mut Attrs) -> Result<(), Refusal> {
+    pub(crate) fn tell(&self, attrs: &mut Attrs) -> Result<(), Refusal> {
         let Some(ledger) = self.ledger else { return Ok(()) };
         let functions: Vec<_> = self.functions.iter().filter(|function| !function.is_bridge).collect();
         let lives = ledger.lives(functions.iter().map(|function| function.address))?;
@@ -81,7 +83,7 @@ impl Inventory<'_> {
     }
 
     /// The IOMMU groups of what other guests have, and the pools.
-    fn tell_devices(&self, beside: &mut [Neighbour]) {
+    pub(crate) fn tell_devices(&self, beside: &mut [Neighbour]) {
         for guest in beside {
             let functions: Vec<_> =
                 self.functions.iter().filter(|function| guest.devices.contains(&function.address)).collect();
@@ -101,7 +103,7 @@ impl Inventory<'_> {
         }
     }
 
-    fn describe(&self, function: &PciFunction) -> Device {
+    pub(crate) fn describe(&self, function: &PciFunction) -> Device {
         let mut attrs = facts::device(function);
         if let Some(pool) = self.pools.and_then(|pools| pools.pool_of(function)) {
             attrs.insert("pool".into(), pool.name.to_string());
@@ -356,7 +358,12 @@ fn request(
     });
     let devices = guest.devices.iter().filter_map(|device| {
         let function = inventory.functions.iter().find(|function| function.address == device.address);
-        function.map(|function| inventory.describe(function))
+        let rom = device.rom.as_ref().map(|rom| ("rom-sha256".to_owned(), rom.sha256.clone()));
+        function.map(|function| {
+            let mut described = inventory.describe(function);
+            described.attrs.extend(rom);
+            described
+        })
     });
     let mut host = host_state(facts::host());
     inventory.tell(&mut host.attrs)?;

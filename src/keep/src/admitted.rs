@@ -9,7 +9,10 @@ use casemate_policy::{GuestSpec, Operation, Outcome, Record, Request, Verdict};
 use casemate_spec::Refusal;
 
 use crate::{
-    Decisions, Paths, PolicyReport, Refusals, admission, beside, facts, policies::Policies,
+    Decisions, Paths, PolicyReport, Refusals,
+    admission::{self, Inventory},
+    beside, facts,
+    policies::Policies,
     record::now_seconds,
 };
 
@@ -63,7 +66,26 @@ impl Admitted {
         spec: GuestSpec,
         change: &str,
     ) -> Result<PolicyReport, Refusals> {
-        let request = self.request(operation, spec, change);
+        self.decide(self.request(operation, spec, change))
+    }
+
+    /// The same of devices that are to come, with what the host has of them.
+    ///
+    /// # Errors
+    /// As [`Admitted::ask`].
+    pub(crate) fn ask_for_devices(
+        &self,
+        spec: GuestSpec,
+        change: &str,
+        inventory: Inventory<'_>,
+    ) -> Result<PolicyReport, Refusals> {
+        let mut request = self.request(Operation::HotPlug, spec, change);
+        inventory.tell_devices(&mut request.beside);
+        inventory.tell(&mut request.host.attrs)?;
+        self.decide(request)
+    }
+
+    fn decide(&self, request: Request) -> Result<PolicyReport, Refusals> {
         let now = request.now_seconds;
         let engine = self.policies.current();
         let answer = engine.admit(&request, None);

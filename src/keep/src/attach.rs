@@ -1,28 +1,49 @@
 //! What comes and goes while a guest runs: opened, judged and locked as if the guest were about to start with it.
 
+mod devices;
+mod windows;
+
 use std::{
     collections::BTreeMap,
     net::Ipv4Addr,
-    os::fd::{AsFd, OwnedFd},
+    os::{
+        fd::{AsFd, OwnedFd},
+        unix::net::UnixStream,
+    },
     path::{Path, PathBuf},
-    sync::{Arc, Mutex, PoisonError},
+    sync::{Arc, Mutex, MutexGuard, PoisonError, RwLock},
+    thread,
     time::Duration,
 };
 
-use casemate_host::{Image, Tap, TapRequest, open_image};
+use casemate_host::{Image, Notice, Notices, Tap, TapRequest, open_image};
 use casemate_policy::{Disk, GuestSpec, Net, Operation, Signers};
-use casemate_spec::{LIMITS, Refusal};
+use casemate_spec::{Guest, PciAddress, Refusal};
 use casemate_wire::{Answer, Ask, Card, Slot};
+use rustix::event::{PollFd, PollFlags, poll};
 use serde::{Deserialize, Serialize};
 use serde_json::{Value, json};
 
+use self::devices::{Devices, Plugged, Wanted};
 use crate::{
-    Paths, admitted::Admitted, cell::mac, digest, digest::Known, operator::Operator, operator_socket::first,
+    DeviceReport, Events, Happening, Paths, Step,
+    admitted::Admitted,
+    cell::mac_in_slot,
+    digest,
+    digest::Known,
+    operator::{self, Operator, Order},
+    operator_socket::first,
     record,
 };
 
 /// How long a cell may take to make a device.
 pub(crate) const ADD_PATIENCE: Duration = Duration::from_secs(20);
+/// How long the drivers of devices may take to let go of them, and the devices to be reset.
+pub(crate) const CLAIM_PATIENCE: Duration = Duration::from_secs(300);
+/// How long devices may take to be proven, what they store to be erased among it.
+pub(crate) const RETURN_PATIENCE: Duration = Duration::from_secs(40 * 60);
+/// What a guest is given to let a device go that the host wants back; then it is taken.
+const WANTED_WITHIN: Duration = Duration::from_secs(30);
 /// How long policies may take, and what they want digests of.
 pub(crate) const JUDGE_PATIENCE: Duration = Duration::from_secs(60);
 /// How much longer than the guest may take the answer may.
@@ -49,61 +70,112 @@ pub enum Attachment {
         /// The host's address on it and the length of its prefix.
         host_address: Option<(Ipv4Addr, u8)>,
     },
+    /// Devices of the host's, which become the functions of one card.
+    Devices {
+        /// By their addresses, in the order of their numbers.
+        #[serde(default)]
+        addresses: Vec<PciAddress>,
+        /// And one of this pool.
+        #[serde(default)]
+        pool: Option<String>,
+    },
 }
 
 /// A guest's slots, and who is asked what may go into them.
 pub(crate) struct Attaching {
     paths: Paths,
-    slots: u8,
+    guest: Guest,
     admitted: Arc<Admitted>,
+    devices: Devices,
+    slots: Mutex<Slots>,
+    /// Read while devices that were taken out are proven: before it ends, the keep waits until nobody does. Whoever wants it has
+    /// the slots' lock, or has seen to it that nothing is in them.
+    returning: RwLock<()>,
+}
+
+#[derive(Default)]
+struct Slots {
+    /// The guest has come to its end; nothing comes any more.
+    has_ended: bool,
     /// By the number of the slot, from 1.
-    taken: Mutex<BTreeMap<u8, Taken>>,
+    taken: BTreeMap<u8, Taken>,
 }
 
 /// What is in a slot.
-struct Taken {
-    attachment: Attachment,
-    /// A disk stays locked until it was detached, whatever the cell does.
-    _lock: Option<Image>,
+enum Taken {
+    /// An emulated card. A disk stays locked until it was detached, whatever the cell does.
+    Emulated { attachment: Attachment, _lock: Option<Image> },
+    /// Devices of the host's.
+    Devices(Box<Plugged>),
+    /// Such were taken out, and are not back with the host yet.
+    Returning,
 }
 
 impl Attaching {
-    /// A guest that starts, with so many slots.
-    pub(crate) fn new(paths: &Paths, slots: u8, admitted: Arc<Admitted>) -> Self {
-        Self { paths: paths.clone(), slots, admitted, taken: Mutex::default() }
+    /// A guest that starts.
+    pub(crate) fn new(paths: &Paths, guest: &Guest, admitted: Arc<Admitted>) -> Self {
+        let devices = Devices::new(paths, guest, Arc::clone(&admitted));
+        Self {
+            paths: paths.clone(),
+            guest: guest.clone(),
+            admitted,
+            devices,
+            slots: Mutex::default(),
+            returning: RwLock::default(),
+        }
     }
 
     /// Opens and judges `attachment`, and puts it into a free slot.
     ///
     /// # Errors
     /// What a guest that starts with it would be refused for; `hotplug-no-slot`; what the cell refuses.
-    pub(crate) fn attach(&self, operator: &Operator, attachment: &Attachment) -> Result<Value, Refusal> {
+    pub(crate) fn attach(
+        self: &Arc<Self>,
+        operator: &Operator,
+        attachment: &Attachment,
+    ) -> Result<Value, Refusal> {
         // One after the other: each is judged with what came before it.
-        let mut taken = self.taken.lock().unwrap_or_else(PoisonError::into_inner);
-        let slot = self.free_slot(&taken, operator.guest())?;
-        let (fd, size_bytes, lock) = match attachment {
+        let mut slots = self.slots();
+        let slot = self.free_slot(&slots, operator.guest())?;
+        match attachment {
+            Attachment::Devices { addresses, pool } => {
+                let wanted = Wanted { addresses, pool: pool.as_deref() };
+                self.attach_devices(operator, &mut slots, slot, wanted)
+            }
+            emulated => self.attach_emulated(operator, &mut slots, slot, emulated),
+        }
+    }
+
+    fn attach_emulated(
+        &self,
+        operator: &Operator,
+        slots: &mut Slots,
+        slot: u8,
+        attachment: &Attachment,
+    ) -> Result<Value, Refusal> {
+        let guest = operator.guest();
+        let (card, fd, lock) = match attachment {
             Attachment::Disk { path, read_only } => {
                 let (image, lock) = self.open_disk(path, *read_only)?;
-                (image.fd, Some(image.size_bytes), Some(lock))
+                let disk = casemate_wire::Disk {
+                    image: Slot(0),
+                    size_bytes: image.size_bytes,
+                    read_only: *read_only,
+                    serial: format!("slot{slot}"),
+                    queues: 1,
+                    format: casemate_wire::Format::Raw,
+                };
+                (Card::Disk(disk), image.fd, Some(lock))
             }
-            Attachment::Net { tap, host_address } => (self.open_net(tap, *host_address)?, None, None),
+            Attachment::Net { tap, host_address } => {
+                let mac = mac_in_slot(guest, slot, 0);
+                let net = casemate_wire::Net { taps: vec![Slot(0)], mac, vhosts: Vec::new() };
+                (Card::Net(net), self.open_net(tap, *host_address)?, None)
+            }
+            Attachment::Devices { .. } => return Err(operator::ending(guest)),
         };
-        let card = match (attachment, size_bytes) {
-            (Attachment::Disk { read_only, .. }, Some(size_bytes)) => Card::Disk(casemate_wire::Disk {
-                image: Slot(0),
-                size_bytes,
-                read_only: *read_only,
-                serial: format!("slot{slot}"),
-                queues: 1,
-                format: casemate_wire::Format::Raw,
-            }),
-            _ => Card::Net(casemate_wire::Net {
-                taps: vec![Slot(0)],
-                mac: mac(operator.guest(), LIMITS.nets + usize::from(slot)),
-                vhosts: Vec::new(),
-            }),
-        };
-        let told = record::give(&self.paths, operator.guest(), fd.as_fd(), size_bytes);
+        let size_bytes = lock.as_ref().map(|image| image.size_bytes);
+        let told = record::give(&self.paths, guest, fd.as_fd(), size_bytes);
         let ask = Ask::Add { slot: slot - 1, card };
         match told.and_then(|()| operator.ask_for(ask, vec![fd], ADD_PATIENCE)) {
             // Whoever gave no answer may have done it: a later detach tells.
@@ -112,11 +184,56 @@ impl Attaching {
                 Err(refusal)
             }
             answer => {
-                taken.insert(slot, Taken { attachment: attachment.clone(), _lock: lock });
+                let taken = Taken::Emulated { attachment: attachment.clone(), _lock: lock };
+                slots.taken.insert(slot, taken);
                 answer?;
-                Ok(json!({ "guest": operator.guest(), "slot": slot }))
+                Ok(json!({ "guest": guest, "slot": slot }))
             }
         }
+    }
+
+    fn attach_devices(
+        self: &Arc<Self>,
+        operator: &Operator,
+        slots: &mut Slots,
+        slot: u8,
+        wanted: Wanted<'_>,
+    ) -> Result<Value, Refusal> {
+        let mut plugged = self.devices.take(slot, wanted)?;
+        let (addresses, given) = (plugged.addresses(), plugged.given());
+        let added = self.add_devices(operator, slot, &mut plugged, given.clone());
+        match added {
+            Err(refusal) if refusal.code != "guest-no-answer" => {
+                let devices = self.return_devices(slot, plugged, true);
+                self.tell(operator, Step::Returned { devices });
+                Err(refusal)
+            }
+            answer => {
+                slots.taken.insert(slot, Taken::Devices(Box::new(plugged)));
+                self.tell(operator, Step::Attached { devices: addresses.clone(), slot });
+                let devices = addresses.iter().map(ToString::to_string).collect();
+                self.note(Happening::DevicesAttached { devices, slot });
+                answer?;
+                Ok(json!({ "guest": operator.guest(), "slot": slot, "devices": given }))
+            }
+        }
+    }
+
+    fn add_devices(
+        self: &Arc<Self>,
+        operator: &Operator,
+        slot: u8,
+        plugged: &mut Plugged,
+        given: Vec<record::GivenDevice>,
+    ) -> Result<Answer, Refusal> {
+        let failed = |error: std::io::Error| {
+            let cause = format_args!("its devices cannot be handed over: {error}");
+            Refusal::new("keep-failed", operator.guest(), cause, "try again")
+        };
+        record::give_devices(&self.paths, operator.guest(), given)?;
+        plugged.heard_by(self.listen(operator, slot, plugged.notices()).map_err(failed)?);
+        let (card, fds) = plugged.card().map_err(failed)?;
+        operator.ask_for(Ask::Add { slot: slot - 1, card }, fds, ADD_PATIENCE)
     }
 
     /// Takes out what is in a slot: the guest is asked to let it go, and with `force` it is taken if it has not in time.
@@ -147,16 +264,136 @@ impl Attaching {
             Answer::Removed { forced } => forced,
             _ => false,
         };
-        let mut taken = self.taken.lock().unwrap_or_else(PoisonError::into_inner);
-        if let Some(gone) = taken.remove(&slot) {
-            self.forget(&gone.attachment);
+        let (plugged, _returning) = {
+            let mut slots = self.slots();
+            match slots.taken.remove(&slot) {
+                Some(Taken::Devices(plugged)) => {
+                    slots.taken.insert(slot, Taken::Returning);
+                    // Before whoever waits for the end can have it.
+                    (Some(plugged), Some(self.returning.read().unwrap_or_else(PoisonError::into_inner)))
+                }
+                Some(Taken::Emulated { attachment, .. }) => {
+                    self.forget(&attachment);
+                    (None, None)
+                }
+                Some(Taken::Returning) => {
+                    slots.taken.insert(slot, Taken::Returning);
+                    (None, None)
+                }
+                None => (None, None),
+            }
+        };
+        let mut done = json!({ "guest": operator.guest(), "slot": slot, "forced": forced });
+        if let Some(plugged) = plugged {
+            let devices = self.return_devices(slot, *plugged, true);
+            self.slots().taken.remove(&slot);
+            if let Value::Object(done) = &mut done {
+                done.insert("devices".into(), serde_json::to_value(&devices).unwrap_or_default());
+            }
+            self.tell(operator, Step::Returned { devices });
         }
-        Ok(json!({ "guest": operator.guest(), "slot": slot, "forced": forced }))
+        Ok(done)
     }
 
-    fn free_slot(&self, taken: &BTreeMap<u8, Taken>, guest: &str) -> Result<u8, Refusal> {
-        (1..=self.slots).find(|slot| !taken.contains_key(slot)).ok_or_else(|| {
-            let (cause, remedy) = match self.slots {
+    /// The guest's process has gone: gives back the devices that are in its slots yet. From now on nothing comes.
+    pub(crate) fn end(&self) -> Vec<DeviceReport> {
+        let taken = {
+            let mut slots = self.slots();
+            slots.has_ended = true;
+            std::mem::take(&mut slots.taken)
+        };
+        let mut devices = Vec::new();
+        for (slot, taken) in taken {
+            if let Taken::Devices(plugged) = taken {
+                devices.extend(self.return_devices(slot, *plugged, false));
+            }
+        }
+        drop(self.returning.write());
+        devices
+    }
+
+    fn return_devices(&self, slot: u8, plugged: Plugged, runs_on: bool) -> Vec<DeviceReport> {
+        let devices = plugged.addresses().iter().map(ToString::to_string).collect();
+        let reports = self.devices.give_back(plugged, runs_on);
+        // With the guest its record goes.
+        if let Some(Err(refusal)) =
+            runs_on.then(|| record::take_devices(&self.paths, self.guest.name.as_str(), slot))
+        {
+            tracing::warn!("{refusal}");
+        }
+        let why = |report: &DeviceReport| {
+            report.returned.quarantined.as_ref().map(|why| format!("{}, {why}", report.returned.address))
+        };
+        let quarantined = reports.iter().filter_map(why).collect();
+        self.note(Happening::DevicesDetached { devices, slot, quarantined });
+        reports
+    }
+
+    /// Listens to what the kernel tells of devices in a slot, until what is returned is closed.
+    fn listen(
+        self: &Arc<Self>,
+        operator: &Operator,
+        slot: u8,
+        notices: Arc<Notices>,
+    ) -> std::io::Result<UnixStream> {
+        let (ours, theirs) = UnixStream::pair()?;
+        let (this, operator) = (Arc::clone(self), operator.clone());
+        let listen = move || {
+            let mut fds = [
+                PollFd::from_borrowed_fd(notices.wake(), PollFlags::IN),
+                PollFd::new(&theirs, PollFlags::IN),
+            ];
+            loop {
+                let woken = poll(&mut fds, None);
+                let [_, stopped] = &fds;
+                if woken.is_err_and(|error| error != rustix::io::Errno::INTR) || !stopped.revents().is_empty()
+                {
+                    return;
+                }
+                match notices.next() {
+                    Some(Notice::Wanted(device)) => this.let_go(&operator, slot, device),
+                    Some(Notice::Failed(device)) => {
+                        this.note(Happening::DeviceFailed { device: device.to_string() });
+                        let _ = operator.order(Order::DeviceFailed(device));
+                    }
+                    None => {}
+                }
+            }
+        };
+        thread::Builder::new().name("notices".into()).spawn(listen)?;
+        Ok(ours)
+    }
+
+    /// The host wants a device back: whoever took it from its driver waits until nobody has it.
+    fn let_go(&self, operator: &Operator, slot: u8, device: PciAddress) {
+        self.note(Happening::DeviceWanted { device: device.to_string(), slot: Some(slot) });
+        self.tell(operator, Step::DeviceWanted { device, slot: Some(slot) });
+        if let Err(refusal) = self.detach(operator, slot, WANTED_WITHIN, true) {
+            tracing::warn!("{refusal}");
+        }
+    }
+
+    /// Tells whoever watches the run; nobody may be left who hears it.
+    fn tell(&self, operator: &Operator, step: Step) {
+        let _ = operator.order(Order::Tell(Box::new(step)));
+    }
+
+    fn note(&self, what: Happening) {
+        let (guest, tenant) = (self.guest.name.as_str(), self.guest.tenant.as_str());
+        Events::below(&self.paths.state).add(guest, tenant, what);
+    }
+
+    fn slots(&self) -> MutexGuard<'_, Slots> {
+        self.slots.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+
+    fn free_slot(&self, slots: &Slots, guest: &str) -> Result<u8, Refusal> {
+        if slots.has_ended {
+            return Err(operator::ending(guest));
+        }
+        let most = self.guest.hotplug.slots;
+        (1..=most).find(|slot| !slots.taken.contains_key(slot)).ok_or_else(|| {
+            let (cause, remedy) = match most {
                 0 => ("this guest has no slots".to_owned(), "start it with `slots` in its table [hotplug]"),
                 slots => (format!("its {slots} slots are taken"), "detach something first"),
             };
@@ -236,6 +473,9 @@ impl Attaching {
                 if let Some(place) = spec.nets.iter().rposition(|net| net.tap == *tap) {
                     spec.nets.remove(place);
                 }
+            }
+            Attachment::Devices { addresses, .. } => {
+                spec.devices.retain(|device| !addresses.contains(&device.address));
             }
         });
     }

@@ -12,12 +12,12 @@ use std::{
 use casemate_host::{Claim, DmaNeeds, Host, Image, Tap};
 use casemate_jail::{Cell, CellPlan, CgroupPlan, IoPlan, Program, Rlimits};
 use casemate_spec::{
-    CellPart, CellRules, CpuList, CpuModel, DiskFormat, Guest, IoLimits, LIMITS, NET_QUEUES_MAX, Pages, Ram,
-    Refusal,
+    CellPart, CellRules, CpuList, CpuModel, DiskFormat, Guest, IoLimits, LIMITS, NET_QUEUES_MAX, Pages,
+    PciAddress, Ram, Refusal,
 };
 use casemate_wire::{
     self as wire, Assigned, Below, Channel, Cpu, CpuRange, DeviceKind, Disk, Format, FromCell, Hotplug,
-    Limited, Machine, Model, Net, Slot, ToCell, VERSION, Vsock,
+    Limited, Machine, Model, Net, RomFile, Slot, ToCell, VERSION, Vsock,
 };
 use rustix::{
     fs::{FlockOperation, flock},
@@ -26,7 +26,7 @@ use rustix::{
     pipe::{PipeFlags, pipe_with},
 };
 
-use crate::{Paths, admission::Images, beside};
+use crate::{Paths, admission::Images, beside, record};
 
 /// uids and gids of cells begin here, above those of users, containers and systemd's dynamic users.
 const FIRST_UID: u32 = 0x4361_0000;
@@ -345,7 +345,7 @@ fn rlimits(guest: &Guest, resources: &Resources<'_>) -> Rlimits {
         descriptors_max: 512
             + 32 * guest.disks.len() as u64
             + 16 * guest.nets.iter().map(|net| u64::from(net.queues)).sum::<u64>()
-            + 4096 * guest.devices.len() as u64,
+            + record::DEVICE_DESCRIPTORS * guest.devices.len() as u64,
         threads_max: threads(guest),
         file_size_bytes_max: file_size_bytes_max(guest, resources.images),
     }
@@ -371,9 +371,9 @@ fn qcow2_bytes_max(image: &Image) -> u64 {
 struct Descriptors<'a>(Vec<BorrowedFd<'a>>);
 
 /// What a guest has at most: kvm, kernel, initrd, console, its input, the sockets and the container; for a disk an image and that
-/// under it; for each pair of a card's queues a tap's and vhost's; a function and its group.
+/// under it; for each pair of a card's queues a tap's and vhost's; a function, its group and its ROM.
 const _: () = assert!(
-    7 + 2 * LIMITS.disks + 2 * LIMITS.nets * NET_QUEUES_MAX as usize + 2 * LIMITS.devices
+    7 + 2 * LIMITS.disks + 2 * LIMITS.nets * NET_QUEUES_MAX as usize + 3 * LIMITS.devices
         <= wire::DESCRIPTORS
 );
 
@@ -435,6 +435,7 @@ fn send_machine(
             .map(|device| Assigned {
                 device: fds.add(device.fd.as_fd()),
                 address: device.address.to_string(),
+                rom: rom(device.address, resources.images, &mut fds),
             })
             .collect(),
         hotplug: Hotplug {
@@ -453,6 +454,14 @@ fn send_machine(
             "try again",
         )
     })
+}
+
+/// A device's option ROM.
+fn rom<'a>(device: PciAddress, images: &'a Images, fds: &mut Descriptors<'a>) -> Option<RomFile> {
+    let (_, image) = images.roms.iter().find(|(of, _)| *of == device)?;
+    // It was opened as one, which has 16 MiB at most.
+    let size_bytes = u32::try_from(image.size_bytes).ok()?;
+    Some(RomFile { file: fds.add(image.fd.as_fd()), size_bytes })
 }
 
 /// What is limited of the guest's disks and network cards.
@@ -543,6 +552,11 @@ pub(crate) fn mac(guest: &str, card: usize) -> [u8; 6] {
     }
     let [a, b, c, d, e, ..] = hash.to_be_bytes();
     [0x02, a, b, c, d, e]
+}
+
+/// The same for a function in a slot, from 1, of a guest that runs: apart from all that it could start with.
+pub(crate) fn mac_in_slot(guest: &str, slot: u8, function: usize) -> [u8; 6] {
+    mac(guest, 64 + 8 * usize::from(slot) + function)
 }
 
 /// The first word of a cell: it runs, or why it does not.

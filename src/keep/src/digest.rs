@@ -7,7 +7,7 @@ use std::{
     os::{fd::OwnedFd, unix::fs::FileExt},
 };
 
-use casemate_host::Image;
+use casemate_host::{Image, ROM_BYTES_MAX};
 use casemate_policy::{Attrs, Claim, Signers, Witness};
 use casemate_spec::Refusal;
 use rustix::fs::{MemfdFlags, SealFlags, fcntl_add_seals, memfd_create};
@@ -49,22 +49,51 @@ pub(crate) fn seal(what: &str, image: &mut Image, signers: &Signers) -> Result<K
         return Err(refuse(format!("it has {} bytes, and at most {MOST_BYTES} are read", image.size_bytes)));
     }
     let failed = |error: std::io::Error| refuse(error.to_string());
-    let flags = MemfdFlags::CLOEXEC | MemfdFlags::ALLOW_SEALING | MemfdFlags::NOEXEC_SEAL;
-    let copy = memfd_create("casemate-image", flags)
-        // Linux before 6.3 does not know the last flag.
-        .or_else(|_| memfd_create("casemate-image", MemfdFlags::CLOEXEC | MemfdFlags::ALLOW_SEALING))
-        .map_err(|error| failed(error.into()))?;
-    let mut copy = File::from(copy);
+    let mut copy = memory().map_err(failed)?;
     let from = File::from(image.fd.try_clone().map_err(failed)?);
     let (size_bytes, known) =
         read(&from, MOST_BYTES, signers.claim(&image.path).as_ref(), &mut |piece| copy.write_all(piece))
             .map_err(failed)?;
-    copy.seek(SeekFrom::Start(0)).map_err(failed)?;
-    let seals = SealFlags::SEAL | SealFlags::SHRINK | SealFlags::GROW | SealFlags::WRITE;
-    fcntl_add_seals(&copy, seals).map_err(|error| failed(error.into()))?;
-    image.fd = OwnedFd::from(copy);
+    image.fd = sealed(copy).map_err(failed)?;
     image.size_bytes = size_bytes;
     Ok(known)
+}
+
+/// A file in memory that can be sealed.
+fn memory() -> std::io::Result<File> {
+    let flags = MemfdFlags::CLOEXEC | MemfdFlags::ALLOW_SEALING | MemfdFlags::NOEXEC_SEAL;
+    let made = memfd_create("casemate-image", flags)
+        // Linux before 6.3 does not know the last flag.
+        .or_else(|_| memfd_create("casemate-image", MemfdFlags::CLOEXEC | MemfdFlags::ALLOW_SEALING))?;
+    Ok(File::from(made))
+}
+
+/// Seals such a file: nobody changes it from now on.
+fn sealed(mut file: File) -> std::io::Result<OwnedFd> {
+    file.seek(SeekFrom::Start(0))?;
+    fcntl_add_seals(&file, SealFlags::SEAL | SealFlags::SHRINK | SealFlags::GROW | SealFlags::WRITE)?;
+    Ok(OwnedFd::from(file))
+}
+
+/// Puts a sealed copy of an option ROM in its place, of a size that its register can say and of whole pages, when it is what
+/// `sha256` says.
+pub(crate) fn seal_rom(image: &mut Image, sha256: &str) -> Result<(), Refusal> {
+    let refuse = |cause: String| {
+        let remedy = "see to the file; if it was changed on purpose, write its new digest (sha256sum)";
+        Refusal::new("rom-digest", image.path.display(), cause, remedy)
+    };
+    let failed = |error: std::io::Error| refuse(error.to_string());
+    let mut copy = memory().map_err(failed)?;
+    let from = File::from(image.fd.try_clone().map_err(failed)?);
+    let (size_bytes, known) =
+        read(&from, ROM_BYTES_MAX, None, &mut |piece| copy.write_all(piece)).map_err(failed)?;
+    if known.sha256 != sha256 {
+        return Err(refuse(format!("its SHA-256 is {}, and the guest's file says {sha256}", known.sha256)));
+    }
+    let size_bytes = size_bytes.max(4096).next_power_of_two();
+    copy.set_len(size_bytes).map_err(failed)?;
+    (image.fd, image.size_bytes) = (sealed(copy).map_err(failed)?, size_bytes);
+    Ok(())
 }
 
 /// What a disk is that the guest only reads; none when it's larger than is read.
@@ -157,6 +186,26 @@ mod tests {
 
     fn sum(bytes: &[u8]) -> String {
         Sha256::digest(bytes).iter().map(|byte| format!("{byte:02x}")).collect()
+    }
+
+    #[test]
+    fn a_rom_is_what_its_digest_says_and_as_large_as_a_register_can_say() {
+        let folder = tempfile::tempdir().unwrap();
+        let path = folder.path().join("vbios");
+        let rom = [&[0x55, 0xaa][..], &[7; 5000]].concat();
+        fs::write(&path, &rom).unwrap();
+        let open = || casemate_host::open_rom(&path).unwrap();
+        assert_eq!(seal_rom(&mut open(), &sum(b"another")).unwrap_err().code, "rom-digest");
+        let mut image = open();
+        seal_rom(&mut image, &sum(&rom)).unwrap();
+        assert_eq!(image.size_bytes, 8192);
+        let mut bytes = Vec::new();
+        File::from(image.fd).read_to_end(&mut bytes).unwrap();
+        assert!(bytes.len() == 8192 && bytes.starts_with(&rom));
+        for wrong in [&b"55aa"[..], b"", &[0x55]] {
+            fs::write(&path, wrong).unwrap();
+            assert_eq!(casemate_host::open_rom(&path).unwrap_err().code, "rom-format");
+        }
     }
 
     #[test]

@@ -99,10 +99,30 @@ pub enum Happening {
         /// What an operator should know.
         warnings: Vec<String>,
     },
-    /// The host wants a device back that it has, so it comes to its end in order.
+    /// The host wants a device back that it has, so it comes to its end in order; or lets the device go, where it came into a
+    /// slot.
     DeviceWanted {
         /// Where it sits.
         device: String,
+        /// The slot, from 1.
+        #[serde(default, skip_serializing_if = "Option::is_none")]
+        slot: Option<u8>,
+    },
+    /// Devices of the host's came into one of its slots.
+    DevicesAttached {
+        /// Where they sit on the host.
+        devices: Vec<String>,
+        /// The slot, from 1.
+        slot: u8,
+    },
+    /// They were taken out, and this became of them.
+    DevicesDetached {
+        /// Where they sit on the host.
+        devices: Vec<String>,
+        /// The slot, from 1.
+        slot: u8,
+        /// Those that nobody gets, each with the reason.
+        quarantined: Vec<String>,
     },
     /// A device reported an error that was not corrected: the guest is stopped, and the device goes into quarantine.
     DeviceFailed {
@@ -148,8 +168,18 @@ impl std::fmt::Display for Happening {
                 let said: Vec<_> = quarantine.iter().chain(warnings).map(String::as_str).collect();
                 write!(f, "{device} was {what}: {}", said.join("; "))
             }
-            Self::DeviceWanted { device } => {
+            Self::DeviceWanted { device, slot: None } => {
                 write!(f, "the host wants {device} back, and the guest is to end")
+            }
+            Self::DeviceWanted { device, slot: Some(slot) } => {
+                write!(f, "the host wants {device} back, and the guest is to let it go from slot {slot}")
+            }
+            Self::DevicesAttached { devices, slot } => {
+                write!(f, "{} came into slot {slot}", devices.join(", "))
+            }
+            Self::DevicesDetached { devices, slot, quarantined } => {
+                write!(f, "{} came out of slot {slot}", devices.join(", "))?;
+                quarantined.iter().try_for_each(|why| write!(f, "; in quarantine: {why}"))
             }
             Self::DeviceFailed { device } => {
                 write!(f, "{device} reported an error that was not corrected, and the guest is stopped")

@@ -16,11 +16,11 @@ use std::{
     time::Duration,
 };
 
-use casemate_spec::Refusal;
+use casemate_spec::{PciAddress, Refusal};
 use casemate_wire::{Answer, Ask, Channel, Refused, ToCell};
 use serde::{Deserialize, Serialize};
 
-use crate::cell::printable;
+use crate::{Step, cell::printable};
 
 /// How long an answer is waited for.
 const PATIENCE: Duration = Duration::from_secs(10);
@@ -62,6 +62,10 @@ impl std::fmt::Display for GuestState {
 pub(crate) enum Order {
     /// To be asked of the cell, with descriptors.
     Ask(Ask, Vec<OwnedFd>),
+    /// Tell of a step that was taken beside the watch.
+    Tell(Box<Step>),
+    /// One of the guest's devices, in a slot, reported an error that was not corrected.
+    DeviceFailed(PciAddress),
     /// Press the guest's power button; it is stopped if it does not heed it.
     PowerOff,
     /// Stop the guest at once.
@@ -240,7 +244,7 @@ fn silent(guest: &str, patience: Duration) -> Refusal {
     Refusal::new("guest-no-answer", guest, cause, remedy)
 }
 
-fn ending(guest: &str) -> Refusal {
+pub(crate) fn ending(guest: &str) -> Refusal {
     Refusal::new("guest-ending", guest, "it is on its way to its end", "see `casemate ps`")
 }
 

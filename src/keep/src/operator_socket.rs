@@ -152,7 +152,7 @@ impl From<Result<Value, Refusal>> for Line {
 pub(crate) struct Reach {
     pub(crate) disks: Disks,
     /// Without it nothing can be attached.
-    pub(crate) attaching: Option<Attaching>,
+    pub(crate) attaching: Option<Arc<Attaching>>,
     /// Asked before a paused guest goes on.
     pub(crate) admitted: Option<Arc<Admitted>>,
 }
@@ -176,7 +176,6 @@ impl OperatorSocket {
         let listener = Arc::new(UnixListener::bind(&path).map_err(failed)?);
         let ours = Arc::clone(&listener);
         let Reach { disks, attaching, admitted } = reach;
-        let attaching = attaching.map(Arc::new);
         let asked = Asked { operator, disks: Arc::new(disks), attaching, admitted };
         let serve = move || accept(&ours, &asked);
         let thread = thread::Builder::new().name("operator".into()).spawn(serve).map_err(failed)?;
@@ -431,10 +430,15 @@ pub fn operate(paths: &Paths, guest: &str, request: &OperatorRequest) -> Result<
 fn exchange(path: &Path, request: &OperatorRequest) -> io::Result<Line> {
     let mut stream = UnixStream::connect(path)?;
     let patience = match request {
-        OperatorRequest::Attach { .. } => CLIENT_PATIENCE + attach::ADD_PATIENCE + attach::JUDGE_PATIENCE,
+        OperatorRequest::Attach { attachment } => {
+            let devices = matches!(attachment, Attachment::Devices { .. });
+            let claim = if devices { attach::CLAIM_PATIENCE } else { Duration::ZERO };
+            CLIENT_PATIENCE + attach::ADD_PATIENCE + attach::JUDGE_PATIENCE + claim
+        }
         OperatorRequest::Detach { within_seconds, .. } => {
             let within = Duration::from_secs(*within_seconds).min(attach::WITHIN_MOST);
-            CLIENT_PATIENCE + within + attach::REMOVE_MARGIN
+            // Nobody knows here what is in the slot. A keep that dies hangs up.
+            CLIENT_PATIENCE + within + attach::REMOVE_MARGIN + attach::RETURN_PATIENCE
         }
         _ => CLIENT_PATIENCE,
     };

@@ -11,7 +11,7 @@ use std::{
     time::{SystemTime, UNIX_EPOCH},
 };
 
-use casemate_host::{Host, Owner, Process};
+use casemate_host::{ClaimedDevice, Host, Owner, Process};
 use casemate_jail::Landlock;
 use casemate_spec::{Located, PciAddress, Refusal};
 use rustix::process::{Pid, Resource, Rlimit, prlimit};
@@ -27,6 +27,8 @@ use crate::{
 const VERSION: u32 = 1;
 /// A record has some KB.
 const BYTES_MAX: u64 = 256 << 10;
+/// Descriptors of an assigned function: an event for each vector, up to 2048, here and at control.
+pub(crate) const DEVICE_DESCRIPTORS: u64 = 4096;
 /// Guests on a host, and some that died badly.
 const RECORDS_MAX: usize = 8192;
 
@@ -60,6 +62,9 @@ pub struct GuestRecord {
     pub files: Vec<PathBuf>,
     /// Its PCI functions.
     pub devices: Vec<GivenDevice>,
+    /// Its slots for what comes while it runs.
+    #[serde(default)]
+    pub slots: u8,
     /// The limits that it was given.
     pub limits: GivenLimits,
     /// Its Landlock ruleset.
@@ -80,6 +85,22 @@ pub struct GivenDevice {
     pub reset_method: String,
     /// The driver that it goes back to.
     pub former_driver: Option<String>,
+    /// The slot that it came into while the guest ran, from 1.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub slot: Option<u8>,
+}
+
+impl GivenDevice {
+    /// A device of a claim's.
+    pub(crate) fn of(device: &ClaimedDevice, slot: Option<u8>) -> Self {
+        Self {
+            address: device.address,
+            group: device.group,
+            reset_method: device.reset_method.clone(),
+            former_driver: device.former_driver.clone(),
+            slot,
+        }
+    }
 }
 
 /// Limits as they were asked for.
@@ -195,14 +216,8 @@ impl GuestRecord {
             spec_sha256: spec_sha256.to_owned(),
             policy: policy.plugins.clone(),
             files: files.filter_map(|image| name_of(&image.fd)).collect(),
-            devices: devices
-                .map(|device| GivenDevice {
-                    address: device.address,
-                    group: device.group,
-                    reset_method: device.reset_method.clone(),
-                    former_driver: device.former_driver.clone(),
-                })
-                .collect(),
+            devices: devices.map(|device| GivenDevice::of(device, None)).collect(),
+            slots: guest.hotplug.slots,
             limits: GivenLimits {
                 cgroup: cgroup.parent.join(guest.name.as_str()),
                 memory_bytes_max: cgroup.memory_bytes_max,
@@ -231,29 +246,94 @@ pub(crate) fn give(
     fd: BorrowedFd<'_>,
     size_bytes: Option<u64>,
 ) -> Result<(), Refusal> {
-    let path = paths.runtime.join(format!("{guest}.json"));
+    change(paths, guest, |record| {
+        if let Some(size_bytes) = size_bytes.filter(|size| *size > record.limits.file_size_bytes_max) {
+            limit(record, Resource::Fsize, size_bytes)?;
+            record.limits.file_size_bytes_max = size_bytes;
+        }
+        match (size_bytes, name_of(&fd)) {
+            (Some(_), Some(name)) if !record.files.contains(&name) => record.files.push(name),
+            (Some(_), _) => {}
+            (None, _) => record.nets = record.nets.saturating_add(1),
+        }
+        Ok(())
+    })
+}
+
+/// Notes that devices come into a slot of a running guest, and lets its cell lock its memory once more: the kernel counts it
+/// for each container.
+///
+/// # Errors
+/// As [`give`].
+pub(crate) fn give_devices(paths: &Paths, guest: &str, devices: Vec<GivenDevice>) -> Result<(), Refusal> {
+    change(paths, guest, |record| {
+        let count = devices.len() as u64;
+        record.devices.extend(devices);
+        let limits = &record.limits;
+        let memlock_bytes = limits.memlock_bytes.saturating_add(record.memory_bytes);
+        let descriptors_max = limits.descriptors_max.saturating_add(count.saturating_mul(DEVICE_DESCRIPTORS));
+        relimit(record, memlock_bytes, descriptors_max)
+    })
+}
+
+/// Notes that what came into this slot has gone.
+///
+/// # Errors
+/// As [`give`].
+pub(crate) fn take_devices(paths: &Paths, guest: &str, slot: u8) -> Result<(), Refusal> {
+    change(paths, guest, |record| {
+        let before = record.devices.len();
+        record.devices.retain(|device| device.slot != Some(slot));
+        let count = (before - record.devices.len()) as u64;
+        if count == 0 {
+            return Ok(());
+        }
+        let limits = &record.limits;
+        let memlock_bytes = limits.memlock_bytes.saturating_sub(record.memory_bytes);
+        let descriptors_max = limits.descriptors_max.saturating_sub(count.saturating_mul(DEVICE_DESCRIPTORS));
+        relimit(record, memlock_bytes, descriptors_max)
+    })
+}
+
+/// The process of a guest's cell; `None` when there is no record of it.
+pub(crate) fn cell_of(paths: &Paths, guest: &str) -> Option<Process> {
+    read(&path_of(paths, guest)).map(|record| record.cell)
+}
+
+fn relimit(record: &mut GuestRecord, memlock_bytes: u64, descriptors_max: u64) -> Result<(), Refusal> {
+    limit(record, Resource::Memlock, memlock_bytes)?;
+    limit(record, Resource::Nofile, descriptors_max)?;
+    record.limits.memlock_bytes = memlock_bytes;
+    record.limits.descriptors_max = descriptors_max;
+    Ok(())
+}
+
+/// Sets a limit of a guest's cell.
+fn limit(record: &GuestRecord, resource: Resource, most: u64) -> Result<(), Refusal> {
+    let failed = |error: &dyn std::fmt::Display| {
+        let cause = format_args!("its cell's limit {resource:?} cannot be set: {error}");
+        Refusal::new("keep-failed", &record.guest, cause, "try again")
+    };
+    let pid = i32::try_from(record.cell.pid).ok().and_then(Pid::from_raw);
+    // Without a number it would be this process's own limit.
+    let pid = pid.ok_or_else(|| failed(&"its record names no process"))?;
+    let limit = Rlimit { current: Some(most), maximum: Some(most) };
+    prlimit(Some(pid), resource, limit).map(drop).map_err(|error| failed(&error))
+}
+
+/// Changes a running guest's record; when `make` fails it stays as it is.
+fn change(
+    paths: &Paths,
+    guest: &str,
+    make: impl FnOnce(&mut GuestRecord) -> Result<(), Refusal>,
+) -> Result<(), Refusal> {
+    let path = path_of(paths, guest);
     let failed = |error: &dyn std::fmt::Display| {
         let cause = format_args!("the guest's record cannot be changed: {error}");
         Refusal::new("host-folder", path.display(), cause, "run as root, with space in /run")
     };
     let mut record = read(&path).ok_or_else(|| failed(&"it cannot be read"))?;
-    let limits = &mut record.limits;
-    if let Some(size_bytes) = size_bytes.filter(|size| *size > limits.file_size_bytes_max) {
-        let pid = i32::try_from(record.cell.pid).ok().and_then(Pid::from_raw);
-        // Without a number it would be this process's own limit.
-        let pid = pid.ok_or_else(|| failed(&"it names no process"))?;
-        let limit = Rlimit { current: Some(size_bytes), maximum: Some(size_bytes) };
-        prlimit(Some(pid), Resource::Fsize, limit).map_err(|error| {
-            let cause = format_args!("its cell's limit of the size of files cannot be raised: {error}");
-            Refusal::new("keep-failed", guest, cause, "try again")
-        })?;
-        limits.file_size_bytes_max = size_bytes;
-    }
-    match (size_bytes, name_of(&fd)) {
-        (Some(_), Some(name)) if !record.files.contains(&name) => record.files.push(name),
-        (Some(_), _) => {}
-        (None, _) => record.nets = record.nets.saturating_add(1),
-    }
+    make(&mut record)?;
     put(&path, &record).map_err(|error| failed(&error))
 }
 
@@ -322,6 +402,7 @@ pub(crate) mod tests {
             policy: Vec::new(),
             files: vec!["/images/disk".into()],
             devices: Vec::new(),
+            slots: 0,
             limits: GivenLimits {
                 cgroup: "/sys/fs/cgroup/casemate/g".into(),
                 memory_bytes_max: 1,

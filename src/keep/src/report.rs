@@ -5,7 +5,7 @@ use std::{collections::BTreeMap, time::Duration};
 use casemate_host::{Recovered, Returned};
 use casemate_spec::PciAddress;
 use casemate_wire::Event;
-use serde::{Serialize, Serializer};
+use serde::{Deserialize, Serialize, Serializer};
 
 /// Something that a user waits for or wants to know of, as it happens.
 #[derive(Clone, Debug, Serialize)]
@@ -67,10 +67,21 @@ pub enum Step {
         /// What.
         event: Event,
     },
-    /// The host wants a device back that the guest has, so the guest comes to its end in order.
+    /// The host wants a device back that the guest has: it is taken out of its slot in order, or the guest comes to its end in
+    /// order when it started with it.
     DeviceWanted {
         /// Which.
         device: PciAddress,
+        /// The slot, from 1.
+        #[serde(skip_serializing_if = "Option::is_none")]
+        slot: Option<u8>,
+    },
+    /// Devices of the host's are in one of its slots now.
+    Attached {
+        /// Those.
+        devices: Vec<PciAddress>,
+        /// The slot, from 1.
+        slot: u8,
     },
     /// A device has reported an error that was not corrected, and its guest is stopped.
     DeviceFailed {
@@ -183,7 +194,7 @@ pub struct PolicyReport {
 }
 
 /// A device that was given back, or was not.
-#[derive(Clone, Debug, Serialize)]
+#[derive(Clone, Debug, Serialize, Deserialize)]
 pub struct DeviceReport {
     /// Everything the host knows of it.
     #[serde(flatten)]

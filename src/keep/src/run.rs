@@ -13,7 +13,7 @@ use std::{
 use casemate_filters::{Role, calls_of};
 use casemate_host::{
     Choice, Claim, ClaimRequest, Host, Image, Ledger, Owner, PciFunction, Pools, Tap, TapRequest, assignable,
-    claim, judge_dma, open_image, open_initrd, open_kernel, open_qcow2, placeable,
+    claim, judge_dma, open_image, open_initrd, open_kernel, open_qcow2, open_rom, placeable,
 };
 use casemate_policy::Kind;
 use casemate_spec::{
@@ -29,6 +29,7 @@ use crate::{
     attach::Attaching,
     cell::{self, Identity, Resources, Started},
     console_log::{ConsoleLog, Rotating, Tee},
+    digest,
     disks::Disks,
     govern::{Charge, Governing},
     operator,
@@ -111,7 +112,8 @@ pub fn run(
     let mut images = open_images(&located)?;
     let functions = host.functions()?;
     // Virtual functions are made before they can be judged, and removed when nobody has them.
-    let virtual_functions = Virtual::make(&host, &ledger, &located, &functions, &host_file.pools)?;
+    let virtual_functions =
+        make_virtual(&located, &host, &ledger, &Pools::new(&host, &functions, &host_file.pools)?)?;
     let functions = if virtual_functions.is_some() { host.functions()? } else { functions };
 
     // Judge.
@@ -165,6 +167,9 @@ pub fn run(
         tell(Step::Returned { devices: devices.into_iter().map(DeviceReport::from).collect() });
         return Err(refusal.into());
     }
+    let admitted = Arc::new(admitted);
+    let attaching = (located.guest.hotplug.slots > 0)
+        .then(|| Arc::new(Attaching::new(paths, &located.guest, Arc::clone(&admitted))));
     let prepared = Prepared {
         paths,
         options,
@@ -175,7 +180,8 @@ pub fn run(
         images: &images,
         policy,
         rules: &host_file.cell,
-        admitted: Arc::new(admitted),
+        admitted,
+        attaching: attaching.clone(),
         resources: host_file.resources.bounds(
             located.guest.tenant.as_str(),
             located.guest.resources,
@@ -196,10 +202,12 @@ pub fn run(
     if let Some(devices) = scrubbed {
         tell(Step::Scrubbing { devices });
     }
-    let devices: Vec<DeviceReport> = claim
+    let from_slots = attaching.map(|attaching| attaching.end()).unwrap_or_default();
+    let devices = claim
         .map(|claim| claim.release(&host, &ledger, &mut |returned| releasing.judge(returned)))
-        .map(|returned| returned.into_iter().map(DeviceReport::from).collect())
+        .map(|returned| returned.into_iter().map(DeviceReport::from).collect::<Vec<_>>())
         .unwrap_or_default();
+    let devices: Vec<DeviceReport> = devices.into_iter().chain(from_slots).collect();
     if !devices.is_empty() {
         tell(Step::Returned { devices: devices.clone() });
     }
@@ -268,6 +276,8 @@ struct Prepared<'a> {
     policy: PolicyReport,
     rules: &'a CellRules,
     admitted: Arc<Admitted>,
+    /// Without it nothing comes while the guest runs.
+    attaching: Option<Arc<Attaching>>,
     /// How far governors may go, and how often they look.
     resources: ResourceBounds,
     interval_ms: u32,
@@ -321,9 +331,8 @@ impl Prepared<'_> {
             Refusal::new("keep-failed", &guest.name, cause, "try again")
         })?;
         let disks = Disks::of(self.paths, guest, self.images, &started)?;
-        let attaching = (guest.hotplug.slots > 0)
-            .then(|| Attaching::new(self.paths, guest.hotplug.slots, Arc::clone(&self.admitted)));
         let _governing = Governing::start(self.charge(&started), self.admitted.policies(), operator.clone())?;
+        let attaching = self.attaching.clone();
         let reach = Reach { disks, attaching, admitted: Some(Arc::clone(&self.admitted)) };
         let _socket = OperatorSocket::open(self.paths, operator, reach)?;
         // The cell has its own; a tap is gone with its last descriptor.
@@ -335,7 +344,7 @@ impl Prepared<'_> {
                 options: &self.options,
                 signals: &self.signals,
                 orders,
-                notices: claim.map(|claim| &claim.notices),
+                notices: claim.map(|claim| claim.notices.as_ref()),
                 events: Events::below(&self.paths.state),
             };
             watch::until_end(started, watching, console, tell)?
@@ -442,7 +451,17 @@ fn open_images(located: &Located) -> Result<Images, Refusal> {
             .map_err(|refusal| refusal.at(at(&format!("disk[{index}].backing"))))
     });
     let backings = backings.collect::<Result<_, _>>()?;
-    Ok(Images { kernel, initrd: initrd.transpose()?, disks, backings })
+    let roms = guest.devices.iter().filter_map(|device| Some((device, device.rom.as_ref()?)));
+    let roms = roms.map(|(device, rom)| {
+        let open = || {
+            let mut image = open_rom(&located.resolve(&rom.path))?;
+            digest::seal_rom(&mut image, &rom.sha256)?;
+            Ok((device.address, image))
+        };
+        open().map_err(|refusal: Refusal| refusal.at(located.device_location(device.table)))
+    });
+    let roms = roms.collect::<Result<_, _>>()?;
+    Ok(Images { kernel, initrd: initrd.transpose()?, disks, backings, roms })
 }
 
 fn open_disk(located: &Located, path: &Path, format: DiskFormat, read_only: bool) -> Result<Image, Refusal> {
@@ -577,6 +596,19 @@ fn take_devices(
             .collect(),
     });
     Ok(Some(claim))
+}
+
+/// Has the virtual functions made that the guest's pools are of.
+fn make_virtual<'a>(
+    located: &Located,
+    host: &'a Host,
+    ledger: &'a Ledger,
+    pools: &Pools<'_>,
+) -> Result<Option<Virtual<'a>>, Refusal> {
+    let owner = Owner::this_process(located.guest.name.as_str())?;
+    let first = located.guest.pooled.first().map_or(0, |pooled| pooled.table);
+    Virtual::make(host, ledger, &owner, &located.guest.pooled, pools)
+        .map_err(|refusal| refusal.at(located.device_location(first)))
 }
 
 fn make_taps(located: &Located) -> Result<Vec<Tap>, Refusal> {

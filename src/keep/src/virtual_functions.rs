@@ -1,10 +1,10 @@
 //! Virtual functions that are made for one guest, and what they may do on the network.
 
 use casemate_host::{
-    Claim, Host, Ledger, Owner, PciFunction, Pools, VfNetwork, leave_virtual_functions,
-    make_virtual_functions, set_vf_network,
+    Claim, Host, Ledger, Owner, Pools, VfNetwork, leave_virtual_functions, make_virtual_functions,
+    set_vf_network,
 };
-use casemate_spec::{Located, Pool, Refusal};
+use casemate_spec::{Located, PciAddress, Pooled, Refusal};
 
 use crate::{cell, run::at_device};
 
@@ -16,25 +16,28 @@ pub(crate) struct Virtual<'a> {
 }
 
 impl<'a> Virtual<'a> {
-    /// Has those made that the guest's pools are of; `None` when there are none.
+    /// Has those made that these pools are of; `None` when there are none.
     pub(crate) fn make(
         host: &'a Host,
         ledger: &'a Ledger,
-        located: &Located,
-        functions: &[PciFunction],
-        pools: &[Pool],
+        owner: &Owner,
+        pooled: &[Pooled],
+        pools: &Pools<'_>,
     ) -> Result<Option<Self>, Refusal> {
-        let wanted = Pools::new(host, functions, pools)?.to_be_made(&located.guest.pooled);
+        let wanted = pools.to_be_made(pooled);
         if wanted.is_empty() {
             return Ok(None);
         }
-        let this = Self { host, ledger, owner: Owner::this_process(located.guest.name.as_str())? };
-        let first = located.guest.pooled.first().map_or(0, |pooled| pooled.table);
+        let this = Self { host, ledger, owner: owner.clone() };
         for (address, virtual_functions) in wanted {
-            make_virtual_functions(host, ledger, &this.owner, address, virtual_functions)
-                .map_err(|refusal| refusal.at(located.device_location(first)))?;
+            make_virtual_functions(host, ledger, owner, address, virtual_functions)?;
         }
         Ok(Some(this))
+    }
+
+    /// They go on being used, until their owner leaves them.
+    pub(crate) fn stay(self) {
+        std::mem::forget(self);
     }
 }
 
@@ -56,16 +59,22 @@ pub(crate) fn set_networks(
     claim: &Claim,
 ) -> Result<(), Refusal> {
     for (number, device) in claim.devices.iter().enumerate() {
-        let Some(wanted) = pools.virtual_function(device.address) else { continue };
-        let network = VfNetwork {
-            // Numbered behind its emulated cards.
-            mac: cell::mac(located.guest.name.as_str(), located.guest.nets.len() + number),
-            vlan: wanted.vlan,
-            rate_mbps: wanted.rate_mbps,
-            spoof_check: true,
-            trusted: false,
-        };
-        set_vf_network(host, device.address, &network).map_err(|refusal| at_device(located, refusal))?;
+        // Numbered behind its emulated cards.
+        let mac = cell::mac(located.guest.name.as_str(), located.guest.nets.len() + number);
+        set_network(host, pools, device.address, mac).map_err(|refusal| at_device(located, refusal))?;
     }
     Ok(())
+}
+
+/// Says what a function may do on the network, if it is a virtual one of a pool's.
+pub(crate) fn set_network(
+    host: &Host,
+    pools: &Pools<'_>,
+    address: PciAddress,
+    mac: [u8; 6],
+) -> Result<(), Refusal> {
+    let Some(wanted) = pools.virtual_function(address) else { return Ok(()) };
+    let network =
+        VfNetwork { mac, vlan: wanted.vlan, rate_mbps: wanted.rate_mbps, spoof_check: true, trusted: false };
+    set_vf_network(host, address, &network)
 }

@@ -200,7 +200,7 @@ impl StopSignals {
 
 fn log_notice(notice: Notice, guest: &Guest, events: &Events) {
     let happening = match notice {
-        Notice::Wanted(device) => Happening::DeviceWanted { device: device.to_string() },
+        Notice::Wanted(device) => Happening::DeviceWanted { device: device.to_string(), slot: None },
         Notice::Failed(device) => Happening::DeviceFailed { device: device.to_string() },
     };
     events.add(guest.name.as_str(), guest.tenant.as_str(), happening);
@@ -316,7 +316,7 @@ impl Watch {
         tell: &mut dyn FnMut(Step),
     ) {
         match notice {
-            Notice::Wanted(device) => tell(Step::DeviceWanted { device }),
+            Notice::Wanted(device) => tell(Step::DeviceWanted { device, slot: None }),
             Notice::Failed(device) => tell(Step::DeviceFailed { device }),
         }
         if let (Notice::Failed(device), None) = (notice, &self.ended) {
@@ -345,6 +345,10 @@ impl Watch {
                     let remedy = "resume it first, or stop it";
                     let _ = reply.send(Err(Refusal::new("guest-paused", self.orders.guest(), cause, remedy)));
                     continue;
+                }
+                Order::Tell(step) => tell(*step),
+                Order::DeviceFailed(device) => {
+                    self.heed(Notice::Failed(device), grace, channel, cell, tell);
                 }
                 // Pressed once; who wants more than that stops it.
                 Order::PowerOff if self.ending != FromOutside::Untouched => {}

@@ -113,6 +113,14 @@ pub static FILTER: &[Rule] = &[
     ),
     register("subsystem", regs::SUBSYSTEM_VENDOR_ID, 4, Access::Snapshot, "drivers match on it"),
     register(
+        "expansion ROM",
+        regs::EXPANSION_ROM,
+        4,
+        Access::Virtual,
+        "the guest moves where it sees the ROM that its file names, and turns it on and off; without one there is none, and the \
+         device's own is absent: a guest before may have written it",
+    ),
+    register(
         "capability pointer",
         regs::CAPABILITY_LIST,
         1,

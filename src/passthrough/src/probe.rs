@@ -132,6 +132,16 @@ impl Probe {
         Ok(Self { config, msix, msi, dynamic, intx, hidden_io, regions, mappings })
     }
 
+    /// The same with an option ROM of this size, a power of two: whoever assigns the function has its bytes, and answers for
+    /// [`ROM_INDEX`](casemate_pci::ROM_INDEX). The device's own is never shown.
+    ///
+    /// # Errors
+    /// When a ROM can't have this size.
+    pub fn with_rom(mut self, size_bytes: u64) -> Result<Self, ConfigError> {
+        self.config.add_rom(size_bytes)?;
+        Ok(self)
+    }
+
     /// Whether the guest is told that the function has INTx. Who assigns it is to listen to it then
     /// ([`VfioDevice::set_intx`](crate::VfioDevice::set_intx)).
     pub fn intx(&self) -> bool {

@@ -4,6 +4,8 @@ use std::ops::Deref;
 
 /// Base address registers of a type 0 header.
 pub const BAR_COUNT: usize = 6;
+/// The option ROM, where BARs are numbered.
+pub const ROM_INDEX: u8 = 6;
 
 /// How wide the addresses of a memory BAR are.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -17,7 +19,7 @@ pub enum BarKind {
 /// One BAR that a function implements.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub struct BarRequest {
-    /// Register number, 0 to 5.
+    /// Register number, 0 to 5, or [`ROM_INDEX`].
     pub index: u8,
     /// Bytes: a power of two, at least 16; at most 2 GiB for [`BarKind::Memory32`], 2^63 for [`BarKind::Memory64`].
     pub size: u64,
@@ -31,7 +33,7 @@ pub struct BarRequest {
 /// `base + size` does not overflow; nothing more is promised: where it lies was chosen by the guest.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
 pub struct DecodedBar {
-    /// Register number, 0 to 5.
+    /// Register number, 0 to 5, or [`ROM_INDEX`].
     pub index: u8,
     /// First guest-physical address.
     pub base: u64,
@@ -42,7 +44,7 @@ pub struct DecodedBar {
 /// All that a function answers to, in the order of the registers. Derefs to a slice.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
 pub struct DecodedBars {
-    bars: [DecodedBar; BAR_COUNT],
+    bars: [DecodedBar; BAR_COUNT + 1],
     count: usize,
 }
 
@@ -55,7 +57,7 @@ impl Deref for DecodedBars {
 }
 
 impl FromIterator<DecodedBar> for DecodedBars {
-    /// What comes after the sixth is left out: a function has no more.
+    /// What comes after six and the ROM is left out: a function has no more.
     fn from_iter<I: IntoIterator<Item = DecodedBar>>(all: I) -> Self {
         let mut decoded = Self::default();
         for (slot, bar) in decoded.bars.iter_mut().zip(all) {

@@ -3,7 +3,7 @@
 use std::{fmt, ops::Range};
 
 use crate::{
-    bar::{BAR_COUNT, BarKind, BarRequest, DecodedBar, DecodedBars},
+    bar::{BAR_COUNT, BarKind, BarRequest, DecodedBar, DecodedBars, ROM_INDEX},
     regs,
 };
 
@@ -99,7 +99,8 @@ pub struct Config {
     bytes: Box<[u8; CONFIG_SPACE_BYTES]>,
     writable: Box<[u8; CONFIG_SPACE_BYTES]>,
     clear: Box<[u8; CONFIG_SPACE_BYTES]>,
-    bars: [Option<BarRequest>; BAR_COUNT],
+    /// The ROM is the last.
+    bars: [Option<BarRequest>; BAR_COUNT + 1],
     /// Extents of the capabilities, in the order of their links.
     capabilities: Vec<Range<u16>>,
 }
@@ -140,7 +141,7 @@ impl Config {
             bytes: zeroes(),
             writable: zeroes(),
             clear: zeroes(),
-            bars: [None; BAR_COUNT],
+            bars: [None; BAR_COUNT + 1],
             capabilities: Vec::new(),
         }
     }
@@ -199,6 +200,24 @@ impl Config {
         let register = bar_register(index);
         store(&mut self.writable, register, mask.get(..4 * usize::from(registers)).unwrap_or_default());
         self.set(register, &flags.to_le_bytes());
+        Ok(())
+    }
+
+    /// Adds an option ROM at base 0, not decoded.
+    ///
+    /// # Errors
+    /// [`ConfigError::BarIndex`] when there is one, [`ConfigError::BarSize`]; nothing has changed then.
+    pub fn add_rom(&mut self, size: u64) -> Result<(), ConfigError> {
+        let index = ROM_INDEX;
+        // The register has no bits for smaller ones, and real ones end at 16 MiB.
+        if !size.is_power_of_two() || !(1 << 11..=1 << 24).contains(&size) {
+            return Err(ConfigError::BarSize { index, size });
+        }
+        let slot = self.bars.get_mut(usize::from(index)).filter(|slot| slot.is_none());
+        *slot.ok_or(ConfigError::BarIndex(index))? =
+            Some(BarRequest { index, size, kind: BarKind::Memory32, prefetchable: true });
+        let mask = !(size as u32 - 1) | regs::EXPANSION_ROM_ENABLE;
+        store(&mut self.writable, regs::EXPANSION_ROM, &mask.to_le_bytes());
         Ok(())
     }
 
@@ -304,7 +323,7 @@ impl Config {
         Ok(())
     }
 
-    /// What the function answers to: with memory decoding on, each BAR whose base is neither 0 nor what the sizing
+    /// What the function answers to: with memory decoding on, each BAR, and the ROM where it is enabled, whose base is neither 0 nor what the sizing
     /// protocol leaves there (the last addresses that its registers can say).
     pub fn decoded(&self) -> DecodedBars {
         if self.u16_at(regs::COMMAND) & regs::COMMAND_MEMORY == 0 {
@@ -315,7 +334,11 @@ impl Config {
 
     fn decode(&self, bar: BarRequest) -> Option<DecodedBar> {
         let register = bar_register(bar.index);
-        let low = u64::from(self.u32_at(register) & !0xf);
+        let value = self.u32_at(register);
+        if bar.index == ROM_INDEX && value & regs::EXPANSION_ROM_ENABLE == 0 {
+            return None;
+        }
+        let low = u64::from(value & !0xf);
         let high = match bar.kind {
             BarKind::Memory32 => 0,
             BarKind::Memory64 => u64::from(self.u32_at(register + 4)) << 32,
@@ -354,8 +377,11 @@ impl fmt::Debug for Config {
     }
 }
 
-/// The register of BAR `index`, which is 0 to 5 in every call.
+/// The register of BAR `index`, which is 0 to 5 in every call, or of the ROM.
 fn bar_register(index: u8) -> u16 {
+    if index == ROM_INDEX {
+        return regs::EXPANSION_ROM;
+    }
     regs::BASE_ADDRESS_0 + 4 * u16::from(index)
 }
 

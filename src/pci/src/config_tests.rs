@@ -33,6 +33,27 @@ fn read_u32(config: &Config, offset: u16) -> u32 {
 }
 
 #[test]
+fn a_rom_is_sized_placed_and_turned_on_like_a_real_one() {
+    let mut config = Config::new(Identity::default());
+    for size in [0, 1 << 10, 5000, 1 << 25] {
+        assert_eq!(config.add_rom(size), Err(ConfigError::BarSize { index: ROM_INDEX, size }));
+    }
+    config.add_rom(1 << 16).unwrap();
+    assert_eq!(config.add_rom(1 << 16), Err(ConfigError::BarIndex(ROM_INDEX)));
+    // As Linux sizes it: all ones but the enable bit.
+    config.write(regs::EXPANSION_ROM, &0xffff_f800u32.to_le_bytes());
+    assert_eq!(config.u32_at(regs::EXPANSION_ROM), 0xffff_0000);
+    config.place_bar(ROM_INDEX, 0xc001_0000).unwrap();
+    assert_eq!(config.u32_at(regs::EXPANSION_ROM), 0xc001_0000);
+    config.write(regs::COMMAND, &regs::COMMAND_MEMORY.to_le_bytes());
+    assert!(config.decoded().is_empty(), "it is not enabled");
+    config.write(regs::EXPANSION_ROM, &0xc002_0001u32.to_le_bytes());
+    assert_eq!(*config.decoded(), [DecodedBar { index: ROM_INDEX, base: 0xc002_0000, size: 1 << 16 }]);
+    config.reset();
+    assert!(config.decoded().is_empty() && config.u32_at(regs::EXPANSION_ROM) == 0);
+}
+
+#[test]
 fn header_says_what_it_is() {
     let config = config();
     assert_eq!(read_u32(&config, 0), 0x1041_1af4);

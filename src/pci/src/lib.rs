@@ -25,7 +25,7 @@ mod root_port;
 /// Registers and bits by their offsets, as in Linux's `pci_regs.h` without the `PCI_` before each name.
 pub mod regs;
 
-pub use bar::{BAR_COUNT, BarKind, BarRequest, DecodedBar, DecodedBars};
+pub use bar::{BAR_COUNT, BarKind, BarRequest, DecodedBar, DecodedBars, ROM_INDEX};
 pub use capability::{CapabilityError, FoundCapability, capabilities};
 pub use config::{CONFIG_SPACE_BYTES, Capability, Config, ConfigError, Identity};
 pub use ecam::{ECAM_BYTES_PER_BUS, EcamAddress};

@@ -66,6 +66,10 @@ pub const BRIDGE_CONTROL_BUS_RESET: u16 = 1 << 6;
 pub const SUBSYSTEM_VENDOR_ID: u16 = 0x2c;
 /// Subsystem ID, 16 bits.
 pub const SUBSYSTEM_ID: u16 = 0x2e;
+/// Where the option ROM is decoded, 32 bits: address bits 31 to 11, and whether it is (PCI 3.0, 6.2.5.2).
+pub const EXPANSION_ROM: u16 = 0x30;
+/// Expansion ROM: it is decoded, where memory is.
+pub const EXPANSION_ROM_ENABLE: u32 = 1;
 /// Offset of the first capability, 8 bits.
 pub const CAPABILITY_LIST: u16 = 0x34;
 /// Interrupt line, 8 bits; the function itself takes no notice of it.

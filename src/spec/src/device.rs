@@ -6,7 +6,7 @@ use serde::{Deserialize, Serialize};
 use toml::Spanned;
 
 use crate::{
-    Assigned, Location, PciAddress, Pooled, Refusal,
+    Assigned, Location, PciAddress, Pooled, Refusal, Rom,
     guest::{Reader, short},
 };
 
@@ -77,6 +77,8 @@ pub(crate) struct RawDevice {
     id: Option<Spanned<String>>,
     subsystem: Option<Spanned<String>>,
     serial: Option<Spanned<String>>,
+    rom: Option<Spanned<String>>,
+    rom_sha256: Option<Spanned<String>>,
 }
 
 /// What a `[[device]]` asks for.
@@ -90,7 +92,8 @@ pub(crate) enum Wanted {
 impl Reader<'_> {
     /// Table `table` of a guest's devices.
     pub(crate) fn device(&mut self, raw: RawDevice, table: usize) -> Result<Wanted, Refusal> {
-        let is_pinned = raw.id.is_some() || raw.subsystem.is_some() || raw.serial.is_some();
+        let is_pinned =
+            raw.id.is_some() || raw.subsystem.is_some() || raw.serial.is_some() || raw.rom.is_some();
         match (&raw.address, raw.pool) {
             (None, Some(pool)) if !is_pinned => Ok(Wanted::Pooled(Pooled { pool: self.name(pool)?, table })),
             (Some(address), None) => {
@@ -99,8 +102,9 @@ impl Reader<'_> {
                     subsystem: self.id(raw.subsystem)?,
                     serial: self.serial(raw.serial)?,
                 };
+                let rom = self.rom(raw.rom, raw.rom_sha256)?;
                 let (location, address) = self.address(address)?;
-                Ok(Wanted::Assigned(location, Assigned { address, pin, table }))
+                Ok(Wanted::Assigned(location, Assigned { address, pin, table, rom }))
             }
             (Some(wrong), Some(_)) => Err(self.no_source(Some(wrong))),
             (None, wrong) => Err(self.no_source(wrong.as_ref())),
@@ -133,6 +137,35 @@ impl Reader<'_> {
             return Err(Refusal::new("bad-device", "", cause, remedy).at(Some(location)));
         }
         Ok(Some(raw.into_inner()))
+    }
+
+    /// An option ROM is named with its digest: what of it runs, runs before the guest's system does.
+    fn rom(
+        &mut self,
+        path: Option<Spanned<String>>,
+        sha256: Option<Spanned<String>>,
+    ) -> Result<Option<Rom>, Refusal> {
+        let (path, sha256) = match (path, sha256) {
+            (None, None) => return Ok(None),
+            (Some(path), Some(sha256)) => (path, sha256),
+            (path, sha256) => {
+                let location = path.or(sha256).map(|value| self.note(&value));
+                let cause = "an option ROM's file and its digest go together";
+                let remedy = "write both rom and rom_sha256, as sha256sum prints it";
+                return Err(Refusal::new("bad-device", "", cause, remedy).at(location));
+            }
+        };
+        let location = self.note(&sha256);
+        let is_digest = |text: &str| {
+            text.len() == 64 && text.bytes().all(|byte| matches!(byte, b'0'..=b'9' | b'a'..=b'f'))
+        };
+        if !is_digest(sha256.get_ref()) {
+            let cause = "this is no SHA-256 in 64 hexadecimal digits";
+            return Err(
+                Refusal::new("bad-device", "", cause, "write it as sha256sum prints it").at(Some(location))
+            );
+        }
+        Ok(Some(Rom { path: self.path(&path)?, sha256: sha256.into_inner() }))
     }
 
     fn address(&mut self, raw: &Spanned<String>) -> Result<(Location, PciAddress), Refusal> {
@@ -188,6 +221,10 @@ mod tests {
             ("pool = \"nics\"", "bad-device"),
             ("id = \"1b36\"", "bad-device"),
             ("serial = \"\"", "bad-device"),
+            ("rom = \"vbios\"", "bad-device"),
+            ("rom_sha256 = \"00\"", "bad-device"),
+            ("rom = \"vbios\"\nrom_sha256 = \"00\"", "bad-device"),
+            ("[[device]]\npool = \"nics\"\nrom = \"vbios\"", "bad-device"),
             ("[[device]]", "bad-device"),
             ("[[device]]\npool = \"nics\"\nid = \"1b36:0010\"", "bad-device"),
             ("[[device]]\npool = \"N\"", "bad-name"),

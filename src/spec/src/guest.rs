@@ -153,6 +153,17 @@ pub struct Assigned {
     pub pin: DevicePin,
     /// Which table `[[device]]` asked for it, counted from 0.
     pub table: usize,
+    /// The option ROM that the guest sees of it; the device's own it never does.
+    pub rom: Option<Rom>,
+}
+
+/// An option ROM.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct Rom {
+    /// Its file.
+    pub path: PathBuf,
+    /// What the file must be: SHA-256 in lower-case hexadecimal.
+    pub sha256: String,
 }
 
 /// A PCI function to be chosen.
@@ -190,6 +201,7 @@ impl Located {
             address,
             pin: DevicePin::default(),
             table: pooled.table,
+            rom: None,
         }));
         self.guest.devices.sort_by_key(|device| device.table);
         self.guest.pooled.clear();

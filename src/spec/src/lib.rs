@@ -28,7 +28,7 @@ pub use cell_rules::{CellPart, CellRules, IoRules};
 pub use cpu::{Cpu, CpuList, CpuListError, CpuModel};
 pub use device::{DevicePin, PciId, PciIdError};
 pub use disk::{Backing, DISK_QUEUES_MAX, Disk, DiskFormat};
-pub use guest::{Assigned, Boot, Guest, LIMITS, Limits, Located, Name, Pooled, parse_guest};
+pub use guest::{Assigned, Boot, Guest, LIMITS, Limits, Located, Name, Pooled, Rom, parse_guest};
 pub use host_file::{
     ClassPrefix, Firmware, HostFile, NumaPolicy, Pool, ScrubStep, VirtualFunctions, parse_host,
 };

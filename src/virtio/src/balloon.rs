@@ -69,7 +69,7 @@ pub struct BalloonControl {
     /// The guest is to tell anew: set, and then rung for.
     wanted: AtomicBool,
     ask: OwnedFd,
-    /// Nothing may be given back any more.
+    /// Nothing may be given back.
     held: Mutex<bool>,
 }
 
@@ -249,10 +249,10 @@ impl BalloonControl {
         *self.held()
     }
 
-    /// From now on nothing is given back: a device of the host's is to reach the memory. When this returns, nothing is under
+    /// Says whether a device of the host's reaches the memory: then nothing is given back, and when this returns nothing is under
     /// way either.
-    pub fn hold(&self) {
-        *self.held() = true;
+    pub fn hold(&self, held: bool) {
+        *self.held() = held;
     }
 
     fn held(&self) -> MutexGuard<'_, bool> {

@@ -117,7 +117,7 @@ fn a_request_that_names_too_many_pages_is_a_fault() {
 fn held_memory_is_not_given_back() {
     let all: Vec<u64> = (0x10..0x18).collect();
     let mut balloon = Balloon::new().unwrap();
-    balloon.control().hold();
+    balloon.control().hold(true);
     assert_eq!(inflated(&mut balloon, &[0x12]).unwrap(), all);
     assert_eq!(reported(&mut balloon, 4, REPORTING, true), all);
 }

@@ -12,7 +12,7 @@ use casemate_wire::{
 
 use crate::{
     error::bounded,
-    hotplug::{Card, Order},
+    hotplug::{AssignedCard, Card, Order},
     machine::{Emulated, Own, Running},
 };
 
@@ -141,6 +141,15 @@ fn take_order(id: u32, ask: &Ask, descriptors: &mut Descriptors) -> Result<Optio
                     serial: disk.serial.clone(),
                     queues: disk.queues.into(),
                     format: BlkFormat::Raw,
+                }),
+                casemate_wire::Card::Assigned(card) => Card::Assigned(AssignedCard {
+                    container: descriptors.take(card.container)?,
+                    groups: (card.groups.iter())
+                        .map(|group| descriptors.take(*group))
+                        .collect::<Result<_, _>>()?,
+                    functions: (card.functions.iter())
+                        .map(|function| Ok((descriptors.take(function.device)?, function.address.clone())))
+                        .collect::<Result<_, WireError>>()?,
                 }),
                 casemate_wire::Card::Net(net) => {
                     let taps = net.taps.iter().map(|tap| descriptors.take(*tap));

@@ -93,6 +93,11 @@ pub(crate) enum Change {
         /// Its number among the assigned ones.
         device: usize,
     },
+    /// An assigned function has gone.
+    ForgetDevice {
+        /// Its number among the assigned ones.
+        device: usize,
+    },
 }
 
 /// What a guest that has panicked is given to write the rest of its console and to end by itself. A kernel tells of its
@@ -102,6 +107,7 @@ const LAST_WORDS: Duration = Duration::from_secs(1);
 enum Request {
     Change(Change, SyncSender<Result<(), String>>),
     Vectors(Vec<EventFd>, SyncSender<Result<u32, String>>),
+    Device(Arc<VfioDevice>, SyncSender<usize>),
     Answer(Reply),
     Panicked,
     Paused,
@@ -130,6 +136,13 @@ impl Requests {
         let (reply, answer) = mpsc::sync_channel(1);
         self.send(Request::Vectors(events, reply));
         answer.recv().unwrap_or_else(|_| Err("the control thread has gone".into()))
+    }
+
+    /// Gives control an assigned function's device, of one that comes while the guest runs. Returns its number.
+    pub(crate) fn add_device(&self, device: Arc<VfioDevice>) -> Result<usize, String> {
+        let (reply, answer) = mpsc::sync_channel(1);
+        self.send(Request::Device(device, reply));
+        answer.recv().map_err(|_| "the control thread has gone".into())
     }
 
     /// Answers the keep.
@@ -195,7 +208,8 @@ pub(crate) struct Control {
     routes: BTreeMap<u32, MsiMessage>,
     events: BTreeMap<u32, EventFd>,
     maps: Maps,
-    devices: Vec<Arc<VfioDevice>>,
+    devices: BTreeMap<usize, Arc<VfioDevice>>,
+    next_device: usize,
     panic_deadline: Option<Instant>,
     /// What the keep has not been told yet.
     news: Vec<Event>,
@@ -223,7 +237,8 @@ impl Control {
             routes: BTreeMap::new(),
             events: BTreeMap::new(),
             maps: Maps::new(first_slot),
-            devices: Vec::new(),
+            devices: BTreeMap::new(),
+            next_device: 0,
             panic_deadline: None,
             news: Vec::new(),
             watchdog,
@@ -253,8 +268,10 @@ impl Control {
 
     /// Takes over an assigned function's VFIO device; returns its number.
     pub(crate) fn add_device(&mut self, device: Arc<VfioDevice>) -> usize {
-        self.devices.push(device);
-        self.devices.len() - 1
+        let number = self.next_device;
+        self.next_device = self.next_device.wrapping_add(1);
+        self.devices.insert(number, device);
+        number
     }
 
     /// How long control may sleep.
@@ -299,6 +316,9 @@ impl Control {
                 Request::Vectors(events, reply) => {
                     let _ = reply.send(self.add_vectors(events).map_err(|error| error.to_string()));
                 }
+                Request::Device(device, reply) => {
+                    let _ = reply.send(self.add_device(device));
+                }
                 Request::Answer(answer) => self.answers.push(answer),
                 Request::Panicked => {
                     self.panic_deadline.get_or_insert_with(|| Instant::now() + LAST_WORDS);
@@ -337,20 +357,27 @@ impl Control {
                 gone
             }
             Change::Vectors { device, kind, events, count } => {
-                let device = self.devices.get(device).ok_or(Error::Lacks("such a device"))?;
+                let device = self.device(device)?;
                 let events = events.get(..usize::from(count)).ok_or(Error::Lacks("such a vector"))?;
                 device.set_vectors(kind, events).map_err(|error| Error::device("interrupts", error))
             }
             Change::Vector { device, vector, events } => {
-                let device = self.devices.get(device).ok_or(Error::Lacks("such a device"))?;
+                let device = self.device(device)?;
                 let event = events.get(usize::from(vector)).ok_or(Error::Lacks("such a vector"))?;
                 device.add_vector(vector, event).map_err(|error| Error::device("interrupts", error))
             }
             Change::Reset { device } => {
-                let device = self.devices.get(device).ok_or(Error::Lacks("such a device"))?;
-                device.reset().map_err(|error| Error::device("reset", error))
+                self.device(device)?.reset().map_err(|error| Error::device("reset", error))
+            }
+            Change::ForgetDevice { device } => {
+                self.devices.remove(&device);
+                Ok(())
             }
         }
+    }
+
+    fn device(&self, number: usize) -> Result<&VfioDevice, Error> {
+        self.devices.get(&number).map(AsRef::as_ref).ok_or(Error::Lacks("such a device"))
     }
 
     /// Routes an interrupt before its irqfd is connected, and disconnects it before its route is dropped: an eventfd

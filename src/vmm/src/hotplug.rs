@@ -21,6 +21,9 @@ use casemate_virtio::{Blk, BlkBackend, Device, Memory, Net, PciParts, PciTranspo
 use casemate_wire::{Answer, Refused};
 use vmm_sys_util::eventfd::EventFd;
 
+mod assigned;
+pub(crate) use assigned::{AssignedCard, Assigning};
+
 use crate::{
     control::{Change, Requests, Vectors},
     error::{During, Error, bounded},
@@ -72,6 +75,8 @@ pub(crate) enum Card {
         /// Its address.
         mac: [u8; 6],
     },
+    /// Functions of the host's.
+    Assigned(AssignedCard),
 }
 
 /// How others reach the thread.
@@ -143,10 +148,17 @@ impl Spare {
 /// What is in a slot.
 struct Plugged {
     name: &'static str,
-    first_gsi: u32,
-    vectors: u32,
+    what: What,
     /// Somebody waits for the card to go.
     leaving: Option<Leaving>,
+}
+
+/// What there is to undo of a card.
+enum What {
+    /// An emulated one, on the slot's thread.
+    Virtio { first_gsi: u32, vectors: u32 },
+    /// One of the host's.
+    Assigned(assigned::Taken),
 }
 
 struct Leaving {
@@ -164,6 +176,7 @@ pub(crate) struct Hotplug {
     memory: Memory,
     incoming: Incoming,
     spares: Vec<SpareHandle>,
+    assigning: Assigning,
     plugged: BTreeMap<usize, Plugged>,
 }
 
@@ -190,6 +203,8 @@ pub(crate) struct HotplugParts {
     pub(crate) requests: Arc<Requests>,
     /// The guest's memory, for devices that come.
     pub(crate) memory: Memory,
+    /// What devices of the host's need.
+    pub(crate) assigning: Assigning,
     /// What to do.
     pub(crate) incoming: Incoming,
     /// A thread a slot.
@@ -199,8 +214,8 @@ pub(crate) struct HotplugParts {
 impl Hotplug {
     /// A machine's hot-plug, all slots empty.
     pub(crate) fn new(parts: HotplugParts) -> Self {
-        let HotplugParts { platform, requests, memory, incoming, spares } = parts;
-        Self { platform, requests, memory, incoming, spares, plugged: BTreeMap::new() }
+        let HotplugParts { platform, requests, memory, assigning, incoming, spares } = parts;
+        Self { platform, requests, memory, incoming, spares, assigning, plugged: BTreeMap::new() }
     }
 
     /// Does what is ordered until nobody is left to order.
@@ -258,6 +273,7 @@ impl Hotplug {
         let device: Box<dyn Device> = match card {
             Card::Disk(backend) => Box::new(Blk::ringless(backend).map_err(Refusal::device)?),
             Card::Net { taps, mac } => Box::new(Net::new(taps, mac).map_err(Refusal::device)?),
+            Card::Assigned(card) => return self.add_assigned(slot, card),
         };
         self.add_virtio(slot, device)
     }
@@ -293,9 +309,18 @@ impl Hotplug {
             return Err(Error::Lacks("the slot's thread").into());
         }
         self.change(Change::Attach(place, Attachments { doorbells, regions: Vec::new() }));
-        let plugged = Plugged { name, first_gsi, vectors: count.into(), leaving: None };
+        let what = What::Virtio { first_gsi, vectors: count.into() };
+        let plugged = Plugged { name, what, leaving: None };
         self.plugged.insert(slot, plugged);
         self.platform.root().insert(slot, vec![Box::new(transport)]);
+        Ok(())
+    }
+
+    fn add_assigned(&mut self, slot: usize, card: AssignedCard) -> Result<(), Refusal> {
+        let (taken, functions) = self.assigning.take(&self.requests, place_of(slot), card)?;
+        let plugged = Plugged { name: "device", what: What::Assigned(taken), leaving: None };
+        self.plugged.insert(slot, plugged);
+        self.platform.root().insert(slot, functions);
         Ok(())
     }
 
@@ -347,14 +372,22 @@ impl Hotplug {
     fn finish_removal(&mut self, slot: usize, forced: bool) {
         let Some(card) = self.plugged.remove(&slot) else { return };
         let functions: Vec<Box<dyn Function>> = self.platform.root().remove(slot);
-        self.change(Change::Detach(place_of(slot)));
-        self.change(Change::ForgetVectors { first_gsi: card.first_gsi, count: card.vectors });
-        // Its thread ends the device when its transport is gone.
-        drop(functions);
-        if let Some(spare) = self.spares.get(slot)
-            && spare.idle.recv_timeout(THREAD_PATIENCE).is_err()
-        {
-            eprintln!("casemate-vmm: the thread of slot {} does not come back", slot + 1);
+        match card.what {
+            What::Virtio { first_gsi, vectors } => {
+                self.change(Change::Detach(place_of(slot)));
+                self.change(Change::ForgetVectors { first_gsi, count: vectors });
+                // Its thread ends the device when its transport is gone.
+                drop(functions);
+                if let Some(spare) = self.spares.get(slot)
+                    && spare.idle.recv_timeout(THREAD_PATIENCE).is_err()
+                {
+                    eprintln!("casemate-vmm: the thread of slot {} does not come back", slot + 1);
+                }
+            }
+            What::Assigned(taken) => {
+                drop(functions);
+                self.assigning.give_up(&self.requests, taken);
+            }
         }
         for id in card.leaving.into_iter().flat_map(|leaving| leaving.ids) {
             self.answer(id, Ok(Answer::Removed { forced }));
@@ -362,9 +395,14 @@ impl Hotplug {
     }
 
     fn change(&self, change: Change) {
-        if let Err(error) = self.requests.change(change) {
-            eprintln!("casemate-vmm: hot-plug: {error}");
-        }
+        told(self.requests.change(change));
+    }
+}
+
+/// Writes down what went wrong with a step that others must not wait for.
+fn told<E: Display>(result: Result<(), E>) {
+    if let Err(error) = result {
+        eprintln!("casemate-vmm: hot-plug: {error}");
     }
 }
 

@@ -9,14 +9,14 @@ use std::{
 
 use casemate_chipset::{AcpiSpec, PciHost, RESET_CODE, RESET_VECTOR, intx_gsi, tables};
 use casemate_filters::Role;
-use casemate_passthrough::{AssignedFunction, Container, Probe, VfioDevice};
+use casemate_passthrough::{Container, VfioDevice};
 use casemate_pci::{Function, HostBridge, RootPort};
 use casemate_virtio::{
     Balloon, BalloonControl, Blk, BlkBackend, BlkBelow, BlkFormat, Counters, Device, Finisher, Interrupt,
     KernelNet, Kind, Net, PciParts, PciTransport, Rng, Vsock, Worker, WorkerControl, vector_count,
 };
 use casemate_wire::{CpuRange, Descriptors, End, Format, Limited, Machine, Pages};
-use kvm_ioctls::{DeviceFd, VcpuFd, VmFd};
+use kvm_ioctls::{VcpuFd, VmFd};
 use rustix::rand::GetRandomFlags;
 use vm_memory::{GuestMemoryBackend, GuestMemoryMmap};
 use vmm_sys_util::eventfd::EventFd;
@@ -24,16 +24,16 @@ use vmm_sys_util::eventfd::EventFd;
 use crate::{
     affinity::Placement,
     asks,
-    assigned::{self, Registers, RemoteVfio},
+    assigned::{self, KvmVfio, Rom},
     boot::{self, Entry, Images},
     control::{Control, Requests, Vectors},
     cpu::{self, Halt, Processors},
     entry::file,
     error::{During, Error},
-    hotplug::{Hotplug, HotplugParts, Orders, Spare},
+    hotplug::{Assigning, Hotplug, HotplugParts, Orders, Spare},
     intx::{self, Intx, IntxSource},
     kvm, layout,
-    maps::{Attachments, DirectRegion, Doorbell},
+    maps::{Attachments, Doorbell},
     memory,
     platform::{Platform, Processor},
     root::{Body, BusParts, Place, PortWindows, RootBus},
@@ -71,7 +71,7 @@ pub(crate) struct Held {
 struct Passthrough {
     _container: Container,
     _groups: Vec<OwnedFd>,
-    _kvm_device: DeviceFd,
+    _kvm_vfio: Arc<KvmVfio>,
 }
 
 /// A machine that runs.
@@ -195,23 +195,32 @@ impl Built {
         // What an assigned device reaches by DMA is pinned, and must not be given back. Pages that were set aside for this
         // guest would go to another.
         let set_aside = matches!(machine.ram.pages, Pages::Huge2Mib | Pages::Huge1Gib);
+        let mut balloon_control = None;
         if machine.container.is_none() && !set_aside {
             let balloon = Balloon::new().during("making an eventfd")?;
             let control = balloon.control();
+            balloon_control = Some(Arc::clone(&control));
             parts.add_virtio(Box::new(balloon), Own::Balloon(control))?;
         }
-        let passthrough = match machine.container {
-            Some(container) => {
+        let may_have_devices = machine.container.is_some() || machine.hotplug.slots > 0;
+        let kvm_vfio = may_have_devices.then(|| KvmVfio::new(&vm).map(Arc::new)).transpose()?;
+        let passthrough = match machine.container.zip(kvm_vfio.as_ref()) {
+            Some((container, kvm_vfio)) => {
                 let container = Container::from_fd(descriptors.take(container)?)
                     .map_err(|error| Error::device("the VFIO container", error))?;
                 let groups = machine.groups.into_iter().map(|slot| descriptors.take(slot));
                 let groups = groups.collect::<Result<Vec<OwnedFd>, _>>()?;
-                let kvm_device = assigned::tell_kvm(&vm, &groups)?;
+                groups.iter().try_for_each(|group| kvm_vfio.add(group))?;
                 for device in machine.devices {
-                    parts.add_assigned(descriptors.take(device.device)?, &device.address)?;
+                    let rom = device.rom.map(|rom| {
+                        Ok::<_, Error>(Rom { file: descriptors.take(rom.file)?, size_bytes: rom.size_bytes })
+                    });
+                    let rom = rom.transpose()?;
+                    parts.add_assigned(descriptors.take(device.device)?, &device.address, rom.as_ref())?;
                 }
                 assigned::map_memory(&container, &memory)?;
-                Some(Passthrough { _container: container, _groups: groups, _kvm_device: kvm_device })
+                let kvm_vfio = Arc::clone(kvm_vfio);
+                Some(Passthrough { _container: container, _groups: groups, _kvm_vfio: kvm_vfio })
             }
             None => None,
         };
@@ -244,13 +253,15 @@ impl Built {
         let (lines, sources) = parts.intx.into_iter().unzip();
         let hotplug_requests = Arc::clone(&requests);
         let platform = Arc::new(Platform::new(vm, root, console, lines, requests, machine.vcpus));
-        let hotplug = (machine.hotplug.slots > 0).then(|| {
+        let hotplug = kvm_vfio.filter(|_| machine.hotplug.slots > 0).map(|kvm_vfio| {
             let (spares, handles) = (0..machine.hotplug.slots).map(|_| Spare::new()).unzip();
             let (platform, memory) = (Arc::clone(&platform), Arc::clone(&memory));
+            let assigning = Assigning::new(kvm_vfio, Arc::clone(&memory), balloon_control);
             let hotplug = Hotplug::new(HotplugParts {
                 platform,
                 requests: hotplug_requests,
                 memory,
+                assigning,
                 incoming,
                 spares: handles,
             });
@@ -406,30 +417,23 @@ impl Parts {
         Ok(Vectors { first_gsi, events, requests: Arc::clone(&self.requests) })
     }
 
-    fn add_assigned(&mut self, device: OwnedFd, address: &str) -> Result<(), Error> {
-        let refuse = |error: &dyn std::fmt::Display| Error::device(address, error);
-        let device = Arc::new(VfioDevice::from_fd(device).map_err(|error| refuse(&error))?);
+    fn add_assigned(&mut self, device: OwnedFd, address: &str, rom: Option<&Rom>) -> Result<(), Error> {
+        let device = VfioDevice::from_fd(device).map_err(|error| Error::device(address, error))?;
+        let device = Arc::new(device);
         let number = self.control.add_device(Arc::clone(&device));
-        let mut vfio =
-            RemoteVfio { device: Arc::clone(&device), number, requests: Arc::clone(&self.requests) };
-        let probe = Probe::read(&mut vfio).map_err(|error| refuse(&error))?;
-        let has_intx = probe.intx();
-        for (bar, size) in probe.hidden_io_bars() {
-            eprintln!("casemate-vmm: {address}: BAR {bar} ({size} I/O ports) is not passed on");
-        }
-        let sink = self.vectors(probe.vectors())?;
-        let triggers = Arc::clone(&sink.events);
-        let parts = casemate_passthrough::Parts { vfio, probe, sink, triggers };
-        let function = AssignedFunction::new(parts).map_err(|error| refuse(&error))?;
+        let mut found = assigned::find(&device, number, address, &self.requests)?;
         let mut regions = Vec::new();
-        for mapping in function.mappings() {
-            let registers = Registers::map(&device, mapping)?;
-            regions.push(DirectRegion { bar: mapping.bar, offset: mapping.offset_in_bar, registers });
+        if let Some(rom) = rom {
+            found = found.add_rom(rom, address, &mut regions)?;
         }
+        let has_intx = found.probe.intx();
+        let sink = self.vectors(found.probe.vectors())?;
+        let (function, registers) = found.connect(sink, address)?;
+        regions.extend(registers);
         if has_intx {
             self.intx.push(intx::connect(&device, address, intx_gsi(self.next_device, 0))?);
         }
-        self.add(Box::new(function), Attachments { doorbells: Vec::new(), regions });
+        self.add(function, Attachments { doorbells: Vec::new(), regions });
         Ok(())
     }
 

@@ -3,7 +3,7 @@
 //! A change is told as what a function answers to from now on, not as a difference. So what the kernel refused once is
 //! put right by the next change, and the books say what KVM has, not what was hoped.
 
-use std::collections::BTreeMap;
+use std::{collections::BTreeMap, sync::Arc};
 
 use casemate_pci::DecodedBar;
 use kvm_ioctls::{IoEventAddress, NoDatamatch, VmFd};
@@ -32,7 +32,9 @@ pub(crate) struct DirectRegion {
     /// Where in it.
     pub(crate) offset: u64,
     /// The mapping of the device's registers in this process.
-    pub(crate) registers: crate::assigned::Registers,
+    pub(crate) registers: Arc<crate::assigned::Registers>,
+    /// The guest's writes go to the function, which takes none.
+    pub(crate) read_only: bool,
 }
 
 /// What of a function follows its BARs around.
@@ -64,7 +66,7 @@ pub(crate) trait Vm {
 impl Vm for VmFd {
     fn set_slot(&self, slot: MemorySlot) -> Result<(), Error> {
         // SAFETY: only `Maps` calls this, for registers that it holds until their slot is deleted.
-        unsafe { memory::set_slot(self, slot, false) }.during("mapping a device's registers")
+        unsafe { memory::set_slot(self, slot) }.during("mapping a device's registers")
     }
 
     fn ring(&self, event: &EventFd, address: u64, on: bool) -> Result<(), Error> {
@@ -199,6 +201,7 @@ impl Maps {
                     guest_address: address,
                     size_bytes: region.registers.size_bytes(),
                     host_address: region.registers.host_address(),
+                    read_only: region.read_only,
                 };
                 if note(vm.set_slot(slot)) {
                     attached.mapped.push((index, slot));

@@ -60,7 +60,12 @@ fn maps() -> Maps {
     for place in [FIRST, SECOND] {
         let event = EventFd::new(libc::EFD_NONBLOCK).unwrap();
         let doorbells = vec![Doorbell { bar: 0, offset: 0x1800, event }];
-        let regions = vec![DirectRegion { bar: 0, offset: 0, registers: Registers::of_test(0x1000) }];
+        let regions = vec![DirectRegion {
+            bar: 0,
+            offset: 0,
+            registers: Registers::of_test(0x1000).into(),
+            read_only: false,
+        }];
         maps.attach(place, Attachments { doorbells, regions });
     }
     maps

@@ -25,6 +25,8 @@ pub(crate) struct MemorySlot {
     pub(crate) size_bytes: u64,
     /// Where it is in this process.
     pub(crate) host_address: u64,
+    /// Writes are exits.
+    pub(crate) read_only: bool,
 }
 
 /// Where the guest's memory begins in this process, so that large pages of the host's are large pages of the guest's too:
@@ -132,7 +134,7 @@ pub(crate) fn give_to_kvm(vm: &VmFd, memory: &GuestMemoryMmap) -> Result<u32, Er
     let mut count = 0;
     for slot in pieces(memory) {
         // SAFETY: the piece is a live mapping of `memory`, which the machine holds until the process ends.
-        unsafe { set_slot(vm, slot, false) }.during("giving the guest's memory to KVM")?;
+        unsafe { set_slot(vm, slot) }.during("giving the guest's memory to KVM")?;
         count += 1;
     }
     Ok(count)
@@ -145,6 +147,7 @@ pub(crate) fn pieces(memory: &GuestMemoryMmap) -> impl Iterator<Item = MemorySlo
         guest_address: region.start_addr().0,
         size_bytes: region.len(),
         host_address: region.as_ptr() as u64,
+        read_only: false,
     })
 }
 
@@ -153,10 +156,10 @@ pub(crate) fn pieces(memory: &GuestMemoryMmap) -> impl Iterator<Item = MemorySlo
 /// # Safety
 /// `slot.host_address` must be the start of a mapping of at least `slot.size_bytes` that outlives the slot: the guest
 /// reads and writes it.
-pub(crate) unsafe fn set_slot(vm: &VmFd, slot: MemorySlot, read_only: bool) -> Result<(), kvm_ioctls::Error> {
+pub(crate) unsafe fn set_slot(vm: &VmFd, slot: MemorySlot) -> Result<(), kvm_ioctls::Error> {
     let region = kvm_userspace_memory_region {
         slot: slot.slot,
-        flags: if read_only { kvm_bindings::KVM_MEM_READONLY } else { 0 },
+        flags: if slot.read_only { kvm_bindings::KVM_MEM_READONLY } else { 0 },
         guest_phys_addr: slot.guest_address,
         memory_size: slot.size_bytes,
         userspace_addr: slot.host_address,

@@ -2,7 +2,7 @@
 
 use serde::{Deserialize, Serialize};
 
-use crate::{Counters, Disk, Net};
+use crate::{Assigned, Counters, Disk, Net, Slot};
 
 /// Processors and devices that [`Statistics`] tell of at most.
 pub const COUNTED_MOST: usize = 64;
@@ -62,6 +62,19 @@ pub enum Card {
     Disk(Disk),
     /// A network card.
     Net(Net),
+    /// Functions of the host's, which become those of one card.
+    Assigned(AssignedCard),
+}
+
+/// Physical functions that come while the guest runs, in a container of their own: it has the groups and an IOMMU, and maps nothing.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+pub struct AssignedCard {
+    /// The VFIO container.
+    pub container: Slot,
+    /// The VFIO groups in it.
+    pub groups: Vec<Slot>,
+    /// 1 to 8 functions, in the order of their numbers.
+    pub functions: Vec<Assigned>,
 }
 
 /// How much a device may do.

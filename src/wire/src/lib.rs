@@ -16,13 +16,13 @@ mod credentials;
 mod message;
 
 pub use ask::{
-    Answer, Ask, BalloonStatistics, COUNTED_MOST, Card, DeviceKind, DeviceStatistics, Event, Limits, Rate,
-    Refused, Statistics,
+    Answer, Ask, AssignedCard, BalloonStatistics, COUNTED_MOST, Card, DeviceKind, DeviceStatistics, Event,
+    Limits, Rate, Refused, Statistics,
 };
 pub use channel::{Channel, Descriptors, WireError};
 pub use credentials::peer_is_listener;
 pub use message::{
     Assigned, Below, Counters, Cpu, CpuRange, DESCRIPTORS, Disk, End, Format, FromCell, FromVsock, Hotplug,
-    Limited, MESSAGE_BYTES, Machine, Model, Net, Pages, RAM_LOW_MOST, Ram, Slot, TEXT_BYTES, ToCell, ToVsock,
-    VERSION, Vsock, ram,
+    Limited, MESSAGE_BYTES, Machine, Model, Net, Pages, RAM_LOW_MOST, Ram, RomFile, Slot, TEXT_BYTES, ToCell,
+    ToVsock, VERSION, Vsock, ram,
 };

@@ -7,7 +7,7 @@ use serde::{Deserialize, Serialize};
 use crate::{Answer, Ask, DeviceKind, Event, Limits, Refused};
 
 /// Version of this protocol. Both programs come from one build; a mismatch is refused at the first message.
-pub const VERSION: u32 = 3;
+pub const VERSION: u32 = 4;
 /// Most bytes of an encoded message.
 pub const MESSAGE_BYTES: usize = 32 << 10;
 /// Most descriptors with one message.
@@ -275,6 +275,17 @@ pub struct Assigned {
     pub device: Slot,
     /// Its address on the host, for messages.
     pub address: String,
+    /// The option ROM that the guest sees.
+    pub rom: Option<RomFile>,
+}
+
+/// An option ROM in a file that nobody changes.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
+pub struct RomFile {
+    /// The file.
+    pub file: Slot,
+    /// How large it is: a power of two from 4 KiB to 16 MiB.
+    pub size_bytes: u32,
 }
 
 /// From the cell to the keep.

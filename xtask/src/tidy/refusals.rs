@@ -22,6 +22,7 @@ const NO_CODES: &[&str] = &[
     "kvm-vfio",
     "kvm-vm",
     "policy-ticker",
+    "rom-sha256",
     "vfio-container",
     "vfio-device",
     "vfio-group",

@@ -19,14 +19,17 @@ pub(super) fn line(descriptors: &[Descriptor], record: &GuestRecord) -> AuditLin
     }
     let count = |kind: &str| kinds.get(kind).copied().unwrap_or(0);
     let groups = record.devices.iter().map(|device| device.group).collect::<std::collections::BTreeSet<_>>();
+    // One for what it started with, and one for each slot.
+    let containers =
+        record.devices.iter().map(|device| device.slot).collect::<std::collections::BTreeSet<_>>();
     let vcpus = usize::try_from(record.vcpus).unwrap_or(usize::MAX);
     let nets = usize::try_from(record.nets).unwrap_or(usize::MAX);
     for (kind, most) in [
         ("kvm", 1),
         ("kvm-vm", 1),
         ("kvm-vcpu", vcpus),
-        ("kvm-vfio", usize::from(!groups.is_empty())),
-        ("vfio-container", usize::from(!groups.is_empty())),
+        ("kvm-vfio", usize::from(!groups.is_empty() || record.slots > 0)),
+        ("vfio-container", containers.len()),
         ("vfio-group", groups.len()),
         ("vfio-device", record.devices.len()),
         ("tap", nets),
