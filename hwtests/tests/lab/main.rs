@@ -98,6 +98,7 @@ const TESTS: &[LabTest] = &[
         .long("Linux takes five seconds for each to let go")
         .deadline_seconds(900),
     LabTest::new("slots-refuse-devices", slot_devices::refuse_and_force).deadline_seconds(400),
+    LabTest::new("slot-device-kept-by-its-vmm", slot_devices::kept_by_its_vmm).deadline_seconds(300),
     LabTest::new("slot-devices-are-recovered", slot_devices::recovered_after_a_crash).deadline_seconds(300),
     // Policy
     LabTest::new("too-big-is-refused", admission::too_big_is_refused),

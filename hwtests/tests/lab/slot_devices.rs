@@ -1,17 +1,17 @@
 //! The host's devices in the slots of guests that run.
 
-use std::{fs, time::Duration};
+use std::{fs, os::fd::OwnedFd, time::Duration};
 
 use casemate_hwtests::{
     devices, expect,
     harness::{Ctx, Failure, Running, wait_until},
 };
-use rustix::process::Signal;
+use rustix::process::{Pid, PidfdFlags, PidfdGetfdFlags, Signal, pidfd_getfd, pidfd_open};
 use serde_json::Value;
 
 use crate::{
     control::operate,
-    devices::start,
+    devices::{give_back, start},
     endings::ending,
     host_state::{HostState, claims},
     passthrough::{WORDS, came_back, have_drive, with_rtl8139},
@@ -119,11 +119,7 @@ fn while_it_is_there(ctx: &Ctx) -> Result<(), Failure> {
 
 /// The limits of the guest's cell, as the kernel has them.
 fn limits(ctx: &Ctx) -> Result<String, Failure> {
-    let record = fs::read_to_string(format!("/run/casemate/{}.json", ctx.name()))?;
-    let record: Value = serde_json::from_str(&record)?;
-    let pid = record.pointer("/cell/pid").and_then(Value::as_u64);
-    let pid = pid.ok_or_else(|| Failure::new("the record names no process"))?;
-    Ok(fs::read_to_string(format!("/proc/{pid}/limits"))?)
+    Ok(fs::read_to_string(format!("/proc/{}/limits", cell_of(ctx)?))?)
 }
 
 /// What can't come is refused and is the host's as before; what the guest does not let go of is taken.
@@ -194,4 +190,56 @@ pub(crate) fn recovered_after_a_crash(ctx: &mut Ctx) -> Result<(), Failure> {
     wait_until("the drive is back", SOON, || claims().is_empty())?;
     have_drive(ctx)?;
     before.expect_unchanged()
+}
+
+/// A VMM that goes on holding a device that it was told to let go of: nobody else gets it, not even the host.
+pub(crate) fn kept_by_its_vmm(ctx: &mut Ctx) -> Result<(), Failure> {
+    have_drive(ctx)?;
+    let before = HostState::now();
+    let running = start(ctx, &ctx.guest(&drive_script(1, "sleep 1000"))?.slots(1))?;
+    running.wait_for_text("guest is ready", SOON)?;
+    operate(ctx, &["attach", ctx.name(), "--device", devices::NVME])?;
+    running.wait_for_text("digest 1:", SOON)?;
+    // The same open device, as a second descriptor of the VMM's would be.
+    let kept = device_of(ctx)?;
+    let done = operate(ctx, &["detach", ctx.name(), "1", "--within", "50"])?;
+    let why = done.pointer("/devices/0/quarantined").and_then(Value::as_str).unwrap_or_default();
+    expect!(why.contains("has not let it go"), "it is not in quarantine for that: {done}");
+    expect!(ctx.driver_of(devices::NVME).as_deref() == Some("vfio-pci"), "the host's driver has it");
+    let again = ctx.run(["casemate", "attach", ctx.name(), "--device", devices::NVME])?;
+    again.refusal("device-quarantined")?;
+    let events = ctx.run(["casemate", "events", ctx.name()])?;
+    events.success()?.printed("in quarantine")?;
+    drop(kept);
+    operate(ctx, &["stop", ctx.name()])?;
+    running.wait(SOON)?;
+    ctx.run(["casemate", "devices", "free", devices::NVME])?.success()?;
+    give_back(devices::NVME)?;
+    ctx.shell(&format!("echo {} >/sys/bus/pci/drivers_probe", devices::NVME))?;
+    have_drive(ctx)?;
+    before.expect_unchanged()
+}
+
+/// The device of the guest's VMM, opened no second time.
+fn device_of(ctx: &Ctx) -> Result<OwnedFd, Failure> {
+    let missing = || Failure::new("the VMM has no device");
+    let pid = cell_of(ctx)?;
+    for entry in fs::read_dir(format!("/proc/{pid}/fd"))?.flatten() {
+        if fs::read_link(entry.path()).is_ok_and(|target| target.to_string_lossy().contains("[vfio-device]"))
+        {
+            let number = entry.file_name().to_string_lossy().parse()?;
+            let pid = i32::try_from(pid).ok().and_then(Pid::from_raw).ok_or_else(missing)?;
+            let process = pidfd_open(pid, PidfdFlags::empty())?;
+            return Ok(pidfd_getfd(process, number, PidfdGetfdFlags::empty())?);
+        }
+    }
+    Err(missing())
+}
+
+/// The process of the guest's cell.
+fn cell_of(ctx: &Ctx) -> Result<u64, Failure> {
+    let record = fs::read_to_string(format!("/run/casemate/{}.json", ctx.name()))?;
+    let record: Value = serde_json::from_str(&record)?;
+    let pid = record.pointer("/cell/pid").and_then(Value::as_u64);
+    pid.ok_or_else(|| Failure::new("the record names no process"))
 }

@@ -40,7 +40,8 @@ pub struct DmaNeeds {
     pub emulated_vectors: u32,
     /// What its process locks beside its memory, in bytes.
     pub overhead_bytes: u64,
-    /// How much of its memory are pages that the host has set aside, which it doesn't count as available.
+    /// How much of its memory the host doesn't count as available, and needs not be: pages that were set aside for guests, or what a
+    /// guest that runs has already.
     pub set_aside_bytes: u64,
 }
 

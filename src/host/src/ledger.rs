@@ -459,6 +459,23 @@ pub(crate) mod tests {
     }
 
     #[test]
+    fn a_guest_has_a_claim_for_its_start_and_one_for_each_slot() {
+        let mut book = Book::default();
+        let web = entry("web", vec![]).owner;
+        book.entries.push(entry("web", vec![]));
+        assert!(book.excludes(&web) && !book.excludes(&web.clone().in_slot(1)));
+        book.entries.push(Entry { owner: web.clone().in_slot(1), ..entry("web", vec![]) });
+        assert!(book.excludes(&web.clone().in_slot(1)) && !book.excludes(&web.clone().in_slot(2)));
+        let mut another_keep = web.clone().in_slot(2);
+        another_keep.keep.start_ticks += 1;
+        assert!(book.excludes(&another_keep), "of two processes one is not the guest's keep");
+        // What was written before slots were is of a guest's start.
+        let text = serde_json::to_string(&web).unwrap();
+        assert!(!text.contains("slot"));
+        assert_eq!(serde_json::from_str::<Owner>(&text).unwrap(), web);
+    }
+
+    #[test]
     fn a_change_that_fails_changes_nothing() {
         let directory = tempfile::tempdir().unwrap();
         let ledger = Ledger::open(directory.path()).unwrap();

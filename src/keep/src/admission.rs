@@ -13,23 +13,12 @@ use casemate_policy::{
     Attrs, Change, Device, Disk, Field, File, GuestSpec, HostState, Needs, Neighbour, Net, Operation,
     Outcome, Record, Request, Signers, Tenant, Value, Verdict,
 };
-use casemate_spec::{ByteSize, CellPart, DiskFormat, Guest, Located, Location, PciAddress, Refusal};
+use casemate_spec::{ByteSize, CellPart, DiskFormat, Guest, Located, Location, Refusal};
 
 use crate::{
     Decisions, Paths, PolicyReport, Refusals, admitted::Admitted, beside, digest, digest::Known, facts,
-    policies::Policies,
+    images::Images, policies::Policies,
 };
-
-/// The images that a guest uses, opened.
-pub(crate) struct Images {
-    pub(crate) kernel: Image,
-    pub(crate) initrd: Option<Image>,
-    pub(crate) disks: Vec<Image>,
-    /// What lies under each of the disks.
-    pub(crate) backings: Vec<Option<Image>>,
-    /// The option ROMs of its devices, sealed, each with its device.
-    pub(crate) roms: Vec<(PciAddress, Image)>,
-}
 
 /// Who asks, and what for.
 pub(crate) struct Question<'a> {

@@ -111,6 +111,14 @@ enum Taken {
     Returning,
 }
 
+/// An emulated card on its way.
+struct Opened {
+    card: Card,
+    fd: OwnedFd,
+    /// Of a disk.
+    lock: Option<Image>,
+}
+
 impl Attaching {
     /// A guest that starts.
     pub(crate) fn new(paths: &Paths, guest: &Guest, admitted: Arc<Admitted>) -> Self {
@@ -142,19 +150,6 @@ impl Attaching {
                 let wanted = Wanted { addresses, pool: pool.as_deref() };
                 self.attach_devices(operator, &mut slots, slot, wanted)
             }
-            emulated => self.attach_emulated(operator, &mut slots, slot, emulated),
-        }
-    }
-
-    fn attach_emulated(
-        &self,
-        operator: &Operator,
-        slots: &mut Slots,
-        slot: u8,
-        attachment: &Attachment,
-    ) -> Result<Value, Refusal> {
-        let guest = operator.guest();
-        let (card, fd, lock) = match attachment {
             Attachment::Disk { path, read_only } => {
                 let (image, lock) = self.open_disk(path, *read_only)?;
                 let disk = casemate_wire::Disk {
@@ -165,15 +160,28 @@ impl Attaching {
                     queues: 1,
                     format: casemate_wire::Format::Raw,
                 };
-                (Card::Disk(disk), image.fd, Some(lock))
+                let opened = Opened { card: Card::Disk(disk), fd: image.fd, lock: Some(lock) };
+                self.attach_emulated(operator, &mut slots, slot, attachment, opened)
             }
             Attachment::Net { tap, host_address } => {
-                let mac = mac_in_slot(guest, slot, 0);
+                let fd = self.open_net(tap, *host_address)?;
+                let mac = mac_in_slot(operator.guest(), slot, 0);
                 let net = casemate_wire::Net { taps: vec![Slot(0)], mac, vhosts: Vec::new() };
-                (Card::Net(net), self.open_net(tap, *host_address)?, None)
+                let opened = Opened { card: Card::Net(net), fd, lock: None };
+                self.attach_emulated(operator, &mut slots, slot, attachment, opened)
             }
-            Attachment::Devices { .. } => return Err(operator::ending(guest)),
-        };
+        }
+    }
+
+    fn attach_emulated(
+        &self,
+        operator: &Operator,
+        slots: &mut Slots,
+        slot: u8,
+        attachment: &Attachment,
+        opened: Opened,
+    ) -> Result<Value, Refusal> {
+        let (guest, Opened { card, fd, lock }) = (operator.guest(), opened);
         let size_bytes = lock.as_ref().map(|image| image.size_bytes);
         let told = record::give(&self.paths, guest, fd.as_fd(), size_bytes);
         let ask = Ask::Add { slot: slot - 1, card };
@@ -199,7 +207,9 @@ impl Attaching {
         slot: u8,
         wanted: Wanted<'_>,
     ) -> Result<Value, Refusal> {
-        let mut plugged = self.devices.take(slot, wanted)?;
+        // What the guest has used already is not wanted of the host once more.
+        let there_bytes = operator.memory_bytes().map_or(0, |(_, guest_bytes)| guest_bytes);
+        let mut plugged = self.devices.take(slot, wanted, there_bytes)?;
         let (addresses, given) = (plugged.addresses(), plugged.given());
         let added = self.add_devices(operator, slot, &mut plugged, given.clone());
         match added {

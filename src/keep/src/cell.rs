@@ -26,7 +26,7 @@ use rustix::{
     pipe::{PipeFlags, pipe_with},
 };
 
-use crate::{Paths, admission::Images, beside, record};
+use crate::{Paths, beside, images::Images, record};
 
 /// uids and gids of cells begin here, above those of users, containers and systemd's dynamic users.
 const FIRST_UID: u32 = 0x4361_0000;

@@ -10,7 +10,7 @@ use casemate_spec::{DiskFormat, Guest, Refusal};
 use casemate_wire::Ask;
 use rustix::process::{Pid, Resource, Rlimit, prlimit};
 
-use crate::{Paths, admission::Images, cell::Started, operator::Operator, record};
+use crate::{Paths, cell::Started, images::Images, operator::Operator, record};
 
 /// The unit of a virtio disk (virtio 1.3, 5.2.4).
 const SECTOR_BYTES: u64 = 512;

@@ -12,26 +12,25 @@ use std::{
 
 use casemate_filters::{Role, calls_of};
 use casemate_host::{
-    Choice, Claim, ClaimRequest, Host, Image, Ledger, Owner, PciFunction, Pools, Tap, TapRequest, assignable,
-    claim, judge_dma, open_image, open_initrd, open_kernel, open_qcow2, open_rom, placeable,
+    Choice, Claim, ClaimRequest, Host, Ledger, Owner, PciFunction, Pools, Tap, TapRequest, assignable, claim,
+    judge_dma, placeable,
 };
 use casemate_policy::Kind;
 use casemate_spec::{
-    Backing, CellPart, CellRules, DiskFormat, LIMITS, Located, PciAddress, Refusal, ResourceBounds,
-    ScrubStep, Vsock, parse_guest,
+    CellPart, CellRules, LIMITS, Located, PciAddress, Refusal, ResourceBounds, ScrubStep, Vsock, parse_guest,
 };
 use signal_hook::consts::SIGUSR1;
 
 use crate::{
     CellReport, DeviceReport, Events, Input, MachineReport, Paths, PolicyReport, Report, Step,
-    admission::{self, Images, Inventory, Question},
+    admission::{self, Inventory, Question},
     admitted::Admitted,
     attach::Attaching,
     cell::{self, Identity, Resources, Started},
     console_log::{ConsoleLog, Rotating, Tee},
-    digest,
     disks::Disks,
     govern::{Charge, Governing},
+    images::Images,
     operator,
     operator_socket::{OperatorSocket, Reach},
     record::{self, Facts},
@@ -109,7 +108,7 @@ pub fn run(
         tell(recovered.into());
     }
     cell::sweep(paths);
-    let mut images = open_images(&located)?;
+    let mut images = Images::open(&located)?;
     let functions = host.functions()?;
     // Virtual functions are made before they can be judged, and removed when nobody has them.
     let virtual_functions =
@@ -220,7 +219,7 @@ pub fn run(
 /// Why it would be refused.
 pub fn try_guest(paths: &Paths, file: &Path, policy: &Path) -> Result<PolicyReport, Refusals> {
     let mut located = parse_guest(file, &read_guest_file(file)?)?;
-    let mut images = open_images(&located)?;
+    let mut images = Images::open(&located)?;
     let host = Host::live();
     judge_placement(paths, &located, &host)?;
     let functions = host.functions()?;
@@ -425,51 +424,6 @@ pub(crate) fn require_root() -> Result<(), Refusal> {
     }
     let cause = "cells, taps and devices can only be made by root";
     Err(Refusal::new("not-root", "casemate", cause, "run it with sudo"))
-}
-
-fn open_images(located: &Located) -> Result<Images, Refusal> {
-    let guest = &located.guest;
-    let at = |key: &str| located.location(key);
-    let kernel =
-        open_kernel(&located.resolve(&guest.boot.kernel)).map_err(|refusal| refusal.at(at("boot.kernel")))?;
-    let initrd = guest
-        .boot
-        .initrd
-        .as_deref()
-        .map(|path| open_initrd(&located.resolve(path)).map_err(|refusal| refusal.at(at("boot.initrd"))));
-    let disks = guest.disks.iter().enumerate().map(|(index, disk)| {
-        open_disk(located, &disk.path, disk.format, disk.read_only)
-            .map_err(|refusal| refusal.at(at(&format!("disk[{index}].path"))))
-    });
-    let disks = disks.collect::<Result<_, _>>()?;
-    let backings = guest.disks.iter().enumerate().map(|(index, disk)| {
-        let open = |backing: &Backing| open_disk(located, &backing.path, backing.format, true);
-        disk.backing
-            .as_ref()
-            .map(open)
-            .transpose()
-            .map_err(|refusal| refusal.at(at(&format!("disk[{index}].backing"))))
-    });
-    let backings = backings.collect::<Result<_, _>>()?;
-    let roms = guest.devices.iter().filter_map(|device| Some((device, device.rom.as_ref()?)));
-    let roms = roms.map(|(device, rom)| {
-        let open = || {
-            let mut image = open_rom(&located.resolve(&rom.path))?;
-            digest::seal_rom(&mut image, &rom.sha256)?;
-            Ok((device.address, image))
-        };
-        open().map_err(|refusal: Refusal| refusal.at(located.device_location(device.table)))
-    });
-    let roms = roms.collect::<Result<_, _>>()?;
-    Ok(Images { kernel, initrd: initrd.transpose()?, disks, backings, roms })
-}
-
-fn open_disk(located: &Located, path: &Path, format: DiskFormat, read_only: bool) -> Result<Image, Refusal> {
-    let path = located.resolve(path);
-    match format {
-        DiskFormat::Raw => open_image(&path, read_only),
-        DiskFormat::Qcow2 => open_qcow2(&path, read_only),
-    }
 }
 
 fn judge_placement(paths: &Paths, located: &Located, host: &Host) -> Result<(), Refusal> {

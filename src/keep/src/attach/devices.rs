@@ -92,12 +92,13 @@ impl Devices {
         Self { paths: paths.clone(), guest: guest.clone(), admitted }
     }
 
-    /// Judges devices and claims them for a slot, as if the guest were about to start with them.
+    /// Judges devices and claims them for a slot, as if the guest were about to start with them. Of its memory `there_bytes` take room
+    /// on the host already.
     ///
     /// # Errors
     /// What a guest that starts with them would be refused for; `hotplug-window` when they don't fit into a slot's
     /// windows.
-    pub(super) fn take(&self, slot: u8, wanted: Wanted<'_>) -> Result<Plugged, Refusal> {
+    pub(super) fn take(&self, slot: u8, wanted: Wanted<'_>, there_bytes: u64) -> Result<Plugged, Refusal> {
         let (host, ledger) = (Host::live(), Ledger::open(&self.paths.state)?);
         let owner = Owner::this_process(self.guest.name.as_str())?.in_slot(slot);
         let host_file = self.paths.read_host_file()?;
@@ -113,7 +114,7 @@ impl Devices {
         let functions = if made.is_some() { host.functions()? } else { functions };
         let pools = Pools::new(&host, &functions, &host_file.pools)?;
         let plugged = self.choose_and_take(
-            &Taking { host: &host, ledger: &ledger, owner, pools, functions: &functions },
+            &Taking { host: &host, ledger: &ledger, owner, pools, functions: &functions, there_bytes },
             wanted,
             &pooled,
         )?;
@@ -160,8 +161,9 @@ impl Devices {
     }
 
     fn claim(&self, taking: &Taking<'_>, addresses: &[PciAddress]) -> Result<Claim, Refusal> {
-        let Taking { host, ledger, owner, pools, functions } = taking;
-        let needs = cell::dma_needs(&self.guest);
+        let Taking { host, ledger, owner, pools, functions, there_bytes } = taking;
+        let mut needs = cell::dma_needs(&self.guest);
+        needs.set_aside_bytes = needs.set_aside_bytes.max(*there_bytes);
         let mut all: Vec<PciAddress> =
             self.admitted.spec().devices.iter().map(|device| device.address).collect();
         all.extend(addresses.iter().filter(|address| !all.contains(address)).copied().collect::<Vec<_>>());
@@ -249,6 +251,7 @@ struct Taking<'a> {
     owner: Owner,
     pools: Pools<'a>,
     functions: &'a [PciFunction],
+    there_bytes: u64,
 }
 
 /// What is wanted of a pool; it is checked here that something is wanted at all.
