@@ -206,7 +206,7 @@ const DEVICES: &[&str] = &[
     "-netdev user,id=n3 -device rtl8139,netdev=n3,bus=pci1,addr=1,romfile=",
     "-device edu",
     // Each behind a port of its own, and so with a reset: its bus's.
-    "-device pcie-root-port,id=rp5,chassis=5 -device edu,bus=rp5",
+    "-device pcie-root-port,id=rp5,chassis=5 -device edu,bus=rp5,dma_mask=0xffffffffffffffff",
     "-device pcie-root-port,id=rp6,chassis=6 -object memory-backend-ram,id=large,size=8G,share=on,reserve=off",
     "-device ivshmem-plain,memdev=large,bus=rp6",
     "-device pcie-root-port,id=rp7,chassis=7 -device bochs-display,bus=rp7",

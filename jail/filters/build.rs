@@ -7,8 +7,8 @@ mod compile;
 use std::{env, fs, path::Path, process::exit};
 
 /// The roles whose filters go over that of the building phase, each a file.
-const NARROW: [&str; 10] =
-    ["vcpu", "control", "blk", "net", "vsock", "device", "console", "intx", "spare", "hotplug"];
+const NARROW: [&str; 11] =
+    ["vcpu", "control", "blk", "net", "vsock", "device", "console", "intx", "spare", "hotplug", "peers"];
 
 fn main() {
     println!("cargo::rerun-if-changed=build.rs");

@@ -34,6 +34,18 @@ put() { devmem $(printf '0x%x' $(($1))) $2 $3; }
 get() { devmem $(printf '0x%x' $(($1))) $2; }
 "#;
 
+/// Words for DMA by the teaching device, whose buffer is at 0x40000 of its own.
+const DMA: &str = r#"
+edu=$(device 0x1234:0x11e8); on $edu; registers=$(bar $edu 0)
+dma() { # from $1 to $2; command $3
+  put $registers+0x80 64 $(($1)); put $registers+0x88 64 $(($2)); put $registers+0x90 64 4096; put $registers+0x98 64 $3
+}
+finish() { n=0; while [ $(($(get $registers+0x98 64) & 1)) = 1 ] && [ $n -lt 100 ]; do sleep 0.05; n=$((n + 1)); done; }
+"#;
+
+/// A command line by which the kernel leaves 1 MiB of memory alone, 128 MiB up: /dev/mem reaches it.
+const HOLE: &str = "console=ttyS0 quiet memmap=1M$0x8000000";
+
 /// Starts a guest under a policy that takes devices of every class, and more of them than the shipped one.
 pub(crate) fn start(ctx: &Ctx, guest: &GuestFile) -> Result<Running, Failure> {
     let bundle = Bundle::write(ctx, "limits", "limits.wasm", "max_devices = 8")?;
@@ -105,16 +117,8 @@ pub(crate) fn many_kinds_in_one_guest(ctx: &mut Ctx) -> Result<(), Failure> {
 /// A guest is killed while its device is about to write to its memory: the next one's memory, at the same place and with
 /// the same device, stays as it is.
 pub(crate) fn dma_ends_with_its_guest(ctx: &mut Ctx) -> Result<(), Failure> {
-    const HOLE: &str = "console=ttyS0 quiet memmap=1M$0x8000000";
     // Memory that the kernel leaves alone, 128 MiB up: /dev/mem reaches it.
-    let words = format!(
-        r#"{WORDS}{REGISTERS}
-        edu=$(device 0x1234:0x11e8); on $edu; registers=$(bar $edu 0)
-        dma() {{ # from $1 to $2; command $3
-          put $registers+0x80 64 $1; put $registers+0x88 64 $2; put $registers+0x90 64 4096; put $registers+0x98 64 $3
-        }}
-        finish() {{ n=0; while [ $(($(get $registers+0x98 64) & 1)) = 1 ] && [ $n -lt 100 ]; do sleep 0.05; n=$((n + 1)); done; }}"#
-    );
+    let words = format!("{WORDS}{REGISTERS}{DMA}");
     let first = format!(
         r#"{words}
         put 0x8000000 64 0xbadbadbadbad; dma 0x8000000 0x40000 1; finish
@@ -143,6 +147,40 @@ pub(crate) fn dma_ends_with_its_guest(ctx: &mut Ctx) -> Result<(), Failure> {
     let run = run_guest(ctx, &ctx.guest(&second)?.command_line(HOLE).device(devices::EDU))?;
     run.success()?.printed("memory-is-untouched")?;
     came_back(&run, devices::EDU, None)
+}
+
+/// One device writes into another's registers and reads them back, where the guest asks for that alone: it follows the guest's
+/// turning the other off and on, and without the spec's word the IOMMU lets nothing through.
+pub(crate) fn peers_reach_each_other(ctx: &mut Ctx) -> Result<(), Failure> {
+    let before = HostState::now();
+    let script = format!(
+        r#"{WORDS}{REGISTERS}{DMA}
+        display=$(device 0x1234:0x1111); on $display; frame=$(bar $display 0)
+        fill() {{ put 0x8000000 64 $1; dma 0x8000000 0x40000 1; finish; }}
+        put $frame 64 0x1; fill 0x600d
+        dma 0x40000 $frame 3; finish; echo "written: $(get $frame 64)"
+        fill 0xbad; dma $frame 0x40000 1; finish; dma 0x40000 0x8001000 3; finish; echo "read-back: $(get 0x8001000 64)"
+        echo 0 >$display/enable; printf '\000\000' | dd of=$display/config bs=1 seek=4 conv=notrunc 2>/dev/null
+        fill 0xbad; dma 0x40000 $frame 3; finish
+        on $display; echo "while-off: $(get $frame 64)"
+        fill 0x900d; dma 0x40000 $frame 3; finish; echo "on-again: $(get $frame 64)""#
+    );
+    let guest = || {
+        Ok::<_, Failure>(ctx.guest(&script)?.command_line(HOLE).device(devices::EDU).device(devices::DISPLAY))
+    };
+    let run = run_guest(ctx, &guest()?.table("dma", "peer_to_peer = true")?)?;
+    run.success()?;
+    for (label, value) in
+        [("written:", "600D"), ("read-back:", "600D"), ("while-off:", "600D"), ("on-again:", "900D")]
+    {
+        let seen = run.value(label)?;
+        expect!(seen == format!("0x000000000000{value}"), "{label} {value} was to be seen, not {seen}");
+    }
+    came_back(&run, devices::EDU, None)?;
+    let alone = run_guest(ctx, &guest()?)?;
+    alone.success()?;
+    expect!(alone.value("written:")? == "0x0000000000000001", "devices reached each other unasked");
+    before.expect_unchanged()
 }
 
 /// A device whose reset fails goes to nobody, until an operator frees it.

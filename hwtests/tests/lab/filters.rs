@@ -186,6 +186,7 @@ fn everything_assigned(ctx: &Ctx, out: &Path) -> Result<(), Failure> {
     );
     let guest = ctx.guest(&script)?.device(devices::NVME).device(devices::RTL8139).slots(1);
     let guest = guest.table("ram", "huge_pages = \"none\"\nprefault = true\nnuma_node = 0")?;
+    let guest = guest.table("dma", "peer_to_peer = true")?;
     with_rtl8139(ctx, |ctx| {
         let (running, _typed) = follow(ctx, out, &guest)?;
         running.wait_for_text("card used", SOON * 2)?;

@@ -129,6 +129,7 @@ const TESTS: &[LabTest] = &[
     LabTest::new("operator-keeps-a-drive-back", pools::operator_keeps_a_drive_back),
     LabTest::new("operator-claims-and-releases", pools::operator_claims_and_releases),
     LabTest::new("vfio-many-kinds-in-one-guest", devices::many_kinds_in_one_guest),
+    LabTest::new("vfio-peers-reach-each-other", devices::peers_reach_each_other),
     LabTest::new("vfio-rom-is-the-files", devices::rom_is_the_files),
     LabTest::new("vfio-dma-ends-with-its-guest", devices::dma_ends_with_its_guest),
     LabTest::new("vfio-failed-reset-is-quarantined", devices::failed_reset_is_quarantined),

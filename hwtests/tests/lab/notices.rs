@@ -91,11 +91,16 @@ fn error_trigger(keep: &Running) -> Result<OwnedFd, Failure> {
         let number = |member: &&Vec<&str>, number: &str| member.get(5) == Some(&number);
         let Some(trigger) = members.iter().find(|member| number(member, "1")) else { continue };
         if members.len() == 2 {
-            let fd = trigger.get(1).ok_or_else(missing)?.parse()?;
-            let pid = i32::try_from(keep.pid()).ok().and_then(Pid::from_raw).ok_or_else(missing)?;
-            let process = pidfd_open(pid, PidfdFlags::empty())?;
-            return Ok(pidfd_getfd(process, fd, PidfdGetfdFlags::empty())?);
+            return descriptor_of(keep.pid(), trigger.get(1).ok_or_else(missing)?.parse()?);
         }
     }
     Err(missing())
+}
+
+/// The same open file as another process's descriptor.
+pub(crate) fn descriptor_of(pid: u32, number: i32) -> Result<OwnedFd, Failure> {
+    let no_pid = || Failure::new(format_args!("{pid} is no process"));
+    let pid = i32::try_from(pid).ok().and_then(Pid::from_raw).ok_or_else(no_pid)?;
+    let process = pidfd_open(pid, PidfdFlags::empty())?;
+    Ok(pidfd_getfd(process, number, PidfdGetfdFlags::empty())?)
 }

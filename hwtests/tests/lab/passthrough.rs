@@ -143,7 +143,14 @@ fn card_without_msi(ctx: &Ctx) -> Result<(), Failure> {
         echo "interrupts-before: $(lines "$card")"
         ping -c 20 -i 0.2 -W 5 -I "$card" 10.0.2.2 && echo gateway-answered
         echo "interrupts-after: $(lines "$card")"
-        grep "$card" /proc/interrupts"#
+        grep "$card" /proc/interrupts
+        # Its ports begin with its address.
+        ports=$(sed -n 1p /sys/class/net/$card/device/resource | cut -d' ' -f1)
+        by_ports() {{ dd if=/dev/port bs=1 skip=$((ports + $1)) count=$2 2>/dev/null | od -An -tx1 | tr -d ' \n'; }}
+        echo "address-by-ports: $(by_ports 0 6)"
+        echo "address-of-the-card: $(tr -d : </sys/class/net/$card/address)"
+        printf '\245' | dd of=/dev/port bs=1 seek=$((ports + 9)) conv=notrunc 2>/dev/null; echo "written-by-ports: $(by_ports 9 1)"
+        grep -i "$card\|8139" /proc/ioports"#
     );
     for _ in ["first", "second"] {
         let guest = ctx.guest(&script)?.vcpus(2).device(devices::RTL8139);
@@ -151,6 +158,9 @@ fn card_without_msi(ctx: &Ctx) -> Result<(), Failure> {
         run.success()?.printed("gateway-answered")?.printed("fasteoi")?;
         let (first, last) = (number(&run, "interrupts-before:")?, number(&run, "interrupts-after:")?);
         expect!(last >= first + 20, "20 pings, and INTx interrupts from {first} to {last}");
+        let (by_ports, address) = (run.value("address-by-ports:")?, run.value("address-of-the-card:")?);
+        expect!(by_ports == address, "by its ports the card is {by_ports}, and it is {address}");
+        expect!(run.value("written-by-ports:")? == "a5", "writes to ports are lost");
         came_back(&run, devices::RTL8139, driver.as_deref())?;
         before.expect_unchanged()?;
     }

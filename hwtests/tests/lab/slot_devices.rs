@@ -6,7 +6,7 @@ use casemate_hwtests::{
     devices, expect,
     harness::{Ctx, Failure, Running, wait_until},
 };
-use rustix::process::{Pid, PidfdFlags, PidfdGetfdFlags, Signal, pidfd_getfd, pidfd_open};
+use rustix::process::Signal;
 use serde_json::Value;
 
 use crate::{
@@ -14,6 +14,7 @@ use crate::{
     devices::{give_back, start},
     endings::ending,
     host_state::{HostState, claims},
+    notices::descriptor_of,
     passthrough::{WORDS, came_back, have_drive, with_rtl8139},
 };
 
@@ -26,7 +27,7 @@ const COMES: &str = "modprobe -a nvme igb
     goes() { while [ -e $1 ]; do sleep 0.1; done; }";
 
 /// A drive comes, is read, and goes back to the host's driver, in a guest whose memory was the balloon's to give back before.
-/// Then a card comes by another slot, and the guest ends with it.
+/// Then a card comes into the same slot, and the guest ends with it.
 pub(crate) fn come_and_go(ctx: &mut Ctx) -> Result<(), Failure> {
     have_drive(ctx)?;
     ctx.load_driver("igb")?;
@@ -39,7 +40,6 @@ pub(crate) fn come_and_go(ctx: &mut Ctx) -> Result<(), Failure> {
     let done = operate(ctx, &["attach", ctx.name(), "--device", devices::IGB])?;
     expect!(done.pointer("/devices/0/former_driver") == Some(&Value::from("igb")), "it tells of {done}");
     running.wait_for_text("gateway-answered", SOON)?;
-    // The registers that the guest uses for its pings are mapped: it gets its interrupts, and makes no exits for them.
     ctx.run(["casemate", "audit", ctx.name()])?.success()?;
     ctx.run(["casemate", "power-off", ctx.name()])?.success()?;
     let run = running.wait(SOON)?;
@@ -222,24 +222,20 @@ pub(crate) fn kept_by_its_vmm(ctx: &mut Ctx) -> Result<(), Failure> {
 
 /// The device of the guest's VMM, opened no second time.
 fn device_of(ctx: &Ctx) -> Result<OwnedFd, Failure> {
-    let missing = || Failure::new("the VMM has no device");
     let pid = cell_of(ctx)?;
     for entry in fs::read_dir(format!("/proc/{pid}/fd"))?.flatten() {
         if fs::read_link(entry.path()).is_ok_and(|target| target.to_string_lossy().contains("[vfio-device]"))
         {
-            let number = entry.file_name().to_string_lossy().parse()?;
-            let pid = i32::try_from(pid).ok().and_then(Pid::from_raw).ok_or_else(missing)?;
-            let process = pidfd_open(pid, PidfdFlags::empty())?;
-            return Ok(pidfd_getfd(process, number, PidfdGetfdFlags::empty())?);
+            return descriptor_of(pid, entry.file_name().to_string_lossy().parse()?);
         }
     }
-    Err(missing())
+    Err(Failure::new("the VMM has no device"))
 }
 
 /// The process of the guest's cell.
-fn cell_of(ctx: &Ctx) -> Result<u64, Failure> {
+fn cell_of(ctx: &Ctx) -> Result<u32, Failure> {
     let record = fs::read_to_string(format!("/run/casemate/{}.json", ctx.name()))?;
     let record: Value = serde_json::from_str(&record)?;
-    let pid = record.pointer("/cell/pid").and_then(Value::as_u64);
+    let pid = record.pointer("/cell/pid").and_then(Value::as_u64).and_then(|pid| u32::try_from(pid).ok());
     pid.ok_or_else(|| Failure::new("the record names no process"))
 }

@@ -52,6 +52,8 @@ pub enum Role {
     Spare,
     /// The thread that puts devices into slots and takes them out.
     Hotplug,
+    /// The thread that lets a guest's devices reach each other's registers.
+    Peers,
     /// The one thread of casemate-policy-compiler, from before it reads a byte. It stands alone: no VMM puts it on.
     Compiler,
     /// Every thread of casemate-policy-engine, from its first line on, while plugins are loaded.
@@ -67,7 +69,7 @@ impl Role {
     pub const ALONE: [Self; 4] = [Self::Compiler, Self::PolicyLoad, Self::Policy, Self::PolicyTicker];
 
     /// All roles; those of the VMM in the order in which their filters are put on.
-    pub const ALL: [Self; 15] = [
+    pub const ALL: [Self; 16] = [
         Self::Build,
         Self::Vcpu,
         Self::Control,
@@ -79,6 +81,7 @@ impl Role {
         Self::Intx,
         Self::Spare,
         Self::Hotplug,
+        Self::Peers,
         Self::Compiler,
         Self::PolicyLoad,
         Self::Policy,
@@ -86,7 +89,7 @@ impl Role {
     ];
 
     /// The roles of a VMM's threads once its guest runs.
-    pub const NARROW: [Self; 10] = [
+    pub const NARROW: [Self; 11] = [
         Self::Vcpu,
         Self::Control,
         Self::Blk,
@@ -97,6 +100,7 @@ impl Role {
         Self::Intx,
         Self::Spare,
         Self::Hotplug,
+        Self::Peers,
     ];
 
     /// The role whose filter a thread has on before it puts on this one's, if any.
@@ -122,6 +126,7 @@ impl Role {
             Self::Intx => "intx",
             Self::Spare => "spare",
             Self::Hotplug => "hotplug",
+            Self::Peers => "peers",
             Self::Compiler => "compiler",
             Self::PolicyLoad => "policy-load",
             Self::Policy => "policy",
@@ -153,6 +158,7 @@ impl Role {
             Self::Intx => (&INTX_PROGRAM, INTX_RULES),
             Self::Spare => (&SPARE_PROGRAM, SPARE_RULES),
             Self::Hotplug => (&HOTPLUG_PROGRAM, HOTPLUG_RULES),
+            Self::Peers => (&PEERS_PROGRAM, PEERS_RULES),
             Self::Compiler => (&COMPILER_PROGRAM, COMPILER_RULES),
             Self::PolicyLoad => (&POLICY_LOAD_PROGRAM, POLICY_LOAD_RULES),
             Self::Policy => (&POLICY_PROGRAM, POLICY_RULES),

@@ -211,10 +211,10 @@ fn narrow_roles_of(request: &str) -> &'static [Role] {
         | "VFIO_GET_API_VERSION"
         | "VFIO_DEVICE_GET_INFO"
         | "VFIO_DEVICE_GET_REGION_INFO"
-        | "VFIO_DEVICE_GET_IRQ_INFO"
-        | "VFIO_IOMMU_MAP_DMA"
-        | "VFIO_DEVICE_PCI_HOT_RESET"
-        | "VFIO_IOMMU_UNMAP_DMA" => &[Role::Hotplug],
+        | "VFIO_DEVICE_GET_IRQ_INFO" => &[Role::Hotplug],
+        "VFIO_IOMMU_MAP_DMA" | "VFIO_DEVICE_PCI_HOT_RESET" | "VFIO_IOMMU_UNMAP_DMA" => {
+            &[Role::Hotplug, Role::Peers]
+        }
         "TUNSETOFFLOAD" => &[Role::Net, Role::Spare],
         "TUNSETQUEUE" => &[Role::Net],
         "VHOST_SET_FEATURES"

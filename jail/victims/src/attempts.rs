@@ -187,6 +187,11 @@ fn for_pins(role: Role) -> Expected {
     past(role, &[Role::Vcpu, Role::Control, Role::Console, Role::Intx])
 }
 
+/// The thread that puts the host's devices into slots, and the one that lets devices reach each other.
+fn for_mapping(role: Role) -> Expected {
+    past(role, &[Role::Hotplug, Role::Peers])
+}
+
 fn for_building(role: Role) -> Expected {
     past(role, &[])
 }
@@ -303,8 +308,8 @@ pub static ATTEMPTS: &[Attempt] = &[
     request("ioctl-kvm-create-device", for_building, |_| calls::request(0xc00c_aee0)),
     request("ioctl-vfio-interrupts", for_control, |_| calls::request(0x3b6e)),
     request("ioctl-vfio-reset", for_control, |_| calls::request(0x3b6f)),
-    request("ioctl-vfio-map-dma", for_building, |_| calls::request(0x3b71)),
-    out("ioctl-vfio-unmap-dma", Beneath::Descriptor, |_| calls::request(0x3b72)),
+    request("ioctl-vfio-map-dma", for_mapping, |_| calls::request(0x3b71)),
+    request("ioctl-vfio-unmap-dma", for_mapping, |_| calls::request(0x3b72)),
     out("ioctl-tap-name", Beneath::Descriptor, |_| calls::request(0x4004_54ca)),
     // Bombs: what there is of something is used up.
     out("bomb-processes", Beneath::PidLimit, |_| calls::fork_without_end()),

@@ -28,6 +28,8 @@ pub(crate) const OEM_REVISION: u32 = 1;
 const VCPUS_MAX: usize = 255;
 /// Configuration space of one bus (PCIe 6.0, 7.2.2).
 const ECAM_BUS_SIZE_BYTES: u64 = 1 << 20;
+/// The platform's own ports, and those of old that a guest may probe, are below.
+const PLATFORM_PORTS_END: u64 = 0x1000;
 const LOCAL_APIC: Range<u64> = 0xfee0_0000..0xfef0_0000;
 const TABLE_ALIGNMENT: usize = 16;
 /// Alignment of the generation's identifier, by Microsoft's "Virtual Machine Generation ID".
@@ -63,6 +65,8 @@ pub struct PciHost {
     pub ecam_base: u64,
     /// The buses behind the bridge; the first is the root bus.
     pub buses: RangeInclusive<u8>,
+    /// Ports for I/O BARs.
+    pub ports: RangeInclusive<u16>,
     /// Addresses below 4 GiB for BARs.
     pub mmio32: Range<u64>,
     /// Addresses for 64-bit BARs; may be empty.
@@ -132,6 +136,11 @@ impl PciHost {
             || taken.iter().any(|t| overlap(t, &self.mmio64))
         {
             return refused("64-bit PCI window", &self.mmio64);
+        }
+        // What the platform has itself lies below.
+        let ports = u64::from(*self.ports.start())..u64::from(*self.ports.end()) + 1;
+        if ports.is_empty() || ports.start < PLATFORM_PORTS_END {
+            return refused("window of PCI ports", &ports);
         }
         Ok(ecam)
     }
@@ -248,6 +257,7 @@ mod tests {
             pci: PciHost {
                 ecam_base: 0xe000_0000,
                 buses: 0..=0,
+                ports: 0xc000..=0xffff,
                 mmio32: 0xc000_0000..0xe000_0000,
                 mmio64: 0x10_0000_0000..0x20_0000_0000,
             },
@@ -338,6 +348,8 @@ mod tests {
         assert!(with(|s| s.pci.mmio32 = 0..0).contains("32-bit"));
         assert!(with(|s| s.pci.mmio64 = 0xd000_0000..0x2_0000_0000).contains("64-bit"));
         assert!(with(|s| s.pci.mmio64.end = 1).contains("64-bit"));
+        assert!(with(|s| s.pci.ports = 0x600..=0xffff).contains("ports"));
+        assert!(with(|s| s.pci.ports = RangeInclusive::new(0xd000, 0xcfff)).contains("ports"));
     }
 
     /// The reference compiler takes every table apart and puts the DSDT together again, without an error or warning.
@@ -379,7 +391,7 @@ mod tests {
         #[test]
         fn any_spec_makes_sound_tables_or_an_error(
             address: u64, vcpus in 0usize..300, ecam_base: u64, first: u8, last: u8,
-            low in any::<(u32, u32)>(), high in any::<(u64, u64)>(), tidy: bool,
+            ports in any::<(u16, u16)>(), low in any::<(u32, u32)>(), high in any::<(u64, u64)>(), tidy: bool,
         ) {
             let align = |value: u64, to: u64| if tidy { value & !(to - 1) } else { value };
             let spec = AcpiSpec {
@@ -389,6 +401,7 @@ mod tests {
                 pci: PciHost {
                     ecam_base: align(ecam_base, 1 << 20),
                     buses: first..=last,
+                    ports: ports.0..=ports.1,
                     mmio32: u64::from(low.0)..u64::from(low.1),
                     mmio64: high.0..high.1,
                 },

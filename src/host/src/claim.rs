@@ -10,14 +10,12 @@ use crate::{
     config::{COMMAND, COMMAND_BUS_MASTER, CONFIG_BYTES_MAX, ConfigSnapshot},
     driver, give_back,
     host::{Host, read_bytes},
+    image::ROM_BYTES_MAX,
     judge,
     ledger::{DeviceRecord, Entry, Ledger, Owner},
     process, reset,
     sys::vfio,
 };
-
-/// The largest option ROM that is hashed; real ones have 1 MiB at most.
-const ROM_BYTES_MAX: usize = 16 << 20;
 
 /// What one guest wants.
 #[derive(Clone, Debug, PartialEq, Eq)]

@@ -205,6 +205,11 @@ pub struct IommuLimits {
 }
 
 impl IommuLimits {
+    /// The address behind the last that devices can use, where the kernel tells it and there is one.
+    pub fn end(&self) -> Option<u64> {
+        self.ranges.iter().map(|range| *range.end()).max()?.checked_add(1)
+    }
+
     /// An address for `bytes` of memory: `wanted`, or the beginning of the first range that has room, in whole pages.
     pub(crate) fn room_for(&self, wanted: u64, bytes: u64) -> Option<u64> {
         let fits = |start: u64| {

@@ -314,7 +314,8 @@ fn threads(guest: &Guest) -> u64 {
     // A thread for each slot, and the one that puts devices into them.
     // The card's own, and one of vhost's for each pair of queues.
     let nets = guest.nets.iter().map(|net| 1 + usize::from(net.queues)).sum::<usize>();
-    let devices = disks + nets + guest.devices.len() + 5 + slots + slots.min(1);
+    let peers = usize::from(guest.dma.peer_to_peer);
+    let devices = disks + nets + guest.devices.len() + 5 + slots + slots.min(1) + peers;
     u64::from(guest.vcpus) * 2 + devices as u64 + 8
 }
 
@@ -438,6 +439,8 @@ fn send_machine(
                 rom: rom(device.address, resources.images, &mut fds),
             })
             .collect(),
+        peer_to_peer: claim.is_some() && guest.dma.peer_to_peer,
+        dma_end: claim.and_then(|claim| claim.limits.end()),
         hotplug: Hotplug {
             slots: guest.hotplug.slots,
             memory_bytes: guest.hotplug.memory.bytes(),

@@ -47,6 +47,7 @@ pub(crate) fn guest(guest: &Guest) -> Attrs {
         ("prefault", yes(guest.ram.prefault)),
         ("numa-node", guest.ram.numa_node.map(|node| node.to_string())),
         ("vsock", yes(guest.vsock.is_some())),
+        ("peer-to-peer", yes(guest.dma.peer_to_peer)),
         ("slots", (guest.hotplug.slots > 0).then(|| guest.hotplug.slots.to_string())),
     ]
     .into_iter()

@@ -37,6 +37,8 @@ pub enum Access {
         with_intx: u16,
         /// Bits that are set for as long as the guest has the function.
         always: u16,
+        /// Bits that are set so where the guest has I/O BARs of it.
+        with_ports: u16,
     },
 }
 
@@ -62,9 +64,10 @@ impl fmt::Display for Rule {
         match self.access {
             Access::Snapshot => write!(f, "snapshot")?,
             Access::Virtual => write!(f, "virtual")?,
-            Access::Forwarded { guest, with_intx, always } => {
-                write!(f, "forwarded ({guest:#06x}, with INTx {with_intx:#06x}, always {always:#06x})")?
-            }
+            Access::Forwarded { guest, with_intx, always, with_ports } => write!(
+                f,
+                "forwarded ({guest:#06x}, with INTx {with_intx:#06x}, always {always:#06x}, with ports {with_ports:#06x})"
+            )?,
         }
         write!(f, "; {}", self.reason)
     }
@@ -89,10 +92,11 @@ pub static FILTER: &[Rule] = &[
             guest: regs::COMMAND_MASTER,
             with_intx: regs::COMMAND_INTX_DISABLE,
             always: regs::COMMAND_MEMORY,
+            with_ports: regs::COMMAND_IO,
         },
         "bus master is off until the guest turns it on, and what the device then reaches is the IOMMU's business; \
          memory decoding at the device stays on, since turning it off makes mapped pages fault, and what the guest \
-         sees of its BARs is ruled by the guest's own copy of the bit; INTx is never asserted where nobody listens to it, and elsewhere is \
+         sees of its BARs is ruled by the guest's own copy of the bit, and so with ports; INTx is never asserted where nobody listens to it, and elsewhere is \
          the guest's to turn off: VFIO keeps it masked meanwhile",
     ),
     register(
@@ -109,7 +113,8 @@ pub static FILTER: &[Rule] = &[
         regs::BASE_ADDRESS_0,
         24,
         Access::Virtual,
-        "the guest moves where it sees a BAR, never where the device has it; I/O BARs are absent",
+        "the guest moves where it sees a BAR, never where the device has it; ports are reached by exits, since no page of memory stands for \
+         one, and are absent behind a root port, which has no window for them",
     ),
     register("subsystem", regs::SUBSYSTEM_VENDOR_ID, 4, Access::Snapshot, "drivers match on it"),
     register(
@@ -146,7 +151,8 @@ pub static FILTER: &[Rule] = &[
         "PCI Express",
         regs::CAP_ID_EXP,
         Access::Virtual,
-        "drivers insist on it; a root complex integrated endpoint without link, since it sits on the root bus; payload \
+        "drivers insist on it; a root complex integrated endpoint without link where it sits on the root bus, and \
+         in a slot an endpoint with the link as the device says it, which is not the guest's to set; payload \
          and read request sizes read as the host set them, and are not the guest's to set, since others share the \
          link; no function level reset by the guest",
     ),
@@ -177,15 +183,25 @@ pub(crate) fn capability_rule(id: u8) -> Option<&'static Rule> {
     FILTER.iter().find(|rule| rule.what == What::Capability { id })
 }
 
-/// The registers of a function, with INTx or without, whose writes reach the device: offset, guest's bits, bits that
-/// are always set.
-pub(crate) fn forwarded(intx: bool) -> impl Iterator<Item = (u16, u16, u16)> {
+/// What a guest is told that a function has, beside memory BARs and messages.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+pub(crate) struct Has {
+    /// INTx.
+    pub(crate) intx: bool,
+    /// I/O BARs.
+    pub(crate) ports: bool,
+}
+
+/// The registers of a function whose writes reach the device: offset, guest's bits, bits that are always set.
+pub(crate) fn forwarded(has: Has) -> impl Iterator<Item = (u16, u16, u16)> {
     FILTER.iter().filter_map(move |rule| match (rule.what, rule.access) {
-        (What::Register { offset, .. }, Access::Forwarded { guest, with_intx, always }) if intx => {
-            Some((offset, guest | with_intx, always))
-        }
-        (What::Register { offset, .. }, Access::Forwarded { guest, with_intx, always }) => {
-            Some((offset, guest, always | with_intx))
+        (What::Register { offset, .. }, Access::Forwarded { guest, with_intx, always, with_ports }) => {
+            let always = if has.ports { always | with_ports } else { always };
+            Some(if has.intx {
+                (offset, guest | with_intx, always)
+            } else {
+                (offset, guest, always | with_intx)
+            })
         }
         _ => None,
     })
@@ -205,8 +221,10 @@ mod tests {
 
     #[test]
     fn the_device_is_reached_at_one_bit_or_two() {
-        assert_eq!(forwarded(false).collect::<Vec<_>>(), [(0x04, 0x0004, 0x0402)]);
-        assert_eq!(forwarded(true).collect::<Vec<_>>(), [(0x04, 0x0404, 0x0002)]);
+        let with = |intx, ports| forwarded(Has { intx, ports }).collect::<Vec<_>>();
+        assert_eq!(with(false, false), [(0x04, 0x0004, 0x0402)]);
+        assert_eq!(with(true, false), [(0x04, 0x0404, 0x0002)]);
+        assert_eq!(with(true, true), [(0x04, 0x0404, 0x0003)]);
     }
 
     #[test]

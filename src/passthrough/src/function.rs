@@ -10,7 +10,7 @@ use vfio_bindings::bindings::vfio::VFIO_PCI_CONFIG_REGION_INDEX;
 use vmm_sys_util::eventfd::EventFd;
 
 use crate::{
-    filter,
+    filter::{self, Has},
     mapping::Mapping,
     probe::Probe,
     seam::{Region, VectorKind, Vfio, VfioError},
@@ -40,7 +40,7 @@ pub struct AssignedFunction<V, S> {
     made: Vec<bool>,
     regions: [Region; casemate_pci::BAR_COUNT],
     mappings: Vec<Mapping>,
-    intx: bool,
+    has: Has,
     /// What each forwarded register of the device was set to last, in the filter's order.
     forwarded: Vec<u16>,
 }
@@ -57,14 +57,15 @@ impl<V: Vfio, S: VectorSink + Send> AssignedFunction<V, S> {
             let problem = format!("{} eventfds were made for {} vectors", triggers.len(), probe.vectors());
             return Err(VfioError::Unexpected(problem));
         }
+        let has = Has { intx: probe.intx, ports: probe.config.has_ports() };
         let mut forwarded = Vec::new();
-        for (offset, _, always) in filter::forwarded(probe.intx) {
+        for (offset, _, always) in filter::forwarded(has) {
             write_config(&mut vfio, offset, always)?;
             forwarded.push(always);
         }
-        let Probe { config, msix, msi, dynamic, intx, regions, mappings, .. } = probe;
+        let Probe { config, msix, msi, dynamic, regions, mappings, .. } = probe;
         let made = if dynamic { vec![false; triggers.len()] } else { Vec::new() };
-        Ok(Self { vfio, sink, triggers, config, msix, msi, made, regions, mappings, intx, forwarded })
+        Ok(Self { vfio, sink, triggers, config, msix, msi, made, regions, mappings, has, forwarded })
     }
 
     /// The parts of its BARs to be mapped from the device's file into the guest. Accesses to the rest are to be
@@ -76,7 +77,7 @@ impl<V: Vfio, S: VectorSink + Send> AssignedFunction<V, S> {
     /// Writes those registers of the device whose forwarded bits the guest has changed. An error is with whoever
     /// implements [`Vfio`]; the next change tries again.
     fn forward(&mut self) {
-        for ((offset, guest, always), last) in filter::forwarded(self.intx).zip(&mut self.forwarded) {
+        for ((offset, guest, always), last) in filter::forwarded(self.has).zip(&mut self.forwarded) {
             let value = self.config.u16_at(offset) & guest | always;
             if value != *last && write_config(&mut self.vfio, offset, value).is_ok() {
                 *last = value;
@@ -200,7 +201,7 @@ impl<V: Vfio, S: VectorSink + Send> Function for AssignedFunction<V, S> {
         // Bus master is off before the reset, and after it, whatever the reset made of it.
         self.forward();
         let _ = self.vfio.reset();
-        for ((offset, _, always), last) in filter::forwarded(self.intx).zip(&mut self.forwarded) {
+        for ((offset, _, always), last) in filter::forwarded(self.has).zip(&mut self.forwarded) {
             let _ = write_config(&mut self.vfio, offset, always);
             *last = always;
         }

@@ -1,5 +1,8 @@
 use super::*;
-use crate::mock::{Event, Mock};
+use crate::{
+    mock::{Event, Mock},
+    probe::Seat,
+};
 use casemate_pci::MsiMessage;
 use proptest::prelude::*;
 use std::collections::BTreeMap;
@@ -22,9 +25,13 @@ impl VectorSink for Sink {
     }
 }
 
-fn assign(mut mock: Mock) -> (AssignedFunction<Mock, Sink>, Mock, Sink) {
+fn assign(mock: Mock) -> (AssignedFunction<Mock, Sink>, Mock, Sink) {
+    assign_at(mock, Seat::Slot)
+}
+
+fn assign_at(mut mock: Mock, seat: Seat) -> (AssignedFunction<Mock, Sink>, Mock, Sink) {
     let sink = Sink::default();
-    let probe = Probe::read(&mut mock).unwrap();
+    let probe = Probe::read(&mut mock, seat).unwrap();
     let triggers = (0..probe.vectors()).map(|_| EventFd::new(0).unwrap()).collect();
     let parts = Parts { vfio: mock.clone(), probe, sink: sink.clone(), triggers };
     let function = AssignedFunction::new(parts).unwrap();
@@ -45,6 +52,27 @@ fn bus_master_is_the_guests_and_off_before() {
     assert_eq!(mock.take_events(), [], "no other bit is forwarded");
     function.config_write(4, &[0]);
     assert_eq!(mock.take_events(), [command(0x0402)]);
+}
+
+#[test]
+fn ports_are_the_devices_by_exits() {
+    let (mut function, mock, _) = assign_at(Mock::nvme(), Seat::RootBus);
+    assert_eq!(mock.take_events(), [command(0x0403)], "the device decodes its ports from the start");
+    assert!(function.mappings().iter().all(|mapping| mapping.bar != 2), "none of them is mapped");
+    function.place_bar(2, 0xc020).unwrap();
+    assert!(function.decoded().is_empty());
+    function.config_write(4, &[1, 0]);
+    assert_eq!(mock.take_events(), [], "what the guest decodes is its own affair");
+    assert_eq!(function.decoded().iter().map(|bar| (bar.index, bar.base)).collect::<Vec<_>>(), [(2, 0xc020)]);
+    let mut data = [0; 2];
+    function.bar_read(2, 0x1e, &mut data);
+    assert_eq!(data, [0x5a; 2]);
+    function.bar_read(2, 0x1f, &mut data);
+    assert_eq!(data, [0xff; 2], "an access must be aligned");
+    function.bar_write(2, 0x10, &[7]);
+    assert_eq!(mock.take_events(), [Event::Write { index: 2, offset: 0x10, data: vec![7] }]);
+    function.reset();
+    assert!(function.decoded().is_empty());
 }
 
 #[test]
@@ -192,7 +220,7 @@ fn a_failing_device_reads_ones_and_is_tried_again() {
 #[test]
 fn eventfds_must_match_the_vectors() {
     let mut mock = Mock::nvme();
-    let probe = Probe::read(&mut mock).unwrap();
+    let probe = Probe::read(&mut mock, Seat::Slot).unwrap();
     let parts = Parts { vfio: mock, probe, sink: Sink::default(), triggers: Arc::new([]) };
     assert!(AssignedFunction::new(parts).is_err());
 }

@@ -39,5 +39,5 @@ pub use device::VfioDevice;
 pub use filter::{Access, FILTER, Rule, What};
 pub use function::{AssignedFunction, Parts, quiesce};
 pub use mapping::{Mapping, PAGE_BYTES};
-pub use probe::{Probe, ProbeError};
+pub use probe::{Probe, ProbeError, Seat};
 pub use seam::{IrqInfo, Region, VectorKind, Vfio, VfioError};

@@ -76,6 +76,15 @@ pub enum ProbeError {
     },
 }
 
+/// Where the guest meets a function.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Seat {
+    /// On the root bus.
+    RootBus,
+    /// In the slot of a root port.
+    Slot,
+}
+
 /// I/O BARs: number and size in bytes.
 type IoBars = Vec<(u8, u64)>;
 
@@ -101,7 +110,7 @@ impl Probe {
     ///
     /// # Errors
     /// When VFIO fails, or the device is broken or of a kind that can't be assigned.
-    pub fn read(vfio: &mut dyn Vfio) -> Result<Self, ProbeError> {
+    pub fn read(vfio: &mut dyn Vfio, seat: Seat) -> Result<Self, ProbeError> {
         let mut space = [0; HEADER_BYTES];
         vfio.region_read(VFIO_PCI_CONFIG_REGION_INDEX, 0, &mut space)?;
         let space = Space(space);
@@ -118,8 +127,8 @@ impl Probe {
         for (offset, size) in filter::snapshots() {
             config.set(offset, space.slice(offset, size));
         }
-        let (regions, hidden_io) = add_bars(vfio, &space, &mut config)?;
-        let (msix, msi) = add_capabilities(vfio, &space, &mut config)?;
+        let (regions, hidden_io) = add_bars(vfio, &space, seat, &mut config)?;
+        let (msix, msi) = add_capabilities(vfio, &space, seat, &mut config)?;
         let dynamic = msix.is_some() && vfio.irq_info(VFIO_PCI_MSIX_IRQ_INDEX)?.is_dynamic();
         let intx = msix.is_none()
             && msi.is_none()
@@ -179,10 +188,12 @@ impl Space {
     }
 }
 
-/// Adds each memory BAR: its type from the device, its size from the kernel.
+/// Adds each BAR: its type from the device, its size from the kernel. Ports that have no place there, or are more than a BAR
+/// may have, are told beside.
 fn add_bars(
     vfio: &mut dyn Vfio,
     space: &Space,
+    seat: Seat,
     config: &mut Config,
 ) -> Result<([Region; BAR_COUNT], IoBars), ProbeError> {
     let mut regions: [Region; BAR_COUNT] = Default::default();
@@ -197,16 +208,23 @@ fn add_bars(
         if region.size == 0 {
             continue;
         }
-        if register & 1 != 0 {
-            hidden_io.push((index, region.size));
-            continue;
-        }
-        let kind = match register >> 1 & 3 {
-            0 => BarKind::Memory32,
-            2 => BarKind::Memory64,
+        let kind = match (register & 1, register >> 1 & 3) {
+            (1, _) => BarKind::Io,
+            (_, 0) => BarKind::Memory32,
+            (_, 2) => BarKind::Memory64,
             _ => return Err(ProbeError::BarType { index, register }),
         };
-        config.add_bar(BarRequest { index, size: region.size, kind, prefetchable: register & 8 != 0 })?;
+        let prefetchable = kind != BarKind::Io && register & 8 != 0;
+        let bar = BarRequest { index, size: region.size, kind, prefetchable };
+        if kind == BarKind::Io {
+            if seat == Seat::Slot || config.add_bar(bar).is_err() {
+                hidden_io.push((index, region.size));
+                continue;
+            }
+            *slot = Region { mappable: Vec::new(), ..region };
+            continue;
+        }
+        config.add_bar(bar)?;
         upper_half = kind == BarKind::Memory64;
         *slot = region;
     }
@@ -217,6 +235,7 @@ fn add_bars(
 fn add_capabilities(
     vfio: &mut dyn Vfio,
     space: &Space,
+    seat: Seat,
     config: &mut Config,
 ) -> Result<(Option<Msix>, Option<Msi>), ProbeError> {
     let (mut msix, mut msi) = (None, None);
@@ -231,7 +250,7 @@ fn add_capabilities(
                 add(config, found, &body, &[0, 0, 0x03])?;
             }
             Some(regs::CAP_ID_EXP) => {
-                if let Some(body) = express(space, found)? {
+                if let Some(body) = express(space, found, seat)? {
                     add(config, found, &body, &[])?;
                 }
             }
@@ -298,20 +317,24 @@ fn power_management(capabilities: u16) -> [u8; 6] {
     [low, high, no_soft_reset, 0, 0, 0]
 }
 
-/// PCI Express as a root complex integrated endpoint: as much of the device registers as does no harm, no link
-/// (PCI Express Base Specification 5.0, section 7.5.3). `None` for what can't sit on a root bus.
-fn express(space: &Space, found: FoundCapability) -> Result<Option<Vec<u8>>, ProbeError> {
+/// PCI Express (PCI Express Base Specification 5.0, section 7.5.3): as much of the device registers as does no harm. On the root
+/// bus it is a root complex integrated endpoint, which has no link; behind a port an endpoint, whose link is as wide and fast as
+/// the device's. `None` for what can be neither.
+fn express(space: &Space, found: FoundCapability, seat: Seat) -> Result<Option<Vec<u8>>, ProbeError> {
     const ENDPOINT: u16 = 0;
     const INTEGRATED_ENDPOINT: u16 = 9;
     const ROLE_BASED_ERRORS: u32 = 1 << 15;
     /// Payload size, read request size, relaxed ordering, no snoop.
     const CONTROL_SHOWN: u16 = 0x78f0;
+    /// Speed and width, of what the link can do and of what it does.
+    const LINK_SHOWN: u16 = 0x03ff;
 
     require(found, 4)?;
     let at = u16::from(found.offset);
     let flags = space.u16(at + 2);
     let version = flags & 0xf;
-    if !matches!(flags >> 4 & 0xf, ENDPOINT | INTEGRATED_ENDPOINT) || version == 0 {
+    let kind = flags >> 4 & 0xf;
+    if !matches!(kind, ENDPOINT | INTEGRATED_ENDPOINT) || version == 0 {
         return Ok(None);
     }
     let size = if version == 1 { EXPRESS_V1_BYTES } else { EXPRESS_V2_BYTES };
@@ -321,10 +344,17 @@ fn express(space: &Space, found: FoundCapability) -> Result<Option<Vec<u8>>, Pro
     // It supports the payload that it is set to, so that the guest has no reason to change it.
     let payload = u32::from(control >> 5 & 7);
     let device = space.u32(at + 4) & ROLE_BASED_ERRORS | payload;
+    let seen_as = if seat == Seat::Slot { ENDPOINT } else { INTEGRATED_ENDPOINT };
     let mut body = Vec::with_capacity(usize::from(size));
-    body.extend((version.min(2) | INTEGRATED_ENDPOINT << 4).to_le_bytes());
+    body.extend((version.min(2) | seen_as << 4).to_le_bytes());
     body.extend(device.to_le_bytes());
     body.extend(control.to_le_bytes());
+    body.extend([0; 2]);
+    if seat == Seat::Slot && kind == ENDPOINT {
+        body.extend(u32::from(space.u16(at + 0xc) & LINK_SHOWN).to_le_bytes());
+        body.extend([0; 2]);
+        body.extend((space.u16(at + 0x12) & LINK_SHOWN).to_le_bytes());
+    }
     body.resize(usize::from(size - 2), 0);
     Ok(Some(body))
 }

@@ -11,13 +11,13 @@ fn u32_of(config: &Config, offset: u16) -> u32 {
 #[test]
 fn shows_what_the_filter_names_and_nothing_else() {
     let mut mock = Mock::nvme();
-    let probe = Probe::read(&mut mock).unwrap();
+    let probe = Probe::read(&mut mock, Seat::RootBus).unwrap();
     let config = &probe.config;
     let header: Vec<u32> = (0..0x40).step_by(4).map(|offset| u32_of(config, offset)).collect();
     #[rustfmt::skip]
     assert_eq!(header, [
         0x0010_1b36, 0x0010_0000, 0x0108_0202, 0,
-        0x0000_0004, 0, 0, 0x0000_0008, 0, 0,
+        0x0000_0004, 0, 0x0000_0001, 0x0000_0008, 0, 0,
         0, 0x1100_1af4, 0, 0x0000_0040, 0, 0,
     ]);
     // MSI-X, PCI Express, vendor specific and Power Management stay where they are; MSI is gone, its body too.
@@ -34,8 +34,21 @@ fn shows_what_the_filter_names_and_nothing_else() {
     for offset in (0x8c..0xc0).chain(0xc8..0xf0).chain(0x100..0x1000).step_by(4) {
         assert_eq!(u32_of(config, offset), 0, "{offset:#x}");
     }
-    assert_eq!((probe.vectors(), probe.hidden_io_bars()), (65, &[(2, 0x20)][..]));
+    assert_eq!((probe.vectors(), probe.hidden_io_bars()), (65, &[][..]));
     assert!(mock.take_events().is_empty(), "probing changes nothing");
+}
+
+#[test]
+fn in_a_slot_there_are_no_ports_but_a_link() {
+    let mut mock = Mock::nvme();
+    let probe = Probe::read(&mut mock, Seat::Slot).unwrap();
+    let express: Vec<u32> = (0x80..0x94).step_by(4).map(|offset| u32_of(&probe.config, offset)).collect();
+    // An endpoint, and the link's speed and width: no power states of it, no control.
+    assert_eq!(express, [0x0002_c010, 0x8001, 0x2830 & 0x78f0, 0x0000_0011, 0x0011_0000]);
+    assert_eq!((u32_of(&probe.config, 0x18), probe.hidden_io_bars()), (0, &[(2, 0x20)][..]));
+    mock.bars[2].size = 512;
+    let probe = Probe::read(&mut mock, Seat::RootBus).unwrap();
+    assert_eq!(probe.hidden_io_bars(), [(2, 512)], "more than a BAR of ports may have");
 }
 
 #[test]
@@ -43,7 +56,7 @@ fn a_vendors_capability_that_lies_about_its_length_is_left_out() {
     for length in [0, 2, 0x11, 0xff] {
         let mut mock = Mock::nvme();
         mock.space[0xc2] = length;
-        let config = Probe::read(&mut mock).unwrap().config;
+        let config = Probe::read(&mut mock, Seat::RootBus).unwrap().config;
         assert_eq!((u32_of(&config, 0x80), u32_of(&config, 0xc0)), (0x0092_f010, 0), "{length:#x}");
     }
 }
@@ -52,17 +65,17 @@ fn a_vendors_capability_that_lies_about_its_length_is_left_out() {
 fn maps_pages_without_table_and_pending_bits() {
     let mut mock = Mock::nvme();
     mock.bars[0].offset = 7 << 40;
-    let probe = Probe::read(&mut mock).unwrap();
+    let probe = Probe::read(&mut mock, Seat::RootBus).unwrap();
     assert_eq!(probe.mappings, [Mapping { bar: 0, offset_in_bar: 0, size: 0x2000, file_offset: 7 << 40 }]);
     mock.bars[0].mappable.clear();
-    assert!(Probe::read(&mut mock).unwrap().mappings.is_empty());
+    assert!(Probe::read(&mut mock, Seat::RootBus).unwrap().mappings.is_empty());
 }
 
 #[test]
 fn works_without_msix() {
     let mut mock = Mock::nvme();
     mock.space[0x34] = 0xf0;
-    let probe = Probe::read(&mut mock).unwrap();
+    let probe = Probe::read(&mut mock, Seat::RootBus).unwrap();
     assert_eq!((probe.vectors(), probe.mappings.len()), (0, 1));
     assert_eq!(probe.mappings[0].size, 0x4000);
 }
@@ -70,14 +83,14 @@ fn works_without_msix() {
 #[test]
 fn intx_is_told_where_there_is_nothing_better() {
     let mut mock = Mock::nvme();
-    assert!(!Probe::read(&mut mock).unwrap().intx(), "it has MSI-X");
+    assert!(!Probe::read(&mut mock, Seat::RootBus).unwrap().intx(), "it has MSI-X");
     mock.space[0x34] = 0xf0;
     mock.space[0x3d] = 3;
-    let probe = Probe::read(&mut mock).unwrap();
+    let probe = Probe::read(&mut mock, Seat::RootBus).unwrap();
     assert!(probe.intx());
     assert_eq!(u32_of(&probe.config, 0x3c), 0x0100, "always INTA");
     mock.space[0x3d] = 0;
-    let probe = Probe::read(&mut mock).unwrap();
+    let probe = Probe::read(&mut mock, Seat::RootBus).unwrap();
     assert_eq!((probe.intx(), u32_of(&probe.config, 0x3c)), (false, 0));
 }
 
@@ -88,7 +101,7 @@ fn refuses_broken_devices() {
     let refusal = |change: Change<'_>| {
         let mut mock = Mock::nvme();
         change(&mut mock);
-        Probe::read(&mut mock).map(|_| ()).unwrap_err().to_string()
+        Probe::read(&mut mock, Seat::RootBus).map(|_| ()).unwrap_err().to_string()
     };
     let table: [(Change<'_>, &str); 18] = [
         (&|mock| mock.space.fill(0xff), "does not answer"),
@@ -127,7 +140,10 @@ fn a_bar_of_64_bits_in_the_last_register_is_refused() {
     let mut mock = Mock::nvme();
     mock.space[0x24] = 0x04;
     mock.bars[5].size = 0x1000;
-    assert!(matches!(Probe::read(&mut mock), Err(ProbeError::Config(ConfigError::BarIndex(5)))));
+    assert!(matches!(
+        Probe::read(&mut mock, Seat::RootBus),
+        Err(ProbeError::Config(ConfigError::BarIndex(5)))
+    ));
 }
 
 proptest! {
@@ -149,7 +165,7 @@ proptest! {
             mock.bars[bar].mappable.push(start.min(end)..end.max(start));
         }
         mock.vectors = vectors;
-        let Ok(probe) = Probe::read(&mut mock) else { return Ok(()) };
+        let Ok(probe) = Probe::read(&mut mock, Seat::RootBus) else { return Ok(()) };
         for mapping in &probe.mappings {
             let bar = probe.config.bars().find(|bar| bar.index == mapping.bar).unwrap();
             prop_assert!(mapping.size > 0 && mapping.offset_in_bar + mapping.size <= bar.size);

@@ -3,7 +3,7 @@
 use std::{fmt, ops::Range};
 
 use crate::{
-    bar::{BAR_COUNT, BarKind, BarRequest, DecodedBar, DecodedBars, ROM_INDEX},
+    bar::{BAR_COUNT, BarKind, BarRequest, DecodedBar, DecodedBars, ROM_INDEX, Space},
     regs,
 };
 
@@ -181,11 +181,12 @@ impl Config {
     /// [`ConfigError::BarIndex`] or [`ConfigError::BarSize`]; nothing has changed then.
     pub fn add_bar(&mut self, bar: BarRequest) -> Result<(), ConfigError> {
         let BarRequest { index, size, kind, prefetchable } = bar;
-        let most = match kind {
-            BarKind::Memory32 => 1 << 31,
-            BarKind::Memory64 => 1 << 63,
+        let sizes = match kind {
+            BarKind::Io => 4..=256,
+            BarKind::Memory32 => 16..=1 << 31,
+            BarKind::Memory64 => 16..=1 << 63,
         };
-        if !size.is_power_of_two() || !(16..=most).contains(&size) {
+        if !size.is_power_of_two() || !sizes.contains(&size) {
             return Err(ConfigError::BarSize { index, size });
         }
         let registers: u8 = if kind == BarKind::Memory64 { 2 } else { 1 };
@@ -195,11 +196,20 @@ impl Config {
             self.bars.get_mut(usize::from(index)).filter(|_| free).ok_or(ConfigError::BarIndex(index))?;
         *slot = Some(bar);
 
-        let mask = (!(size - 1)).to_le_bytes();
-        let flags = (u32::from(kind == BarKind::Memory64) << 2) | (u32::from(prefetchable) << 3);
+        let width = if kind == BarKind::Io { u64::from(u16::MAX) } else { u64::MAX };
+        let mask = (!(size - 1) & width).to_le_bytes();
+        let flags = match kind {
+            BarKind::Io => 1,
+            BarKind::Memory32 => u32::from(prefetchable) << 3,
+            BarKind::Memory64 => 1 << 2 | u32::from(prefetchable) << 3,
+        };
         let register = bar_register(index);
         store(&mut self.writable, register, mask.get(..4 * usize::from(registers)).unwrap_or_default());
         self.set(register, &flags.to_le_bytes());
+        if kind == BarKind::Io {
+            let command = self.writable.get(usize::from(regs::COMMAND)).copied().unwrap_or_default();
+            store(&mut self.writable, regs::COMMAND, &[command | regs::COMMAND_IO as u8]);
+        }
         Ok(())
     }
 
@@ -316,37 +326,48 @@ impl Config {
         {
             return Err(fault);
         }
-        let flags = self.u32_at(bar_register(index)) & 0xf;
+        let flags = self.u32_at(bar_register(index)) & !address_bits(bar.kind);
         let value = (base | u64::from(flags)).to_le_bytes();
         let width = if bar.kind == BarKind::Memory64 { 8 } else { 4 };
         self.set(bar_register(index), value.get(..width).unwrap_or_default());
         Ok(())
     }
 
-    /// What the function answers to: with memory decoding on, each BAR, and the ROM where it is enabled, whose base is neither 0 nor what the sizing
-    /// protocol leaves there (the last addresses that its registers can say).
+    /// What the function answers to: with the decoding of memory or ports on, each BAR of that kind, and the ROM where it is
+    /// enabled, whose base is neither 0 nor what the sizing protocol leaves there (the last addresses that its registers can
+    /// say).
     pub fn decoded(&self) -> DecodedBars {
-        if self.u16_at(regs::COMMAND) & regs::COMMAND_MEMORY == 0 {
-            return DecodedBars::default();
-        }
         self.bars().filter_map(|bar| self.decode(bar)).collect()
     }
 
+    /// Whether the function has I/O BARs.
+    pub fn has_ports(&self) -> bool {
+        self.bars().any(|bar| bar.kind == BarKind::Io)
+    }
+
     fn decode(&self, bar: BarRequest) -> Option<DecodedBar> {
+        let (space, decoding) = match bar.kind {
+            BarKind::Io => (Space::Ports, regs::COMMAND_IO),
+            BarKind::Memory32 | BarKind::Memory64 => (Space::Memory, regs::COMMAND_MEMORY),
+        };
+        if self.u16_at(regs::COMMAND) & decoding == 0 {
+            return None;
+        }
         let register = bar_register(bar.index);
         let value = self.u32_at(register);
         if bar.index == ROM_INDEX && value & regs::EXPANSION_ROM_ENABLE == 0 {
             return None;
         }
-        let low = u64::from(value & !0xf);
+        let low = u64::from(value & address_bits(bar.kind));
         let high = match bar.kind {
-            BarKind::Memory32 => 0,
+            BarKind::Io | BarKind::Memory32 => 0,
             BarKind::Memory64 => u64::from(self.u32_at(register + 4)) << 32,
         };
         let base = high | low;
         let end = base.checked_add(bar.size)?;
         (base != 0 && end <= last_address(bar.kind)).then_some(DecodedBar {
             index: bar.index,
+            space,
             base,
             size: bar.size,
         })
@@ -385,8 +406,17 @@ fn bar_register(index: u8) -> u16 {
     regs::BASE_ADDRESS_0 + 4 * u16::from(index)
 }
 
+/// Which bits of a BAR's lower register are of its address; the others say what it is.
+fn address_bits(kind: BarKind) -> u32 {
+    match kind {
+        BarKind::Io => 0xfffc,
+        BarKind::Memory32 | BarKind::Memory64 => !0xf,
+    }
+}
+
 fn last_address(kind: BarKind) -> u64 {
     match kind {
+        BarKind::Io => u64::from(u16::MAX),
         BarKind::Memory32 => u64::from(u32::MAX),
         BarKind::Memory64 => u64::MAX,
     }

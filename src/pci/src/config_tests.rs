@@ -48,7 +48,10 @@ fn a_rom_is_sized_placed_and_turned_on_like_a_real_one() {
     config.write(regs::COMMAND, &regs::COMMAND_MEMORY.to_le_bytes());
     assert!(config.decoded().is_empty(), "it is not enabled");
     config.write(regs::EXPANSION_ROM, &0xc002_0001u32.to_le_bytes());
-    assert_eq!(*config.decoded(), [DecodedBar { index: ROM_INDEX, base: 0xc002_0000, size: 1 << 16 }]);
+    assert_eq!(
+        *config.decoded(),
+        [DecodedBar { index: ROM_INDEX, space: Space::Memory, base: 0xc002_0000, size: 1 << 16 }]
+    );
     config.reset();
     assert!(config.decoded().is_empty() && config.u32_at(regs::EXPANSION_ROM) == 0);
 }
@@ -83,14 +86,40 @@ fn decodes_where_it_was_placed_or_moved() {
     assert!(config.decoded().is_empty());
     config.write(regs::COMMAND, &regs::COMMAND_MEMORY.to_le_bytes());
     let placed = [
-        DecodedBar { index: 0, base: 0xc000_0000, size: 0x4000 },
-        DecodedBar { index: 2, base: 64 << 30, size: 8 << 30 },
+        DecodedBar { index: 0, space: Space::Memory, base: 0xc000_0000, size: 0x4000 },
+        DecodedBar { index: 2, space: Space::Memory, base: 64 << 30, size: 8 << 30 },
     ];
     assert_eq!(*config.decoded(), placed);
     config.write(0x1c, &32u32.to_le_bytes());
     assert_eq!(config.decoded()[1].base, 32 << 32);
     config.write(0x10, &[0; 4]);
     assert_eq!(config.decoded().len(), 1);
+}
+
+#[test]
+fn ports_are_sized_placed_and_turned_on_apart_from_memory() {
+    let mut config = config();
+    assert!(!config.has_ports());
+    config.write(regs::COMMAND, &regs::COMMAND_IO.to_le_bytes());
+    assert_eq!(config.u16_at(regs::COMMAND), 0, "there is nothing to turn on");
+    for size in [0, 2, 24, 512] {
+        let bar = BarRequest { index: 1, size, kind: BarKind::Io, prefetchable: false };
+        assert_eq!(config.add_bar(bar), Err(ConfigError::BarSize { index: 1, size }));
+    }
+    config.add_bar(BarRequest { index: 1, size: 32, kind: BarKind::Io, prefetchable: false }).unwrap();
+    assert!(config.has_ports());
+    config.write(0x14, &[0xff; 4]);
+    assert_eq!(read_u32(&config, 0x14), 0xffe1, "ports have 16 bits");
+    assert_eq!(config.place_bar(1, 0x1_0000), Err(ConfigError::BarBase { index: 1, base: 0x1_0000 }));
+    config.place_bar(1, 0xc020).unwrap();
+    assert_eq!(read_u32(&config, 0x14), 0xc021);
+    config.place_bar(0, 0xc000_0000).unwrap();
+    config.write(regs::COMMAND, &regs::COMMAND_MEMORY.to_le_bytes());
+    assert_eq!(config.decoded().iter().map(|bar| bar.space).collect::<Vec<_>>(), [Space::Memory]);
+    config.write(regs::COMMAND, &regs::COMMAND_IO.to_le_bytes());
+    assert_eq!(*config.decoded(), [DecodedBar { index: 1, space: Space::Ports, base: 0xc020, size: 32 }]);
+    config.write(0x14, &[0xff; 4]);
+    assert!(config.decoded().is_empty(), "what sizing leaves is not a port");
 }
 
 #[test]

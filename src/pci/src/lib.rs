@@ -9,8 +9,7 @@
 //! each vector delivers, and tells a [`VectorSink`] of changes only.
 //!
 //! There is no firmware in Casemate's guests: the VMM places every BAR ([`Function::place_bar`]) before the guest
-//! starts. I/O BARs do not exist. Register layouts follow the PCI Express Base Specification 5.0, chapter 7, and the
-//! names those of Linux's `include/uapi/linux/pci_regs.h`.
+//! starts. Register layouts follow the PCI Express Base Specification 5.0, chapter 7, and the names those of Linux's `include/uapi/linux/pci_regs.h`.
 
 mod bar;
 mod capability;
@@ -25,7 +24,7 @@ mod root_port;
 /// Registers and bits by their offsets, as in Linux's `pci_regs.h` without the `PCI_` before each name.
 pub mod regs;
 
-pub use bar::{BAR_COUNT, BarKind, BarRequest, DecodedBar, DecodedBars, ROM_INDEX};
+pub use bar::{BAR_COUNT, BarKind, BarRequest, DecodedBar, DecodedBars, ROM_INDEX, Space};
 pub use capability::{CapabilityError, FoundCapability, capabilities};
 pub use config::{CONFIG_SPACE_BYTES, Capability, Config, ConfigError, Identity};
 pub use ecam::{ECAM_BYTES_PER_BUS, EcamAddress};

@@ -4,6 +4,8 @@ pub const VENDOR_ID: u16 = 0x00;
 pub const DEVICE_ID: u16 = 0x02;
 /// Command, 16 bits.
 pub const COMMAND: u16 = 0x04;
+/// Command: the function answers to its I/O BARs.
+pub const COMMAND_IO: u16 = 1 << 0;
 /// Command: the function answers to its memory BARs.
 pub const COMMAND_MEMORY: u16 = 1 << 1;
 /// Command: the function may start transactions (DMA and MSI).

@@ -10,7 +10,7 @@ use serde::Deserialize;
 use toml::Spanned;
 
 use crate::{
-    ByteSize, Cpu, DevicePin, Hotplug, Location, PciAddress, Ram, Refusal,
+    ByteSize, Cpu, DevicePin, Dma, Hotplug, Location, PciAddress, Ram, Refusal,
     cpu::RawCpu,
     device::{RawDevice, Wanted},
     disk::{Disk, RawDisk},
@@ -116,6 +116,8 @@ pub struct Guest {
     pub devices: Vec<Assigned>,
     /// Functions that are still to be chosen from pools; each becomes one of `devices`.
     pub pooled: Vec<Pooled>,
+    /// What those reach beside memory.
+    pub dma: Dma,
     /// Slots for what comes while it runs.
     pub hotplug: Hotplug,
     /// How far governors may go while it runs.
@@ -236,6 +238,8 @@ struct RawGuest {
     #[serde(default)]
     device: Vec<RawDevice>,
     #[serde(default)]
+    dma: Dma,
+    #[serde(default)]
     hotplug: RawHotplug,
     resources: Option<RawResources>,
 }
@@ -345,6 +349,7 @@ impl Reader<'_> {
             vsock,
             devices,
             pooled,
+            dma: raw.dma,
             hotplug,
             resources,
         })

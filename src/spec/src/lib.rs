@@ -11,6 +11,7 @@ mod cell_rules;
 mod cpu;
 mod device;
 mod disk;
+mod dma;
 mod guest;
 mod host_file;
 mod hotplug;
@@ -28,6 +29,7 @@ pub use cell_rules::{CellPart, CellRules, IoRules};
 pub use cpu::{Cpu, CpuList, CpuListError, CpuModel};
 pub use device::{DevicePin, PciId, PciIdError};
 pub use disk::{Backing, DISK_QUEUES_MAX, Disk, DiskFormat};
+pub use dma::Dma;
 pub use guest::{Assigned, Boot, Guest, LIMITS, Limits, Located, Name, Pooled, Rom, parse_guest};
 pub use host_file::{
     ClassPrefix, Firmware, HostFile, NumaPolicy, Pool, ScrubStep, VirtualFunctions, parse_host,

@@ -8,8 +8,8 @@ use std::{
 };
 
 use casemate_passthrough::{
-    AssignedFunction, Container, IrqInfo, Mapping, MappingRequest, Parts, Probe, Region, VectorKind, Vfio,
-    VfioDevice, VfioError,
+    AssignedFunction, Container, IrqInfo, Mapping, MappingRequest, Parts, Probe, Region, Seat, VectorKind,
+    Vfio, VfioDevice, VfioError,
 };
 use casemate_pci::{Function, ROM_INDEX};
 use casemate_wire::End;
@@ -101,11 +101,12 @@ pub(crate) fn find(
     device: &Arc<VfioDevice>,
     number: usize,
     address: &str,
+    seat: Seat,
     requests: &Arc<Requests>,
 ) -> Result<Found, Error> {
     let device = Arc::clone(device);
     let mut vfio = RemoteVfio { device: Arc::clone(&device), number, requests: Arc::clone(requests) };
-    let probe = Probe::read(&mut vfio).map_err(|error| Error::device(address, error))?;
+    let probe = Probe::read(&mut vfio, seat).map_err(|error| Error::device(address, error))?;
     for (bar, size) in probe.hidden_io_bars() {
         eprintln!("casemate-vmm: {address}: BAR {bar} ({size} I/O ports) is not passed on");
     }
@@ -134,7 +135,13 @@ impl Found {
         }
         let probe = self.probe.with_rom(size_bytes).map_err(|error| Error::device(address, error))?;
         let registers = Arc::new(Registers::of_rom(rom)?);
-        regions.push(DirectRegion { bar: ROM_INDEX, offset: 0, registers, read_only: true });
+        regions.push(DirectRegion {
+            bar: ROM_INDEX,
+            offset: 0,
+            registers,
+            read_only: true,
+            reachable: false,
+        });
         Ok(Self { probe, ..self })
     }
 
@@ -150,7 +157,8 @@ impl Found {
             .map_err(|error| Error::device(address, error))?;
         let map = |mapping: &Mapping| {
             let registers = Arc::new(Registers::map(&device, mapping)?);
-            Ok(DirectRegion { bar: mapping.bar, offset: mapping.offset_in_bar, registers, read_only: false })
+            let (bar, offset) = (mapping.bar, mapping.offset_in_bar);
+            Ok(DirectRegion { bar, offset, registers, read_only: false, reachable: false })
         };
         let regions = function.mappings().iter().map(map).collect::<Result<_, Error>>()?;
         Ok((Box::new(function), regions))

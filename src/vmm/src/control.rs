@@ -27,7 +27,8 @@ use vmm_sys_util::eventfd::EventFd;
 use crate::{
     asks::Reply,
     error::{During, Error},
-    maps::{Answers, Attachments, Maps},
+    maps::{Answers, Attachments, Kernel, Maps},
+    peers::Peers,
     platform::lock,
     root::Place,
 };
@@ -208,6 +209,7 @@ pub(crate) struct Control {
     routes: BTreeMap<u32, MsiMessage>,
     events: BTreeMap<u32, EventFd>,
     maps: Maps,
+    peers: Option<Peers>,
     devices: BTreeMap<usize, Arc<VfioDevice>>,
     next_device: usize,
     panic_deadline: Option<Instant>,
@@ -237,6 +239,7 @@ impl Control {
             routes: BTreeMap::new(),
             events: BTreeMap::new(),
             maps: Maps::new(first_slot),
+            peers: None,
             devices: BTreeMap::new(),
             next_device: 0,
             panic_deadline: None,
@@ -264,6 +267,11 @@ impl Control {
     /// Takes over what follows the BARs of the function at `place`.
     pub(crate) fn add_function(&mut self, place: Place, attachments: Attachments) {
         self.maps.attach(place, attachments);
+    }
+
+    /// Lets functions' registers be reached by the guest's other devices from now on, those that say so.
+    pub(crate) fn have_peers(&mut self, peers: Peers) {
+        self.peers = Some(peers);
     }
 
     /// Takes over an assigned function's VFIO device; returns its number.
@@ -343,12 +351,16 @@ impl Control {
                 }
                 self.write_route(gsi, message)
             }
-            Change::Answer(answers) => self.maps.answer(&*self.vm, &answers),
+            Change::Answer(answers) => {
+                self.maps.answer(&Kernel { vm: &self.vm, peers: self.peers.as_ref() }, &answers)
+            }
             Change::Attach(place, attachments) => {
                 self.maps.attach(place, attachments);
                 Ok(())
             }
-            Change::Detach(place) => self.maps.detach(&*self.vm, place),
+            Change::Detach(place) => {
+                self.maps.detach(&Kernel { vm: &self.vm, peers: self.peers.as_ref() }, place)
+            }
             Change::ForgetVectors { first_gsi, count } => {
                 let gsis = first_gsi.max(FIRST_MSI_GSI)..first_gsi.saturating_add(count);
                 let gone = gsis.clone().map(|gsi| self.route(gsi, None));

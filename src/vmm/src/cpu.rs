@@ -11,7 +11,7 @@ use kvm_ioctls::{Kvm, VcpuExit, VcpuFd};
 use crate::{
     boot::Entry,
     error::{During, Error},
-    layout,
+    kvm, layout,
 };
 
 mod baseline;
@@ -78,7 +78,9 @@ fn start_at(vcpu: &VcpuFd, entry: Entry) -> Result<(), Error> {
 
 /// What a processor needs from the machine around it: answers to its accesses.
 pub(crate) trait Bus {
-    /// A read of a port.
+    /// Counts an exit for ports; the accesses follow, several where a string instruction makes them.
+    fn port_exit(&mut self);
+    /// A read of a port, of 1, 2 or 4 bytes.
     fn port_read(&mut self, port: u16, data: &mut [u8]);
     /// A write to a port; true when the guest has ended by it and this processor should rest.
     fn port_write(&mut self, port: u16, data: &[u8]);
@@ -118,8 +120,16 @@ pub(crate) fn run(vcpu: &mut VcpuFd, bus: &mut impl Bus) -> Halt {
             thread::park_timeout(BUS_LOCK_PAUSE);
         }
         match vcpu.run() {
-            Ok(VcpuExit::IoIn(port, data)) => bus.port_read(port, data),
-            Ok(VcpuExit::IoOut(port, data)) => bus.port_write(port, data),
+            Ok(VcpuExit::IoIn(port, _)) => {
+                bus.port_exit();
+                let (data, width) = kvm::port_data(vcpu);
+                data.chunks_mut(width).for_each(|access| bus.port_read(port, access));
+            }
+            Ok(VcpuExit::IoOut(port, _)) => {
+                bus.port_exit();
+                let (data, width) = kvm::port_data(vcpu);
+                data.chunks(width).for_each(|access| bus.port_write(port, access));
+            }
             Ok(VcpuExit::MmioRead(address, data)) => bus.memory_read(address, data),
             Ok(VcpuExit::MmioWrite(address, data)) => bus.memory_write(address, data),
             Ok(VcpuExit::IoapicEoi(vector)) => bus.end_of_interrupt(vector),

@@ -282,20 +282,13 @@ impl Hotplug {
         let (name, place) = (device.kind().name(), place_of(slot));
         let spare = self.spares.get(slot).ok_or(Error::Lacks("such a slot"))?;
         let count = vector_count(device.as_ref());
-        let make = |_| EventFd::new(libc::EFD_NONBLOCK | libc::EFD_CLOEXEC).during("making an eventfd");
-        let events: Arc<[EventFd]> = (0..count).map(make).collect::<Result<_, _>>()?;
-        let duplicate = |event: &EventFd| event.try_clone().during("duplicating an eventfd");
-        let duplicates = || events.iter().map(duplicate).collect::<Result<Vec<_>, _>>();
-        let (for_control, for_device) = (duplicates()?, duplicates()?);
-        let first_gsi = self.requests.add_vectors(for_control).map_err(Refusal::device)?;
-        let vectors = Vectors { first_gsi, events, requests: Arc::clone(&self.requests) };
-        let parts = PciParts {
-            device,
-            memory: Arc::clone(&self.memory),
-            events: for_device,
-            vectors: Box::new(vectors),
-        };
-        let made = PciTransport::new(parts).map_err(Refusal::device).and_then(|(transport, worker)| {
+        let vectors = add_vectors(&self.requests, count)?;
+        let first_gsi = vectors.first_gsi;
+        let events = vectors.events.iter().map(duplicate).collect::<Result<Vec<_>, _>>();
+        let made = events.map_err(Refusal::from).and_then(|events| {
+            let memory = Arc::clone(&self.memory);
+            let parts = PciParts { device, memory, events, vectors: Box::new(vectors) };
+            let (transport, worker) = PciTransport::new(parts).map_err(Refusal::device)?;
             let ring = |bell: casemate_virtio::Doorbell<'_>| {
                 Ok(Doorbell { bar: bell.bar, offset: bell.offset, event: duplicate(bell.event)? })
             };
@@ -397,6 +390,19 @@ impl Hotplug {
     fn change(&self, change: Change) {
         told(self.requests.change(change));
     }
+}
+
+/// An event for each of so many vectors, and a GSI from control. Who drops them has control forget those.
+fn add_vectors(requests: &Arc<Requests>, count: u16) -> Result<Vectors, Refusal> {
+    let make = |_| EventFd::new(libc::EFD_NONBLOCK | libc::EFD_CLOEXEC).during("making an eventfd");
+    let events: Arc<[EventFd]> = (0..count).map(make).collect::<Result<_, _>>()?;
+    let for_control = events.iter().map(duplicate).collect::<Result<_, _>>()?;
+    let first_gsi = requests.add_vectors(for_control).map_err(Refusal::device)?;
+    Ok(Vectors { first_gsi, events, requests: Arc::clone(requests) })
+}
+
+fn duplicate(event: &EventFd) -> Result<EventFd, Error> {
+    event.try_clone().during("duplicating an eventfd")
 }
 
 /// Writes down what went wrong with a step that others must not wait for.

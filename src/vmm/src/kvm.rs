@@ -2,15 +2,16 @@
 
 use std::{
     os::fd::{FromRawFd, IntoRawFd, OwnedFd},
+    ptr, slice,
     sync::Arc,
 };
 
 use kvm_bindings::{
     KVM_BUS_LOCK_DETECTION_EXIT, KVM_CAP_PMU_CAPABILITY, KVM_CAP_SPLIT_IRQCHIP, KVM_CAP_X86_BUS_LOCK_EXIT,
-    KVM_CAP_X86_NOTIFY_VMEXIT, KVM_PMU_CAP_DISABLE, KVM_X86_NOTIFY_VMEXIT_ENABLED,
+    KVM_CAP_X86_NOTIFY_VMEXIT, KVM_EXIT_IO, KVM_PMU_CAP_DISABLE, KVM_X86_NOTIFY_VMEXIT_ENABLED,
     KVM_X86_NOTIFY_VMEXIT_USER, kvm_enable_cap,
 };
-use kvm_ioctls::{Cap, Kvm, VmFd};
+use kvm_ioctls::{Cap, Kvm, VcpuFd, VmFd};
 
 use crate::{
     control::FIRST_MSI_GSI,
@@ -77,4 +78,20 @@ fn harden(vm: &VmFd) -> Result<(), Error> {
             .during("asking to be told of processors that take no interrupt")?;
     }
     Ok(())
+}
+
+/// The bytes of an exit for ports, and how many of them are one access: a string instruction brings several for the same port.
+/// No bytes when the processor left the guest for another reason.
+pub(crate) fn port_data(vcpu: &mut VcpuFd) -> (&mut [u8], usize) {
+    let run = vcpu.get_kvm_run();
+    if run.exit_reason != KVM_EXIT_IO {
+        return (&mut [], 1);
+    }
+    // SAFETY: the reason says that the kernel filled in this one of the union's fields; all of them are plain numbers.
+    let io = unsafe { run.__bindgen_anon_1.io };
+    let (start, width) = (ptr::from_mut(run).cast::<u8>(), usize::from(io.size).max(1));
+    let length = usize::from(io.size) * io.count as usize;
+    // SAFETY: by KVM's interface the bytes lie so far behind the start of `kvm_run`, in the same mapping, which lives as long
+    // as `vcpu`; they are this thread's until it runs the processor again, for which it needs `vcpu` back.
+    (unsafe { slice::from_raw_parts_mut(start.add(io.data_offset as usize), length) }, width)
 }

@@ -45,6 +45,8 @@ pub(crate) const IOAPIC: Range = Range { start: 0xFEC0_0000, size: 0x1000 };
 pub(crate) const KVM_IDENTITY_MAP: u64 = 0xFFFB_C000;
 /// KVM's three task-state pages on Intel.
 pub(crate) const KVM_TSS: usize = 0xFFFB_D000;
+/// I/O BARs, among the ports: above all that the platform has.
+pub(crate) const PORTS: Range = Range { start: 0xC000, size: 0x4000 };
 /// The first address past 32 bits.
 pub(crate) const FOUR_GIB: u64 = 1 << 32;
 /// Alignment of the 64-bit window, so that large BARs find a place.
@@ -84,12 +86,12 @@ pub(crate) fn ram(memory_bytes: u64) -> Vec<Range> {
     pieces.map(|piece| Range { start: piece.start, size: piece.end - piece.start }).collect()
 }
 
-/// The window for 64-bit BARs of a guest with `memory_bytes`, within an address width of `bits`; `None` when RAM
-/// leaves no room.
-pub(crate) fn window64(memory_bytes: u64, bits: u32) -> Option<Range> {
+/// The window for 64-bit BARs of a guest with `memory_bytes`, within an address width of `bits`, and below `dma_end`: what its
+/// devices can reach. `None` when RAM leaves no room.
+pub(crate) fn window64(memory_bytes: u64, bits: u32, dma_end: Option<u64>) -> Option<Range> {
     let ram_end = ram(memory_bytes).last()?.end().max(FOUR_GIB);
     let start = ram_end.checked_next_multiple_of(WINDOW64_ALIGN)?;
-    let end = 1u64.checked_shl(bits)?.min(HYPERTRANSPORT);
+    let end = 1u64.checked_shl(bits)?.min(HYPERTRANSPORT).min(dma_end.unwrap_or(u64::MAX));
     let size = end.checked_sub(start)?.min(WINDOW64_MOST);
     (size > 0).then_some(Range { start, size })
 }
@@ -112,12 +114,15 @@ mod tests {
     #[test]
     fn the_window_is_above_ram_and_within_the_width() {
         for memory in [64 << 20, 3 << 30, 5 << 30, 100 << 30] {
-            let window = window64(memory, 40).unwrap();
+            let window = window64(memory, 40, None).unwrap();
             assert!(ram(memory).iter().all(|piece| piece.end() <= window.start));
             assert!(window.end() <= 1 << 40 && window.start.is_multiple_of(1 << 30));
         }
-        assert_eq!(window64(1 << 40, 40), None);
-        assert_eq!(window64(64 << 20, 32), None);
+        assert_eq!(window64(1 << 40, 40, None), None);
+        assert_eq!(window64(64 << 20, 32, None), None);
+        assert_eq!(window64(64 << 20, 48, Some(1 << 39)).unwrap().end(), FOUR_GIB + WINDOW64_MOST);
+        assert_eq!(window64(64 << 20, 48, Some(1 << 33)).unwrap().end(), 1 << 33);
+        assert_eq!(window64(64 << 20, 48, Some(FOUR_GIB)), None);
     }
 
     #[test]

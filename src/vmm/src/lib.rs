@@ -29,6 +29,7 @@ mod layout;
 mod machine;
 mod maps;
 mod memory;
+mod peers;
 mod platform;
 mod root;
 mod vsock;

@@ -9,7 +9,7 @@ use std::{
 
 use casemate_chipset::{AcpiSpec, PciHost, RESET_CODE, RESET_VECTOR, intx_gsi, tables};
 use casemate_filters::Role;
-use casemate_passthrough::{Container, VfioDevice};
+use casemate_passthrough::{Container, Seat, VfioDevice};
 use casemate_pci::{Function, HostBridge, RootPort};
 use casemate_virtio::{
     Balloon, BalloonControl, Blk, BlkBackend, BlkBelow, BlkFormat, Counters, Device, Finisher, Interrupt,
@@ -33,8 +33,9 @@ use crate::{
     hotplug::{Assigning, Hotplug, HotplugParts, Orders, Spare},
     intx::{self, Intx, IntxSource},
     kvm, layout,
-    maps::{Attachments, Doorbell},
+    maps::{Attachments, DirectRegion, Doorbell},
     memory,
+    peers::{Peers, PeersThread},
     platform::{Platform, Processor},
     root::{Body, BusParts, Place, PortWindows, RootBus},
     vsock::KeepStreams,
@@ -50,6 +51,7 @@ pub(crate) struct Built {
     control: Control,
     platform: Arc<Platform>,
     console_input: Option<File>,
+    peers: Option<PeersThread>,
     hotplug: Option<Slots>,
     held: Held,
 }
@@ -69,7 +71,8 @@ pub(crate) struct Held {
 }
 
 struct Passthrough {
-    _container: Container,
+    /// Unless the thread for peers has it.
+    _container: Option<Container>,
     _groups: Vec<OwnedFd>,
     _kvm_vfio: Arc<KvmVfio>,
 }
@@ -131,7 +134,7 @@ impl Built {
     pub(crate) fn new(machine: Machine, mut descriptors: Descriptors) -> Result<Self, Error> {
         let (kvm, vm) = kvm::open(descriptors.take(machine.kvm)?)?;
         let processors = Processors::new(&cpu::supported_cpuid(&kvm)?, &machine.cpu, machine.vcpus)?;
-        let window64 = layout::window64(machine.memory_bytes, processors.physical_bits())
+        let window64 = layout::window64(machine.memory_bytes, processors.physical_bits(), machine.dma_end)
             .ok_or_else(|| Error::Layout("the memory leaves no room for devices' registers".into()))?;
         let memory = memory::allocate(machine.memory_bytes, machine.ram)?;
         let first_slot = memory::give_to_kvm(&vm, &memory)?;
@@ -145,6 +148,7 @@ impl Built {
             workers: Vec::new(),
             intx: Vec::new(),
             devices: Vec::new(),
+            peer_to_peer: machine.peer_to_peer,
         };
         parts.add(Box::new(HostBridge::new()), Attachments::default());
         parts.add_virtio(Box::new(Rng::new()), Own::Nothing)?;
@@ -204,6 +208,7 @@ impl Built {
         }
         let may_have_devices = machine.container.is_some() || machine.hotplug.slots > 0;
         let kvm_vfio = may_have_devices.then(|| KvmVfio::new(&vm).map(Arc::new)).transpose()?;
+        let mut peers = None;
         let passthrough = match machine.container.zip(kvm_vfio.as_ref()) {
             Some((container, kvm_vfio)) => {
                 let container = Container::from_fd(descriptors.take(container)?)
@@ -220,6 +225,12 @@ impl Built {
                 }
                 assigned::map_memory(&container, &memory)?;
                 let kvm_vfio = Arc::clone(kvm_vfio);
+                let mut container = Some(container);
+                if let Some(container) = container.take_if(|_| machine.peer_to_peer) {
+                    let (way, thread) = Peers::new(container);
+                    parts.control.have_peers(way);
+                    peers = Some(thread);
+                }
                 Some(Passthrough { _container: container, _groups: groups, _kvm_vfio: kvm_vfio })
             }
             None => None,
@@ -276,6 +287,7 @@ impl Built {
             control: parts.control,
             platform,
             console_input,
+            peers,
             hotplug,
             held: Held { memory, _passthrough: passthrough },
         })
@@ -283,12 +295,24 @@ impl Built {
 
     /// Makes the threads, narrows every filter, and lets the processors go.
     pub(crate) fn start(self) -> Result<Running, Error> {
-        let Self { vcpus, pins, workers, intx, devices, control, platform, console_input, hotplug, held } =
-            self;
+        let Self {
+            vcpus,
+            pins,
+            workers,
+            intx,
+            devices,
+            control,
+            platform,
+            console_input,
+            peers,
+            hotplug,
+            held,
+        } = self;
         let finishers = workers.iter().filter_map(Worker::finisher).collect();
         // Every thread passes here with its narrow filter on before the first guest instruction.
         let slots: usize = hotplug.iter().map(|slots| slots.spares.len() + 1).sum();
         let threads = vcpus.len() + workers.len() + intx.len() + console_input.iter().count() + slots;
+        let threads = threads + peers.iter().count();
         let ready = Arc::new(Barrier::new(threads + 1));
         let placement = Placement::of_this_thread()?;
         for (id, mut vcpu) in vcpus.into_iter().enumerate() {
@@ -326,6 +350,14 @@ impl Built {
                 narrow(Role::Console);
                 ready.wait();
                 platform.feed_serial(input);
+            })?;
+        }
+        if let Some(peers) = peers {
+            let ready = Arc::clone(&ready);
+            spawn("peers".into(), move || {
+                narrow(Role::Peers);
+                ready.wait();
+                peers.run();
             })?;
         }
         let hotplug = hotplug.map(|slots| start_slots(slots, &ready)).transpose()?;
@@ -367,6 +399,8 @@ struct Parts {
     workers: Vec<Worker>,
     intx: Vec<(Intx, IntxSource)>,
     devices: Vec<Emulated>,
+    /// Assigned functions reach each other.
+    peer_to_peer: bool,
 }
 
 impl Parts {
@@ -421,7 +455,7 @@ impl Parts {
         let device = VfioDevice::from_fd(device).map_err(|error| Error::device(address, error))?;
         let device = Arc::new(device);
         let number = self.control.add_device(Arc::clone(&device));
-        let mut found = assigned::find(&device, number, address, &self.requests)?;
+        let mut found = assigned::find(&device, number, address, Seat::RootBus, &self.requests)?;
         let mut regions = Vec::new();
         if let Some(rom) = rom {
             found = found.add_rom(rom, address, &mut regions)?;
@@ -429,7 +463,8 @@ impl Parts {
         let has_intx = found.probe.intx();
         let sink = self.vectors(found.probe.vectors())?;
         let (function, registers) = found.connect(sink, address)?;
-        regions.extend(registers);
+        let reachable = self.peer_to_peer;
+        regions.extend(registers.into_iter().map(|region| DirectRegion { reachable, ..region }));
         if has_intx {
             self.intx.push(intx::connect(&device, address, intx_gsi(self.next_device, 0))?);
         }
@@ -521,6 +556,8 @@ fn write_acpi(
         ecam_base: layout::ECAM.start,
         // Each slot is on a bus of its own.
         buses: 0..=slots,
+        // Both ends were chosen to have 16 bits.
+        ports: layout::PORTS.start as u16..=(layout::PORTS.end() - 1) as u16,
         mmio32: layout::WINDOW32.start..layout::WINDOW32.end(),
         mmio64: window64.start..window64.end(),
     };

@@ -12,6 +12,7 @@ use vmm_sys_util::eventfd::EventFd;
 use crate::{
     error::{During, Error},
     memory::{self, MemorySlot},
+    peers::Peers,
     root::Place,
 };
 
@@ -35,6 +36,8 @@ pub(crate) struct DirectRegion {
     pub(crate) registers: Arc<crate::assigned::Registers>,
     /// The guest's writes go to the function, which takes none.
     pub(crate) read_only: bool,
+    /// The guest's other devices reach it by DMA.
+    pub(crate) reachable: bool,
 }
 
 /// What of a function follows its BARs around.
@@ -59,22 +62,37 @@ pub(crate) struct Answers {
 pub(crate) trait Vm {
     /// Makes a memory slot, or with size 0 deletes it.
     fn set_slot(&self, slot: MemorySlot) -> Result<(), Error>;
+    /// The guest's other devices reach what is mapped there from now on, or no longer.
+    fn reach(&self, slot: MemorySlot, on: bool) -> Result<(), Error>;
     /// Writes at this address ring the event from now on, or no longer.
     fn ring(&self, event: &EventFd, address: u64, on: bool) -> Result<(), Error>;
 }
 
-impl Vm for VmFd {
+/// The kernel's side: KVM, and the IOMMU where devices reach each other.
+pub(crate) struct Kernel<'a> {
+    /// The machine.
+    pub(crate) vm: &'a VmFd,
+    /// The way to the IOMMU.
+    pub(crate) peers: Option<&'a Peers>,
+}
+
+impl Vm for Kernel<'_> {
     fn set_slot(&self, slot: MemorySlot) -> Result<(), Error> {
         // SAFETY: only `Maps` calls this, for registers that it holds until their slot is deleted.
-        unsafe { memory::set_slot(self, slot) }.during("mapping a device's registers")
+        unsafe { memory::set_slot(self.vm, slot) }.during("mapping a device's registers")
+    }
+
+    fn reach(&self, slot: MemorySlot, on: bool) -> Result<(), Error> {
+        // SAFETY: only `Maps` calls this, for registers that it holds until they are reached no longer.
+        self.peers.map_or(Ok(()), |peers| unsafe { peers.reach(slot, on) })
     }
 
     fn ring(&self, event: &EventFd, address: u64, on: bool) -> Result<(), Error> {
         let address = IoEventAddress::Mmio(address);
         if on {
-            self.register_ioevent(event, &address, NoDatamatch).during("placing a doorbell")
+            self.vm.register_ioevent(event, &address, NoDatamatch).during("placing a doorbell")
         } else {
-            self.unregister_ioevent(event, &address, NoDatamatch).during("taking a doorbell away")
+            self.vm.unregister_ioevent(event, &address, NoDatamatch).during("taking a doorbell away")
         }
     }
 }
@@ -91,8 +109,18 @@ struct Attached {
     attachments: Attachments,
     /// Doorbells that KVM rings: which, and where.
     rung: Vec<(usize, u64)>,
-    /// Regions that KVM has mapped: which, and how.
-    mapped: Vec<(usize, MemorySlot)>,
+    /// Regions that KVM has mapped.
+    mapped: Vec<Mapped>,
+}
+
+/// A region that KVM has mapped.
+struct Mapped {
+    /// Which.
+    index: usize,
+    /// How.
+    slot: MemorySlot,
+    /// The guest's other devices reach it.
+    reached: bool,
 }
 
 impl Attached {
@@ -166,9 +194,13 @@ impl Maps {
                 bells.contains(&(*index, *address)) || !note(vm.ring(&bell.event, *address, false))
             });
             let free_slots = &mut self.free_slots;
-            attached.mapped.retain(|(index, slot)| {
-                let stays = places.contains(&(*index, slot.guest_address))
-                    || !note(vm.set_slot(MemorySlot { size_bytes: 0, ..*slot }));
+            attached.mapped.retain_mut(|Mapped { index, slot, reached }| {
+                if places.contains(&(*index, slot.guest_address)) {
+                    return true;
+                }
+                // It stays mapped here for as long as a device reaches it.
+                *reached = *reached && !note(vm.reach(*slot, false));
+                let stays = *reached || !note(vm.set_slot(MemorySlot { size_bytes: 0, ..*slot }));
                 if !stays {
                     free_slots.push(slot.slot);
                 }
@@ -185,11 +217,12 @@ impl Maps {
             }
             for (index, address) in attached.places(bars) {
                 let Some(region) = attached.attachments.regions.get(index) else { continue };
-                if attached
-                    .mapped
-                    .iter()
-                    .any(|(other, slot)| *other == index && slot.guest_address == address)
-                {
+                let mut there = attached.mapped.iter_mut();
+                let there = there.find(|there| there.index == index && there.slot.guest_address == address);
+                if let Some(there) = there {
+                    if region.reachable && !there.reached {
+                        there.reached = note(vm.reach(there.slot, true));
+                    }
                     continue;
                 }
                 let number = self.free_slots.pop().unwrap_or_else(|| {
@@ -204,7 +237,8 @@ impl Maps {
                     read_only: region.read_only,
                 };
                 if note(vm.set_slot(slot)) {
-                    attached.mapped.push((index, slot));
+                    let reached = region.reachable && note(vm.reach(slot, true));
+                    attached.mapped.push(Mapped { index, slot, reached });
                 } else {
                     self.free_slots.push(number);
                 }

@@ -1,5 +1,7 @@
 use std::{cell::RefCell, collections::BTreeSet};
 
+use casemate_pci::Space;
+
 use super::*;
 use crate::assigned::Registers;
 
@@ -8,6 +10,7 @@ use crate::assigned::Registers;
 struct Host {
     slots: RefCell<BTreeMap<u32, MemorySlot>>,
     bells: RefCell<BTreeSet<u64>>,
+    reached: RefCell<BTreeMap<u64, u64>>,
     fails: RefCell<bool>,
 }
 
@@ -28,7 +31,8 @@ impl Vm for Host {
             return Err(Error::Lacks("memory slots today"));
         }
         if slot.size_bytes == 0 {
-            assert!(slots.remove(&slot.slot).is_some(), "only what is mapped is unmapped");
+            let gone = slots.remove(&slot.slot).expect("only what is mapped is unmapped");
+            assert!(!self.reached.borrow().contains_key(&gone.guest_address), "devices reach it still");
             return Ok(());
         }
         let apart = |other: &MemorySlot| {
@@ -37,6 +41,20 @@ impl Vm for Host {
         };
         assert!(slots.values().all(apart), "slots may not overlap");
         assert!(slots.insert(slot.slot, slot).is_none(), "slot {} is in use", slot.slot);
+        Ok(())
+    }
+
+    fn reach(&self, slot: MemorySlot, on: bool) -> Result<(), Error> {
+        if *self.fails.borrow() {
+            return Err(Error::Lacks("mappings today"));
+        }
+        let mut reached = self.reached.borrow_mut();
+        if on {
+            assert!(self.slots.borrow().contains_key(&slot.slot), "only what is mapped is reached");
+            assert_eq!(reached.insert(slot.guest_address, slot.host_address), None);
+        } else {
+            assert_eq!(reached.remove(&slot.guest_address), Some(slot.host_address));
+        }
         Ok(())
     }
 
@@ -65,6 +83,7 @@ fn maps() -> Maps {
             offset: 0,
             registers: Registers::of_test(0x1000).into(),
             read_only: false,
+            reachable: place == SECOND,
         }];
         maps.attach(place, Attachments { doorbells, regions });
     }
@@ -72,7 +91,7 @@ fn maps() -> Maps {
 }
 
 fn at(place: Place, base: u64) -> Answers {
-    Answers { place, bars: vec![DecodedBar { index: 0, base, size: BAR_BYTES }] }
+    Answers { place, bars: vec![DecodedBar { index: 0, space: Space::Memory, base, size: BAR_BYTES }] }
 }
 
 fn nowhere(place: Place) -> Answers {
@@ -117,6 +136,23 @@ fn what_could_not_be_taken_away_is_taken_away_by_the_next_change() {
     host.failing(false);
     maps.answer(&host, &[at(FIRST, 0x4_0000)]).unwrap();
     assert_eq!((host.mapped(), host.bells.borrow().len()), (vec![0x4_0000], 1));
+}
+
+#[test]
+fn what_devices_reach_moves_with_its_bar() {
+    let (host, mut maps) = (Host::default(), maps());
+    let reached = || host.reached.borrow().keys().copied().collect::<Vec<_>>();
+    maps.answer(&host, &[at(FIRST, 0x1_0000), at(SECOND, 0x2_0000)]).unwrap();
+    assert_eq!(reached(), [0x2_0000], "the first one is nobody's peer");
+    maps.answer(&host, &[at(FIRST, 0x2_0000), at(SECOND, 0x1_0000)]).unwrap();
+    assert_eq!(reached(), [0x1_0000]);
+    // What the IOMMU keeps stays mapped, until it lets it go.
+    host.failing(true);
+    maps.answer(&host, &[nowhere(SECOND)]).unwrap_err();
+    assert_eq!((reached(), host.mapped().len()), (vec![0x1_0000], 2));
+    host.failing(false);
+    maps.answer(&host, &[nowhere(SECOND)]).unwrap();
+    assert_eq!((reached(), host.mapped()), (vec![], vec![0x2_0000]));
 }
 
 #[test]

@@ -15,7 +15,7 @@ use casemate_chipset::{
     Power, PowerEvent, SERIAL_GSI, SERIAL_PORT, SERIAL_PORTS, Serial, WATCHDOG_PORT, WATCHDOG_PORTS,
     Watchdog, panic_read, panic_write,
 };
-use casemate_pci::MsiMessage;
+use casemate_pci::{MsiMessage, Space};
 use casemate_wire::{Counters, End};
 use kvm_bindings::kvm_msi;
 use kvm_ioctls::{VcpuFd, VmFd};
@@ -275,8 +275,11 @@ impl Processor {
 }
 
 impl Bus for Processor {
-    fn port_read(&mut self, port: u16, data: &mut [u8]) {
+    fn port_exit(&mut self) {
         self.count(|counters| &counters.pio);
+    }
+
+    fn port_read(&mut self, port: u16, data: &mut [u8]) {
         data.fill(0xFF);
         if let Some(offset) = port_offset(port, SERIAL_PORT, SERIAL_PORTS, data.len()) {
             self.platform.read_serial(offset, data);
@@ -286,11 +289,12 @@ impl Bus for Processor {
             lock(&self.platform.watchdog).read(offset, data, Instant::now());
         } else if port_offset(port, PANIC_PORT, PANIC_PORTS, data.len()).is_some() {
             panic_read(data);
+        } else {
+            self.platform.root.read(Space::Ports, port.into(), data);
         }
     }
 
     fn port_write(&mut self, port: u16, data: &[u8]) {
-        self.count(|counters| &counters.pio);
         if let Some(offset) = port_offset(port, SERIAL_PORT, SERIAL_PORTS, data.len()) {
             lock(&self.platform.serial).port.write(offset, data);
         } else if let Some(offset) = port_offset(port, POWER_PORT, POWER_PORTS, data.len()) {
@@ -304,8 +308,12 @@ impl Bus for Processor {
             let mut watchdog = lock(&self.platform.watchdog);
             watchdog.write(offset, data, Instant::now());
             self.platform.requests.watch(watchdog.deadline());
-        } else if port_offset(port, PANIC_PORT, PANIC_PORTS, data.len()).is_some() && panic_write(data) {
-            self.platform.requests.panicked();
+        } else if port_offset(port, PANIC_PORT, PANIC_PORTS, data.len()).is_some() {
+            if panic_write(data) {
+                self.platform.requests.panicked();
+            }
+        } else {
+            self.platform.root.write(Space::Ports, port.into(), data);
         }
     }
 
@@ -316,7 +324,7 @@ impl Bus for Processor {
         } else if let Some(offset) = layout::IOAPIC.offset(address, data.len()) {
             lock(&self.platform.ioapic).read(offset, data);
         } else {
-            self.platform.root.memory_read(address, data);
+            self.platform.root.read(Space::Memory, address, data);
         }
     }
 
@@ -328,7 +336,7 @@ impl Bus for Processor {
             let ended = lock(&self.platform.ioapic).write(offset, data);
             self.platform.ended(ended);
         } else {
-            self.platform.root.memory_write(address, data);
+            self.platform.root.write(Space::Memory, address, data);
         }
     }
 

@@ -9,7 +9,7 @@ use std::{
     sync::{Arc, Mutex, MutexGuard, PoisonError, RwLock},
 };
 
-use casemate_pci::{DecodedBars, EcamAddress, Forwarding, Function, RootPort, regs};
+use casemate_pci::{DecodedBars, EcamAddress, Forwarding, Function, RootPort, Space, regs};
 
 use crate::{
     control::{Change, Requests},
@@ -180,18 +180,18 @@ impl RootBus {
         }
     }
 
-    /// A read at a guest physical address; all ones where nobody answers.
-    pub(crate) fn memory_read(&self, address: u64, data: &mut [u8]) {
+    /// A read of memory or ports; all ones where nobody answers.
+    pub(crate) fn read(&self, space: Space, address: u64, data: &mut [u8]) {
         data.fill(0xFF);
-        let answer = self.books().answer_at(address, data.len());
+        let answer = self.books().answer_at(space, address, data.len());
         if let Some((place, bar, offset)) = answer {
             self.with(place, |body| body.function().bar_read(bar, offset, data));
         }
     }
 
-    /// A write at a guest physical address; lost where nobody answers.
-    pub(crate) fn memory_write(&self, address: u64, data: &[u8]) {
-        let answer = self.books().answer_at(address, data.len());
+    /// A write to memory or ports; lost where nobody answers.
+    pub(crate) fn write(&self, space: Space, address: u64, data: &[u8]) {
+        let answer = self.books().answer_at(space, address, data.len());
         if let Some((place, bar, offset)) = answer {
             self.with(place, |body| body.function().bar_write(bar, offset, data));
         }

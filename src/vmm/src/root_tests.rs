@@ -2,14 +2,14 @@ use std::{collections::BTreeMap, sync::Mutex};
 
 use casemate_pci::{
     BarKind, BarRequest, Config, ConfigError, DecodedBar, DecodedBars, HostBridge, Identity, MsiMessage,
-    VectorSink, regs,
+    Space, VectorSink, regs,
 };
 use proptest::prelude::*;
 
 use super::*;
 use crate::layout;
 
-/// A function with one 64-bit and one 32-bit BAR whose bytes tell who answered.
+/// A function with a 64-bit, a 32-bit and an I/O BAR whose bytes tell who answered.
 struct Probe {
     config: Config,
     mark: u8,
@@ -23,7 +23,9 @@ impl Probe {
             class: 0xff_00_00,
             ..Identity::default()
         });
-        for (index, kind, size) in [(0, BarKind::Memory64, 1 << 15), (2, BarKind::Memory32, 16)] {
+        for (index, kind, size) in
+            [(0, BarKind::Memory64, 1 << 15), (2, BarKind::Memory32, 16), (4, BarKind::Io, 8)]
+        {
             config.add_bar(BarRequest { index, size, kind, prefetchable: false }).unwrap();
         }
         Box::new(Self { config, mark })
@@ -144,7 +146,7 @@ fn enable(bus: &RootBus, function: u64) {
 
 fn who(bus: &RootBus, address: u64) -> u8 {
     let mut data = [0];
-    bus.memory_read(address, &mut data);
+    bus.read(Space::Memory, address, &mut data);
     data[0]
 }
 
@@ -192,6 +194,38 @@ fn a_bar_outside_the_windows_is_not_answered() {
     enable(&bus, one);
     write_bar(&bus, one, 0x10_0000);
     assert_eq!((who(&bus, 0x10_0000), count(&mapped)), (0xff, 1));
+}
+
+#[test]
+fn ports_answer_beside_memory_and_not_behind_a_port() {
+    let (bus, mapped) = bus();
+    let who = |port: u64| {
+        let mut data = [0; 2];
+        bus.read(Space::Ports, port, &mut data);
+        data[0]
+    };
+    let (one, two) = (ecam(0, 1, 0, 0), ecam(0, 2, 0, 0));
+    let io = |function| read_u32(&bus, function + u64::from(regs::BASE_ADDRESS_0 + 4 * 4));
+    let [first, second] = [one, two].map(|function| u64::from(io(function) & 0xfffc));
+    assert!(layout::PORTS.holds(first, 8) && layout::PORTS.holds(second, 8) && first != second);
+    assert_eq!(who(first), 0xff, "the decoding of ports is off");
+    bus.config_write(one + u64::from(regs::COMMAND), &regs::COMMAND_IO.to_le_bytes());
+    assert_eq!((who(first), who(first + 6), who(first + 7)), (0x14, 0x14, 0xff));
+    assert_eq!((who(second), count(&mapped)), (0xff, 1));
+    let both = regs::COMMAND_IO | regs::COMMAND_MEMORY;
+    bus.config_write(one + u64::from(regs::COMMAND), &both.to_le_bytes());
+    let mut data = [0];
+    bus.read(Space::Memory, first, &mut data);
+    assert_eq!((data[0], who(first)), (0xff, 0x14), "a port is no address of memory");
+    // Where the platform's own ports are, no function answers.
+    bus.config_write(one + u64::from(regs::BASE_ADDRESS_0 + 4 * 4), &0x601u32.to_le_bytes());
+    assert_eq!((who(0x600), who(first)), (0xff, 0xff));
+    put_behind(&bus, 0, &[0x50]);
+    enable(&bus, ecam(0, 4, 0, 0));
+    let behind = ecam(1, 0, 0, 0);
+    bus.config_write(behind + u64::from(regs::BASE_ADDRESS_0 + 4 * 4), &0xd001u32.to_le_bytes());
+    bus.config_write(behind + u64::from(regs::COMMAND), &both.to_le_bytes());
+    assert_eq!((io(behind), who(0xd000)), (0xd001, 0xff));
 }
 
 #[test]
@@ -320,8 +354,10 @@ proptest! {
             let mapped = mapped.lock().unwrap();
             let bars: Vec<_> = mapped.values().flatten().collect();
             for (index, bar) in bars.iter().enumerate() {
-                prop_assert!(WINDOWS.iter().any(|window| window.holds(bar.base, bar.size)));
-                for other in bars.iter().skip(index + 1) {
+                let ports = bar.space == Space::Ports;
+                let windows = if ports { &[layout::PORTS][..] } else { &WINDOWS };
+                prop_assert!(windows.iter().any(|window| window.holds(bar.base, bar.size)));
+                for other in bars.iter().skip(index + 1).filter(|other| other.space == bar.space) {
                     prop_assert!(bar.base + bar.size <= other.base || other.base + other.size <= bar.base);
                 }
             }

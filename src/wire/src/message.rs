@@ -7,7 +7,7 @@ use serde::{Deserialize, Serialize};
 use crate::{Answer, Ask, DeviceKind, Event, Limits, Refused};
 
 /// Version of this protocol. Both programs come from one build; a mismatch is refused at the first message.
-pub const VERSION: u32 = 4;
+pub const VERSION: u32 = 5;
 /// Most bytes of an encoded message.
 pub const MESSAGE_BYTES: usize = 32 << 10;
 /// Most descriptors with one message.
@@ -90,6 +90,10 @@ pub struct Machine {
     pub groups: Vec<Slot>,
     /// Assigned functions of those groups.
     pub devices: Vec<Assigned>,
+    /// Whether those reach each other's registers by DMA.
+    pub peer_to_peer: bool,
+    /// The address behind the last that their IOMMU translates, where the kernel tells it.
+    pub dma_end: Option<u64>,
     /// Slots for cards that come while the guest runs.
     pub hotplug: Hotplug,
     /// What of its disks and network cards is limited from the start.

@@ -57,7 +57,8 @@ fn host_bridge(pci: &PciHost, sink: &mut dyn AmlSink) {
         Space::new_memory(not_cacheable, true, pci.mmio32.start as u32, (pci.mmio32.end - 1) as u32, None);
     let high = (!pci.mmio64.is_empty())
         .then(|| Space::new_memory(not_cacheable, true, pci.mmio64.start, pci.mmio64.end - 1, None));
-    let mut resources: Vec<&dyn Aml> = vec![&buses, &low];
+    let ports = Space::new_io(*pci.ports.start(), *pci.ports.end(), None);
+    let mut resources: Vec<&dyn Aml> = vec![&buses, &ports, &low];
     if let Some(high) = &high {
         resources.push(high);
     }

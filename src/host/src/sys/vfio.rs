@@ -110,12 +110,12 @@ pub(crate) fn iommu_info(container: impl AsFd) -> io::Result<Vec<u8>> {
 }
 
 /// The first bytes of the device's option ROM, at most `bytes_max`; empty when it has none that can be read.
-pub(crate) fn option_rom(device: impl AsFd, bytes_max: usize) -> io::Result<Vec<u8>> {
+pub(crate) fn option_rom(device: impl AsFd, bytes_max: u64) -> io::Result<Vec<u8>> {
     let region = region(&device, VFIO_PCI_ROM_REGION_INDEX)?;
-    let size = usize::try_from(region.size).map_err(io::Error::other)?;
-    if size > bytes_max {
-        return Err(io::Error::new(io::ErrorKind::FileTooLarge, format!("a ROM of {size} bytes")));
+    if region.size > bytes_max {
+        return Err(io::Error::new(io::ErrorKind::FileTooLarge, format!("a ROM of {} bytes", region.size)));
     }
+    let size = usize::try_from(region.size).map_err(io::Error::other)?;
     let mut rom = vec![0; size];
     let mut done = 0;
     while let Some(rest) = rom.get_mut(done..).filter(|rest| !rest.is_empty()) {

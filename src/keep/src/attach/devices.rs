@@ -164,9 +164,8 @@ impl Devices {
         let Taking { host, ledger, owner, pools, functions, there_bytes } = taking;
         let mut needs = cell::dma_needs(&self.guest);
         needs.set_aside_bytes = needs.set_aside_bytes.max(*there_bytes);
-        let mut all: Vec<PciAddress> =
-            self.admitted.spec().devices.iter().map(|device| device.address).collect();
-        all.extend(addresses.iter().filter(|address| !all.contains(address)).copied().collect::<Vec<_>>());
+        // With those that come: the policies have been asked.
+        let all: Vec<PciAddress> = self.admitted.spec().devices.iter().map(|device| device.address).collect();
         judge_dma(host, functions, &all, &needs)?;
         let request = ClaimRequest {
             owner: owner.clone(),
@@ -176,8 +175,7 @@ impl Devices {
             judged: self.admitted.policies().current().has(Kind::Device),
         };
         let claim = claim(host, ledger, request)?;
-        let made_ready = self.make_ready(taking, addresses, &claim, &needs);
-        match made_ready {
+        match self.make_ready(taking, addresses, &claim, &needs) {
             Ok(()) => Ok(claim),
             Err(refusal) => {
                 claim.release(host, ledger, &mut |_| None);

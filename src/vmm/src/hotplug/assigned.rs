@@ -6,17 +6,16 @@
 
 use std::{os::fd::OwnedFd, sync::Arc};
 
-use casemate_passthrough::{Container, VfioDevice};
+use casemate_passthrough::{Container, Seat, VfioDevice};
 use casemate_pci::Function;
 use casemate_virtio::BalloonControl;
 use vm_memory::GuestMemoryMmap;
-use vmm_sys_util::eventfd::EventFd;
 
-use super::{Refusal, told};
+use super::{Refusal, add_vectors, told};
 use crate::{
     assigned::{self, KvmVfio, Registers},
-    control::{Change, Requests, Vectors},
-    error::{During, Error},
+    control::{Change, Requests},
+    error::Error,
     maps::Attachments,
     root::Place,
 };
@@ -161,20 +160,15 @@ fn one(
     let device = Arc::new(VfioDevice::from_fd(device).map_err(|error| Error::device(address, error))?);
     let number = requests.add_device(Arc::clone(&device)).map_err(Refusal::device)?;
     taken.devices.push(number);
-    let found = assigned::find(&device, number, address, requests)?;
+    let found = assigned::find(&device, number, address, Seat::Slot, requests)?;
     if found.probe.intx() {
         let cause = format!(
             "{address} has neither MSI nor MSI-X, and a slot has no line for INTx: give it to the guest when it starts"
         );
         return Err(Refusal("hotplug-intx", cause));
     }
-    let make = |_| EventFd::new(libc::EFD_NONBLOCK | libc::EFD_CLOEXEC).during("making an eventfd");
-    let events: Arc<[EventFd]> = (0..found.probe.vectors()).map(make).collect::<Result<_, _>>()?;
-    let duplicate = |event: &EventFd| event.try_clone().during("duplicating an eventfd");
-    let for_control = events.iter().map(duplicate).collect::<Result<_, _>>()?;
-    let first_gsi = requests.add_vectors(for_control).map_err(Refusal::device)?;
-    taken.vectors.push((first_gsi, found.probe.vectors().into()));
-    let sink = Vectors { first_gsi, events, requests: Arc::clone(requests) };
+    let sink = add_vectors(requests, found.probe.vectors())?;
+    taken.vectors.push((sink.first_gsi, found.probe.vectors().into()));
     let (function, regions) = found.connect(sink, address)?;
     taken.registers.extend(regions.iter().map(|region| Arc::clone(&region.registers)));
     taken.places.push(place);

@@ -2,10 +2,13 @@
 
 use std::collections::{BTreeMap, BTreeSet};
 
-use casemate_pci::{DecodedBar, DecodedBars, Forwarding};
+use casemate_pci::{DecodedBar, DecodedBars, Forwarding, Space};
 
 use super::Place;
-use crate::{layout::Range, maps::Answers};
+use crate::{
+    layout::{self, Range},
+    maps::Answers,
+};
 
 /// One BAR at the place where it answers.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -61,8 +64,8 @@ impl Books {
     }
 
     /// Who answers to the `length` bytes at `address`: the function, its BAR, and where in it.
-    pub(super) fn answer_at(&self, address: u64, length: usize) -> Option<(Place, u8, u64)> {
-        self.answers.iter().find_map(|answer| {
+    pub(super) fn answer_at(&self, space: Space, address: u64, length: usize) -> Option<(Place, u8, u64)> {
+        self.answers.iter().filter(|answer| answer.bar.space == space).find_map(|answer| {
             let range = Range { start: answer.bar.base, size: answer.bar.size };
             let offset = range.offset(address, length)?;
             Some((answer.place, answer.bar.index, offset))
@@ -94,7 +97,9 @@ impl Books {
         for answer in old.into_iter().chain(new) {
             let bar = answer.bar;
             let apart = |other: &Answer| {
-                bar.base >= other.bar.base + other.bar.size || other.bar.base >= bar.base + bar.size
+                bar.space != other.bar.space
+                    || bar.base >= other.bar.base + other.bar.size
+                    || other.bar.base >= bar.base + bar.size
             };
             if now.iter().all(apart) {
                 now.push(answer);
@@ -118,7 +123,11 @@ impl Books {
 
     /// Whether accesses to a BAR reach the function.
     fn routes(&self, answer: &Answer) -> bool {
-        let DecodedBar { base, size, .. } = answer.bar;
+        let DecodedBar { base, size, space, .. } = answer.bar;
+        if space == Space::Ports {
+            // No port of ours has a window for them.
+            return answer.place.bus == 0 && layout::PORTS.holds(base, size);
+        }
         let Some(last) = base.checked_add(size - 1) else { return false };
         let through = |port: &Forwarding| {
             port.windows.iter().flatten().any(|window| window.contains(&base) && window.contains(&last))

@@ -3,7 +3,10 @@
 use casemate_pci::BarKind;
 
 use super::{Body, Place};
-use crate::{error::Error, layout::Range};
+use crate::{
+    error::Error,
+    layout::{self, Range},
+};
 
 const PAGE_BYTES: u64 = 4096;
 
@@ -32,13 +35,16 @@ pub(super) fn place(
     windows: [Range; 2],
     ports: PortWindows,
 ) -> Result<(), Error> {
-    let mut wants: [Vec<(u64, u64, Want)>; 2] = Default::default();
-    let [low, high] = &mut wants;
+    let mut wants: [Vec<(u64, u64, Want)>; 3] = Default::default();
+    let [low, high, io] = &mut wants;
     for (index, (_, body)) in functions.iter_mut().enumerate() {
         for bar in body.function().bars() {
-            let list = if bar.kind == BarKind::Memory64 { &mut *high } else { &mut *low };
-            // A page of its own for each: pages are what KVM maps.
-            let size = bar.size.max(PAGE_BYTES);
+            // In memory a page of its own for each: pages are what KVM maps.
+            let (list, size) = match bar.kind {
+                BarKind::Io => (&mut *io, bar.size),
+                BarKind::Memory32 => (&mut *low, bar.size.max(PAGE_BYTES)),
+                BarKind::Memory64 => (&mut *high, bar.size.max(PAGE_BYTES)),
+            };
             list.push((size, size, Want::Bar(index, bar.index)));
         }
         if matches!(body, Body::Port(_)) {
@@ -49,7 +55,9 @@ pub(super) fn place(
         }
     }
     let mut starts = vec![[0; 2]; functions.len()];
-    for ((which, mut list), window) in wants.into_iter().enumerate().zip(windows) {
+    let [window32, window64] = windows;
+    let all = [window32, window64, layout::PORTS];
+    for ((which, mut list), window) in wants.into_iter().enumerate().zip(all) {
         list.sort_by_key(|(_, alignment, _)| std::cmp::Reverse(*alignment));
         let mut next = window.start;
         for (size, alignment, want) in list {
