@@ -66,6 +66,8 @@ pub mod devices {
     /// Another NVMe drive, whose one namespace is its own: 16 MiB that hold the pattern until a test has them erased. It has other IDs than
     /// [`NVME`], and the host's driver leaves it alone.
     pub const ERASED_NVME: &str = "0000:0c:00.0";
+    /// A virtio graphics card behind the IOMMU.
+    pub const VIRTIO_GPU: &str = "0000:0d:00.0";
     /// The NVMe drive's second namespace belongs to no controller at first: 16 MiB that hold the pattern.
     pub const NVME_SECOND_NAMESPACE: u32 = 2;
 }

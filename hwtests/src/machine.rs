@@ -217,6 +217,8 @@ const DEVICES: &[&str] = &[
     "-device pcie-root-port,id=rp10,chassis=10 -device edu,bus=rp10,addr=0.0,multifunction=on",
     "-device edu,bus=rp10,addr=0.1",
     "-device pcie-root-port,id=rp11,chassis=11",
+    "-device pcie-root-port,id=rp12,chassis=12",
+    "-device virtio-gpu-pci,bus=rp12,iommu_platform=on,disable-legacy=on",
 ];
 
 /// A lab that was started. Dropped, it is killed and its disks are removed.

@@ -1,6 +1,11 @@
 //! Devices of other kinds: large BARs, displays, MSI, a card that is reset as a whole, and what goes wrong with some.
 
-use std::{fs, path::Path, thread, time::Duration};
+use std::{
+    fs,
+    path::{Path, PathBuf},
+    thread,
+    time::Duration,
+};
 
 use casemate_hwtests::{
     devices, expect,
@@ -58,10 +63,42 @@ fn run_guest(ctx: &Ctx, guest: &GuestFile) -> Result<Finished, Failure> {
     start(ctx, guest)?.wait(GUEST)
 }
 
-/// A BAR of 8 GiB, a display, a teaching device, a SATA controller by MSI, and virtio behind the IOMMU: all in one guest.
+/// The modules of the kernel's driver for virtio graphics, in the order of their needs: in the image of every guest they would
+/// cost each start.
+const GPU_MODULES: [&str; 5] = [
+    "virtio/virtio_dma_buf",
+    "gpu/drm/drm",
+    "gpu/drm/drm_kms_helper",
+    "gpu/drm/drm_shmem_helper",
+    "gpu/drm/virtio/virtio-gpu",
+];
+
+/// Those, as a disk that is an archive.
+fn gpu_modules(ctx: &Ctx) -> Result<PathBuf, Failure> {
+    let (lab, directory) = (ctx.layout().root().display(), ctx.directory().display());
+    let archive = ctx.directory().join("modules.tar");
+    ctx.shell(&format!(
+        "cd {lab}/kernel/lib/modules/*/kernel/drivers && mkdir {directory}/modules &&
+        for module in {}; do xz -dc $module.ko.xz >{directory}/modules/$(basename $module).ko || exit 1; done &&
+        tar -C {directory}/modules -cf {} .",
+        GPU_MODULES.join(" "),
+        archive.display()
+    ))?;
+    Ok(archive)
+}
+
+/// A BAR of 8 GiB, a display, a teaching device, a SATA controller by MSI, and virtio behind the IOMMU, a network card and
+/// graphics: all in one guest.
 pub(crate) fn many_kinds_in_one_guest(ctx: &mut Ctx) -> Result<(), Failure> {
     let before = HostState::now();
-    let all = [devices::LARGE_BAR, devices::DISPLAY, devices::EDU, devices::SATA, devices::VIRTIO_NET];
+    let all = [
+        devices::LARGE_BAR,
+        devices::DISPLAY,
+        devices::EDU,
+        devices::SATA,
+        devices::VIRTIO_NET,
+        devices::VIRTIO_GPU,
+    ];
     let drivers = all.map(|address| ctx.driver_of(address));
     let script = format!(
         r#"{WORDS}{REGISTERS}
@@ -87,9 +124,18 @@ pub(crate) fn many_kinds_in_one_guest(ctx: &mut Ctx) -> Result<(), Failure> {
         dmesg | grep -i virtio
         card=$(interface virtio_net)
         ip addr add 10.0.2.15/24 dev "$card"; ip link set "$card" up
-        ping -c 3 -W 5 -I "$card" 10.0.2.2 && echo gateway-answered"#
+        ping -c 3 -W 5 -I "$card" 10.0.2.2 && echo gateway-answered
+
+        cd /tmp; tar xf /dev/vda
+        for module in {modules}; do insmod $(basename $module).ko || echo "no $module"; done
+        n=0; until [ -e /dev/dri/card0 ] || [ $n = 100 ]; do sleep 0.1; n=$((n + 1)); done
+        echo "gpu-mode: $(head -n 1 /sys/class/drm/card0-Virtual-1/modes)"
+        echo "gpu-interrupts: $(interrupts virtio)""#,
+        modules = GPU_MODULES.join(" ")
     );
-    let guest = all.iter().fold(ctx.guest(&script)?, |guest, address| guest.device(address));
+    let modules = gpu_modules(ctx)?;
+    let guest =
+        all.iter().fold(ctx.guest(&script)?.disk(&modules, true), |guest, address| guest.device(address));
     let run = run_guest(ctx, &guest)?;
     run.success()?.printed("gateway-answered")?.printed("rom-is-hidden")?;
     for (label, value) in [
@@ -108,6 +154,8 @@ pub(crate) fn many_kinds_in_one_guest(ctx: &mut Ctx) -> Result<(), Failure> {
     }
     let interrupts: u64 = run.value("sata-interrupts:")?.parse()?;
     expect!(interrupts >= 16, "16 MiB came from the SATA disk with {interrupts} MSI interrupts");
+    // What the card says of its screen came by DMA, in answer to a request.
+    expect!(run.value("gpu-mode:")?.contains('x'), "the graphics card has no screen");
     for (address, driver) in all.iter().zip(&drivers) {
         came_back(&run, address, driver.as_deref())?;
     }
@@ -179,6 +227,11 @@ pub(crate) fn peers_reach_each_other(ctx: &mut Ctx) -> Result<(), Failure> {
     came_back(&run, devices::EDU, None)?;
     let alone = run_guest(ctx, &guest()?)?;
     alone.success()?;
+    let report = alone.report()?;
+    let faults = report.pointer("/devices/0/iommu_faults").and_then(Value::as_u64).unwrap_or_default();
+    expect!(faults > 0, "DMA that was stopped isn't counted: {report}");
+    let told = ctx.run(["casemate", "events", ctx.name(), "--json"])?;
+    expect!(told.success()?.stdout.contains("dma-stopped"), "nobody is told of it: {}", told.stdout);
     expect!(alone.value("written:")? == "0x0000000000000001", "devices reached each other unasked");
     before.expect_unchanged()
 }
@@ -276,6 +329,7 @@ pub(crate) fn card_is_reset_as_a_whole(ctx: &mut Ctx) -> Result<(), Failure> {
         for n in 1 2; do
           edu=$(device 0x1234:0x11e8 $n); on $edu; registers=$(bar $edu 0)
           echo "found-$n: $(get $registers+4 32)"; put $registers+4 32 0x12345678; echo "left-$n: $(get $registers+4 32)"
+          echo "place-$n: ${{edu##*:}}"
         done"#
     );
     for _ in ["first", "second"] {
@@ -286,6 +340,9 @@ pub(crate) fn card_is_reset_as_a_whole(ctx: &mut Ctx) -> Result<(), Failure> {
                 "not the teaching device"
             );
         }
+        let places = (run.value("place-1:")?, run.value("place-2:")?);
+        let devices = (places.0.strip_suffix(".0"), places.1.strip_suffix(".1"));
+        expect!(devices.0.is_some() && devices.0 == devices.1, "one card's functions sit at {places:?}");
         expect_method(&run, "card")?;
         came_back(&run, first, None)?;
         came_back(&run, second, None)?;

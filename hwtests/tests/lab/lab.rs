@@ -38,6 +38,7 @@ pub(crate) fn has_the_devices(ctx: &mut Ctx) -> Result<(), Failure> {
         (devices::CARD[0], "0x1234:0x11e8"),
         (devices::CARD[1], "0x1234:0x11e8"),
         (devices::ERASED_NVME, "0x8086:0x5845"),
+        (devices::VIRTIO_GPU, "0x1af4:0x1050"),
     ];
     for (address, id) in expected {
         let read = |name: &str| fs::read_to_string(format!("/sys/bus/pci/devices/{address}/{name}"));

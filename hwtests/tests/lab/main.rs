@@ -122,6 +122,9 @@ const TESTS: &[LabTest] = &[
     LabTest::new("nvme-works-and-comes-back", passthrough::drive_works_and_comes_back),
     LabTest::new("e1000e-works-and-comes-back", passthrough::e1000e_works_and_comes_back),
     LabTest::new("igb-works-and-comes-back", passthrough::igb_works_and_comes_back),
+    LabTest::new("ten-reboots-in-a-row", passthrough::ten_reboots_in_a_row)
+        .long("ten guests, one after the other")
+        .deadline_seconds(900),
     LabTest::new("rtl8139-works-by-intx", passthrough::rtl8139_works_by_intx),
     LabTest::new("two-devices-in-one-guest", passthrough::two_devices_in_one_guest),
     LabTest::new("pool-gives-a-drive-to-one-tenant", pools::pool_gives_a_drive_to_one_tenant),
@@ -142,6 +145,10 @@ const TESTS: &[LabTest] = &[
         .deadline_seconds(1800),
     LabTest::new("vfio-virtual-functions-of-a-card", virtual_functions::of_a_card_in_two_guests),
     LabTest::new("vfio-virtual-function-goes-with-its-card", virtual_functions::of_a_card_whose_driver_goes),
+    LabTest::new(
+        "vfio-virtual-function-ends-with-its-cards-reset",
+        virtual_functions::of_a_card_that_is_reset,
+    ),
     LabTest::new("vfio-virtual-functions-of-a-killed-keep-go", virtual_functions::of_a_killed_keep_go),
     LabTest::new("vfio-virtual-functions-of-a-drive", virtual_functions::of_a_drive_has_its_namespace).long(
         "QEMU 10.0.2 often ends itself when a namespace is taken from a virtual function (nvme_detach_ns)",

@@ -17,7 +17,7 @@ use crate::{
 };
 
 /// What obeys its power button.
-const OBEYS: &str = "modprobe evdev; grep . /sys/class/input/event0/device/name
+pub(crate) const OBEYS: &str = "modprobe evdev; grep . /sys/class/input/event0/device/name
     exec 3</dev/input/event0; echo guest-has-it; head -c 24 <&3 >/dev/null && echo button-was-pressed";
 
 /// An operator unbinds it as if nobody had it: the guest powers off, and the drive is proven and back with its driver.
@@ -78,7 +78,8 @@ pub(crate) fn failed_device_stops_its_guest(ctx: &mut Ctx) -> Result<(), Failure
     before.expect_unchanged()
 }
 
-/// The keep's eventfd for the errors of its one device: of its epoll set with two members, that with the number 1.
+/// The keep's eventfd for the errors of its one device: of its epoll set with three members (its requests, its errors, and the
+/// kernel's log), that with the number 1.
 fn error_trigger(keep: &Running) -> Result<OwnedFd, Failure> {
     let missing = || Failure::new("the keep listens to no device's errors");
     for entry in fs::read_dir(format!("/proc/{}/fdinfo", keep.pid()))?.flatten() {
@@ -90,7 +91,7 @@ fn error_trigger(keep: &Running) -> Result<OwnedFd, Failure> {
             .collect();
         let number = |member: &&Vec<&str>, number: &str| member.get(5) == Some(&number);
         let Some(trigger) = members.iter().find(|member| number(member, "1")) else { continue };
-        if members.len() == 2 {
+        if members.len() == 3 {
             return descriptor_of(keep.pid(), trigger.get(1).ok_or_else(missing)?.parse()?);
         }
     }

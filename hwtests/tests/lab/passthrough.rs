@@ -8,7 +8,10 @@ use casemate_hwtests::{
 };
 use serde_json::Value;
 
-use crate::host_state::{HostState, claims};
+use crate::{
+    endings::ending,
+    host_state::{HostState, claims},
+};
 
 /// What the scripts of these tests' guests begin with.
 pub(crate) const WORDS: &str = r#"
@@ -107,6 +110,27 @@ pub(crate) fn two_devices_in_one_guest(ctx: &mut Ctx) -> Result<(), Failure> {
     came_back(&run, devices::NVME, Some("nvme"))?;
     came_back(&run, devices::IGB, Some("igb"))?;
     before.expect_unchanged()
+}
+
+/// Ten times a guest reboots while it reads its drive: each run ends by that, and the drive comes back clean for the next.
+pub(crate) fn ten_reboots_in_a_row(ctx: &mut Ctx) -> Result<(), Failure> {
+    have_drive(ctx)?;
+    let before = HostState::now();
+    let script = format!(
+        r#"{WORDS}
+        wait_for /sys/block/nvme0n1/size 131072
+        n=0; until [ -b /dev/nvme0n1 ] || [ $n = 100 ]; do sleep 0.1; n=$((n + 1)); done
+        dd if=/dev/nvme0n1 of=/dev/null bs=4096 iflag=direct & sleep 1; echo drive-is-read; reboot -f; sleep 30"#
+    );
+    let guest = ctx.guest(&script)?.device(devices::NVME);
+    for _ in 0..10 {
+        let run = ctx.run_guest(&guest)?;
+        expect!(ending(&run)? == "reset", "the run ended by {}", ending(&run)?);
+        run.printed("drive-is-read")?;
+        came_back(&run, devices::NVME, Some("nvme"))?;
+        before.expect_unchanged()?;
+    }
+    Ok(())
 }
 
 /// A card whose only interrupt is INTx. Its group's mate is in use at first, and its reset is its bus's, so the mate has

@@ -55,7 +55,7 @@ pub(crate) fn come_and_go(ctx: &mut Ctx) -> Result<(), Failure> {
 pub(crate) fn ten_in_a_row(ctx: &mut Ctx) -> Result<(), Failure> {
     have_drive(ctx)?;
     let before = HostState::now();
-    let running = start(ctx, &ctx.guest(&drive_script(10, ""))?.slots(1))?;
+    let running = start(ctx, &ctx.guest(&drive_script(10, ""))?.slots(2))?;
     running.wait_for_text("guest is ready", SOON)?;
     plug_drive(ctx, &running, 10)?;
     running.wait(SOON)?.success()?;

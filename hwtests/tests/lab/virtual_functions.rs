@@ -11,6 +11,7 @@ use rustix::process::Signal;
 use crate::{
     endings::SOON,
     host_state::HostState,
+    notices::OBEYS,
     passthrough::{WORDS, came_back_somewhere, have_drive},
 };
 
@@ -122,6 +123,23 @@ pub(crate) fn of_a_card_whose_driver_goes(ctx: &mut Ctx) -> Result<(), Failure> 
     let list = ctx.run(["casemate", "devices"])?;
     expect!(!list.success()?.stdout.contains("vf-g"), "the guest still has something");
     Ok(())
+}
+
+/// The physical function is reset, and stays: the guest that has a virtual one ends in order, and is told why.
+pub(crate) fn of_a_card_that_is_reset(ctx: &mut Ctx) -> Result<(), Failure> {
+    ctx.load_driver("igb")?;
+    let before = HostState::now();
+    let running = start(ctx, "vf-r", "cards", CARDS, OBEYS)?;
+    running.wait_for_text("guest-has-it", SOON)?;
+    ctx.shell(&format!("echo 1 >/sys/bus/pci/devices/{}/reset", devices::IGB))?;
+    running.wait_for_step("parent-reset", SOON)?;
+    let run = running.wait(SOON)?;
+    run.success()?.printed("button-was-pressed")?;
+    came_back_somewhere(&run)?;
+    let told = ctx.run(["casemate", "events", "vf-r", "--json"])?;
+    expect!(told.success()?.stdout.contains("parent-reset"), "it is in no log: {}", told.stdout);
+    expect_none(devices::IGB)?;
+    before.expect_unchanged()
 }
 
 /// The keep dies, and the next command removes what it made.

@@ -147,16 +147,18 @@ pub(crate) fn tell(step: &Step, json: bool) {
             output::aside("the guest says that its kernel has panicked")
         }
         Step::DeviceWanted { device, slot } => {
-            let what = match slot {
-                None => "the guest is to end".to_owned(),
-                Some(slot) => format!("the guest is to let it go from slot {slot}"),
-            };
-            output::aside(&format!("the host wants {device} back, so {what}"));
+            output::aside(&format!("the host wants {device} back, so {}", goes(*slot)));
+        }
+        Step::ParentReset { device, slot } => {
+            output::aside(&format!("the card of {device} was reset, so {}", goes(*slot)));
         }
         Step::Attached { devices, slot } => {
             let devices: Vec<_> = devices.iter().map(ToString::to_string).collect();
             output::aside(&format!("{} came into slot {slot}", devices.join(", ")));
         }
+        Step::DmaStopped { device, count } => output::aside(&format!(
+            "{device} asked for memory that isn't the guest's, and was stopped by the IOMMU ({count} times at least)"
+        )),
         Step::DeviceFailed { device } => output::aside(&format!(
             "{device} has reported an error that was not corrected, so the guest is stopped"
         )),
@@ -172,6 +174,13 @@ pub(crate) fn tell(step: &Step, json: bool) {
     }
 }
 
+/// How a device goes.
+fn goes(slot: Option<u8>) -> String {
+    slot.map_or("the guest is to end".to_owned(), |slot| {
+        format!("the guest is to let it go from slot {slot}")
+    })
+}
+
 /// A device's return in a line.
 pub(crate) fn returned(device: &DeviceReport) -> String {
     let seen = &device.returned;
@@ -183,6 +192,9 @@ pub(crate) fn returned(device: &DeviceReport) -> String {
         Some(why) => format!("{}: not reset, for {why}; {to}", seen.address),
         None => format!("{}: {}; {}; {to}", seen.address, proof(device), scrubbed(seen)),
     };
+    if let Some(faults) = seen.iommu_faults.filter(|faults| *faults > 0) {
+        line.push_str(&format!("; the IOMMU stopped its DMA {faults} times at least"));
+    }
     if let Some(why) = &seen.quarantined {
         line.push_str(&format!("; QUARANTINED: {why}"));
     }

@@ -91,7 +91,7 @@ pub fn claim(host: &Host, ledger: &Ledger, request: ClaimRequest) -> Result<Clai
     let ClaimRequest { owner, digests, .. } = request;
     let taken = take(host, &records).and_then(|opened| {
         digest_firmware(ledger, &owner, &mut records, &opened, &digests)?;
-        let notices = Notices::of(&records, &opened.fds)?;
+        let notices = Notices::of(host, &records, &opened.fds)?;
         Ok((opened, notices))
     });
     match taken {

@@ -14,6 +14,7 @@ use crate::{
     host::{Host, attribute, link_name},
     ledger::DeviceRecord,
     sys::child,
+    variant::{self, is_vfio_driver},
 };
 
 /// The driver that hands functions to guests.
@@ -73,23 +74,32 @@ pub(crate) fn unbind(host: &Host, address: PciAddress) -> Result<(), Refusal> {
     wait(host.deadlines.unbind, || current(host, address).is_none()).then_some(()).ok_or_else(timeout)
 }
 
-/// Takes a function from whatever driver has it to VFIO's.
+/// Takes a function from whatever driver has it to VFIO's: to that for its vendor's cards where the kernel has one, else, or
+/// when that doesn't take it, to the one for all.
 pub(crate) fn bind_vfio(host: &Host, address: PciAddress) -> Result<(), Refusal> {
-    set_driver_override(host, address, Some(VFIO))?;
-    if current(host, address).as_deref() == Some(VFIO) {
+    if let Some(name) = current(host, address).filter(|name| is_vfio_driver(name)) {
+        return set_driver_override(host, address, Some(&name));
+    }
+    let of_vendor = variant::of(host, address).filter(|name| load(host, name));
+    if of_vendor.is_some_and(|name| bind(host, address, &name).is_ok()) {
         return Ok(());
     }
+    bind(host, address, VFIO)
+}
+
+fn bind(host: &Host, address: PciAddress, name: &str) -> Result<(), Refusal> {
+    set_driver_override(host, address, Some(name))?;
     unbind(host, address)?;
     // Not by drivers_probe: that does nothing, and says it went well, while a driver is still on its way out. The
     // driver's own bind waits for the device's lock, and tells what its probe said.
-    let bind = host.path("sys/bus/pci/drivers").join(VFIO).join("bind");
+    let bind = host.path("sys/bus/pci/drivers").join(name).join("bind");
     let probed = child::write(&bind, address.to_string().as_bytes(), host.deadlines.bind);
-    let bound = || current(host, address).as_deref() == Some(VFIO);
+    let bound = || current(host, address).as_deref() == Some(name);
     match probed {
         _ if bound() => Ok(()),
         Ok(()) if wait(host.deadlines.bind, bound) => Ok(()),
-        Ok(()) => Err(failed("device-bind-failed", address, &format!("{VFIO} did not take it"))),
-        Err(error) => Err(failed("device-bind-failed", address, &format!("{VFIO} did not take it: {error}"))),
+        Ok(()) => Err(failed("device-bind-failed", address, &format!("{name} did not take it"))),
+        Err(error) => Err(failed("device-bind-failed", address, &format!("{name} did not take it: {error}"))),
     }
 }
 
@@ -117,14 +127,13 @@ fn leave_vfio(host: &Host, record: &DeviceRecord) -> Result<Option<String>, Refu
     // A helper of a process that was killed may be in the middle of a move: what is seen after it holds.
     wait_for_moves(host, record.address);
     for _ in 0..MOVES_MAX {
-        if record.former_driver.as_deref() != Some(VFIO)
-            && current(host, record.address).as_deref() == Some(VFIO)
-        {
+        let from_vfio = record.former_driver.as_deref().is_some_and(is_vfio_driver);
+        if !from_vfio && current(host, record.address).as_deref().is_some_and(is_vfio_driver) {
             unbind(host, record.address)?;
         }
         set_driver_override(host, record.address, record.driver_override.as_deref())?;
         let now = current(host, record.address);
-        if now.as_deref() != Some(VFIO) || now == record.former_driver {
+        if from_vfio || !now.as_deref().is_some_and(is_vfio_driver) {
             return Ok(now);
         }
     }
@@ -168,15 +177,7 @@ pub(crate) fn probe(host: &Host, address: PciAddress) {
 
 /// Loads VFIO's driver when it is not there.
 pub(crate) fn load_vfio(host: &Host) -> Result<(), Refusal> {
-    let driver = host.path("sys/bus/pci/drivers").join(VFIO);
-    if driver.exists() {
-        return Ok(());
-    }
-    if host.is_live() {
-        let modprobe = attribute(host.path("proc/sys/kernel/modprobe")).filter(|path| !path.is_empty());
-        run(Path::new(modprobe.as_deref().unwrap_or("/sbin/modprobe")), &[VFIO], host.deadlines.bind);
-    }
-    driver.exists().then_some(()).ok_or_else(|| {
+    load(host, VFIO).then_some(()).ok_or_else(|| {
         let remedy = "load it: modprobe vfio-pci (Debian's linux-image has it, its cloud image does not)";
         Refusal::new(
             "vfio-missing",
@@ -185,6 +186,16 @@ pub(crate) fn load_vfio(host: &Host) -> Result<(), Refusal> {
             remedy,
         )
     })
+}
+
+/// Whether a driver is there, after it was loaded if need be.
+fn load(host: &Host, name: &str) -> bool {
+    let driver = host.path("sys/bus/pci/drivers").join(name);
+    if !driver.exists() && host.is_live() {
+        let modprobe = attribute(host.path("proc/sys/kernel/modprobe")).filter(|path| !path.is_empty());
+        run(Path::new(modprobe.as_deref().unwrap_or("/sbin/modprobe")), &[name], host.deadlines.bind);
+    }
+    driver.exists()
 }
 
 /// Runs a program to its end or its deadline; what it did is seen elsewhere.

@@ -18,6 +18,7 @@ use crate::{
     notices::{Notice, Notices},
     reset, scrub,
     sys::vfio,
+    variant::is_vfio_driver,
 };
 
 /// What became of one function that a guest had.
@@ -29,6 +30,9 @@ pub struct Returned {
     pub reset_method: String,
     /// The reset's result: `Ok` when the ioctl returned 0, else its error, or why there was none.
     pub reset: Result<(), String>,
+    /// How often the kernel's log told that DMA of its was stopped, since it asked for what the guest doesn't have: at least so
+    /// often it was, for the log leaves out most where there are many. `None` where nobody counted.
+    pub iommu_faults: Option<u64>,
     /// Whether bus mastering was seen to be off after the reset.
     pub bus_master_off: bool,
     /// Whether config space was, in what must not change, as before the claim, with MSI and MSI-X off.
@@ -73,6 +77,7 @@ impl Proof {
             address: record.address,
             reset_method: record.reset_method.clone(),
             reset: Err(format!("no reset: {why}")),
+            iommu_faults: None,
             bus_master_off: false,
             config_as_first_seen: false,
             config_differences: Vec::new(),
@@ -115,6 +120,7 @@ impl Proof {
 
     /// A reset and config space say nothing about why a device reported an error: who has hands looks at it first.
     pub(crate) fn heed(&mut self, notices: &Notices) {
+        self.returned.iommu_faults = notices.faults(self.record.address);
         let has_failed = notices.was_told(Notice::Failed(self.record.address));
         if has_failed && matches!(self.next, Next::GiveBack) {
             let why = "it reported an error that was not corrected (AER, see dmesg) while a guest had it";
@@ -235,7 +241,7 @@ fn bind_again(host: &Host, record: &DeviceRecord) -> Result<(), String> {
             .map_err(|refusal| refusal.to_string())
     };
     is_there()?;
-    if let Some(other) = driver::current(host, record.address).filter(|name| name != driver::VFIO) {
+    if let Some(other) = driver::current(host, record.address).filter(|name| !is_vfio_driver(name)) {
         return Err(format!("{other} has it, and nobody has proven it clean"));
     }
     // It may go while it is looked at.

@@ -3,9 +3,7 @@
 use casemate_spec::{PciAddress, Refusal, ScrubStep};
 
 use crate::{
-    ClaimRequest, DeviceState, Host, Ledger, Owner, Returned, claim,
-    driver::{self, VFIO},
-    judge,
+    ClaimRequest, DeviceState, Host, Ledger, Owner, Returned, claim, driver, judge, variant::is_vfio_driver,
 };
 
 /// Takes a free function, and the mates of its group that have drivers, from the host to VFIO's driver. There they stay, also between guests,
@@ -83,7 +81,7 @@ pub fn give_to_host(host: &Host, ledger: &Ledger, address: PciAddress) -> Result
         return Err(Refusal::new("device-state", address, cause, remedy));
     }
     let now = driver::current(host, address);
-    if now.as_deref() != Some(VFIO) {
+    if !now.as_deref().is_some_and(is_vfio_driver) {
         let cause = now.map_or_else(|| "no driver has it".to_owned(), |driver| format!("{driver} has it"));
         let remedy = "leave it: only what vfio-pci has is given back";
         return Err(Refusal::new("device-state", address, cause, remedy));
@@ -95,7 +93,7 @@ pub fn give_to_host(host: &Host, ledger: &Ledger, address: PciAddress) -> Result
 /// Takes it from VFIO's driver, if that has it, and has whichever driver of the host's wants it take it.
 fn to_any_driver(host: &Host, address: PciAddress) -> Result<(), Refusal> {
     driver::set_driver_override(host, address, None)?;
-    if driver::current(host, address).as_deref() == Some(VFIO) {
+    if driver::current(host, address).as_deref().is_some_and(is_vfio_driver) {
         driver::unbind(host, address)?;
     }
     driver::probe(host, address);

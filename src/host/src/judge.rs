@@ -11,10 +11,8 @@ use crate::{
     network::Network,
     process::Process,
     reset, sriov,
+    variant::is_vfio_driver,
 };
-
-/// Drivers under which a function's group can serve a guest.
-const HARMLESS_DRIVERS: [&str; 2] = ["vfio-pci", "pci-stub"];
 
 /// Whether `requested`, all together, can be given to one guest. `functions` is the inventory of the same moment; the
 /// ledger tells what others have.
@@ -238,7 +236,7 @@ fn can_share_group(
         let cause = format!("its mate {address} in IOMMU group {group} is in use: {reason}");
         return refuse(cause, reason.remedy());
     }
-    match mate.driver.as_deref().filter(|driver| !HARMLESS_DRIVERS.contains(driver)) {
+    match mate.driver.as_deref().filter(|driver| !is_vfio_driver(driver) && *driver != "pci-stub") {
         Some(driver) => refuse(
             format!("its mate {address} in IOMMU group {group} stays with the host's driver {driver}"),
             format!("name {address} too, for a group goes as a whole, or unbind it from {driver}"),

@@ -40,6 +40,7 @@ mod host;
 mod identity;
 mod image;
 mod judge;
+mod kernel_log;
 mod ledger;
 mod life;
 mod mountinfo;
@@ -57,6 +58,7 @@ mod sys;
 mod tap;
 mod topology;
 mod uses;
+mod variant;
 
 #[cfg(test)]
 mod fixture;
@@ -82,3 +84,4 @@ pub use sriov::{VfNetwork, leave_virtual_functions, make_virtual_functions, set_
 pub use tap::{Tap, TapRequest};
 pub use topology::{Details, Step};
 pub use uses::Use;
+pub use variant::is_vfio_driver;

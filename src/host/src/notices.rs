@@ -2,21 +2,34 @@
 //!
 //! The triggers are the keep's, set before the guest's process gets its descriptors: they work whatever that process does. It
 //! can take them away from itself, as it has the devices' descriptors too; then the host's request waits for the guest's end.
+//! What an IOMMU stopped stands in the kernel's log, which no guest's process reaches.
 
 use std::{
     fmt::Display,
     io,
     os::fd::{AsFd, BorrowedFd, OwnedFd},
+    path::Path,
+    sync::atomic::{AtomicU64, Ordering},
 };
 
 use casemate_spec::{PciAddress, Refusal};
 use rustix::{
     event::{EventfdFlags, PollFd, PollFlags, Timespec, epoll, eventfd, poll},
+    fs::inotify,
     io::Errno,
 };
 
-use crate::{ledger::DeviceRecord, sys::vfio};
+use crate::{
+    Host,
+    kernel_log::{self, KernelLog},
+    ledger::DeviceRecord,
+    sys::vfio,
+};
 
+/// The kernel's log, among the numbers of the triggers.
+const LOG: u64 = u64::MAX;
+/// Lines of that log, on other things, that are read at most before others are heard again.
+const LINES: usize = 64;
 const NOW: Timespec = Timespec { tv_sec: 0, tv_nsec: 0 };
 
 /// Something that the kernel told of a device.
@@ -26,18 +39,31 @@ pub enum Notice {
     Wanted(PciAddress),
     /// It reported an error that the kernel could not correct (PCIe 6.2): the error interrupt (`VFIO_PCI_ERR_IRQ_INDEX`).
     Failed(PciAddress),
+    /// Somebody has reset the physical function that it is a virtual one of, by sysfs: its state is gone, and no driver of the
+    /// guest's knows. (A driver of the host's that resets its own card by other means is not heard of.)
+    ParentReset(PciAddress),
+    /// Its IOMMU stopped DMA of its: it asked for what the guest doesn't have.
+    Faulted {
+        /// Which.
+        device: PciAddress,
+        /// How often the kernel's log has told so by now. It leaves out most where there are many.
+        count: u64,
+    },
 }
 
-/// The ways on which the kernel tells of a claim's devices. Each speaks once.
+/// The ways on which the kernel tells of a claim's devices. Each trigger speaks once.
 #[derive(Debug)]
 pub struct Notices {
     any: OwnedFd,
     triggers: Vec<(Notice, OwnedFd)>,
+    /// Absent where it can't be read, as in a container without the right.
+    log: Option<KernelLog>,
+    faults: Vec<(PciAddress, AtomicU64)>,
 }
 
 impl Notices {
     /// Has the kernel tell of these functions, which are open.
-    pub(crate) fn of(records: &[DeviceRecord], fds: &[OwnedFd]) -> Result<Self, Refusal> {
+    pub(crate) fn of(host: &Host, records: &[DeviceRecord], fds: &[OwnedFd]) -> Result<Self, Refusal> {
         let mut notices = Self::none().map_err(|error| refuse("epoll", &error))?;
         for (DeviceRecord { address, .. }, fd) in records.iter().zip(fds) {
             let told = notices.add(Notice::Wanted(*address)).and_then(|event| vfio::tell_requests(fd, event));
@@ -48,12 +74,24 @@ impl Notices {
                 Err(error) if matches!(error.raw_os_error(), Some(libc::EINVAL | libc::ENOTTY)) => {}
                 told => told.map_err(|error| refuse(address, &error))?,
             }
+            let parent = host.pci(*address).join("physfn");
+            if parent.exists() {
+                let told = notices.add_parent(*address, &parent);
+                told.map_err(|error| refuse(address, &error))?;
+            }
+        }
+        notices.faults = records.iter().map(|record| (record.address, AtomicU64::new(0))).collect();
+        notices.log = KernelLog::from_now().ok();
+        if let Some(log) = &notices.log {
+            let added = epoll::add(&notices.any, log, epoll::EventData::new_u64(LOG), epoll::EventFlags::IN);
+            added.map_err(|error| refuse("epoll", &error.into()))?;
         }
         Ok(notices)
     }
 
     fn none() -> io::Result<Self> {
-        Ok(Self { any: epoll::create(epoll::CreateFlags::CLOEXEC)?, triggers: Vec::new() })
+        let any = epoll::create(epoll::CreateFlags::CLOEXEC)?;
+        Ok(Self { any, triggers: Vec::new(), log: None, faults: Vec::new() })
     }
 
     /// What can be read of when there is a next one.
@@ -61,14 +99,37 @@ impl Notices {
         self.any.as_fd()
     }
 
-    /// What was told next, each once; `None` when there is nothing new.
+    /// What was told next, each once, but for faults; `None` when there is nothing new.
     pub fn next(&self) -> Option<Notice> {
         let mut events =
             [epoll::Event { flags: epoll::EventFlags::empty(), data: epoll::EventData::new_u64(0) }];
         let count = epoll::wait(&self.any, &mut events, Some(&NOW)).ok()?;
         let event = events.get(..count)?.first()?;
+        if event.data.u64() == LOG {
+            return self.next_fault();
+        }
         let index = usize::try_from(event.data.u64()).ok()?;
         self.triggers.get(index).map(|(notice, _)| *notice)
+    }
+
+    fn next_fault(&self) -> Option<Notice> {
+        let told = self.log.as_ref()?.next(LINES)?;
+        let (device, count) = self.faults.iter().find(|(device, _)| kernel_log::is_of(*device, told))?;
+        let count = count.fetch_add(1, Ordering::Relaxed).saturating_add(1);
+        Some(Notice::Faulted { device: *device, count })
+    }
+
+    /// How often the kernel's log has told by now that DMA of a function's was stopped; `None` where it can't be read.
+    pub(crate) fn faults(&self, device: PciAddress) -> Option<u64> {
+        self.log.as_ref()?;
+        // What was told since anybody listened; the log may be full of other things, which are not waited for.
+        for _ in 0..LINES {
+            if self.next_fault().is_none() {
+                break;
+            }
+        }
+        let of = self.faults.iter().find(|(known, _)| *known == device);
+        of.map(|(_, count)| count.load(Ordering::Relaxed))
     }
 
     /// Whether this was told, however long ago.
@@ -82,7 +143,21 @@ impl Notices {
     }
 
     fn add(&mut self, notice: Notice) -> io::Result<BorrowedFd<'_>> {
-        let trigger = eventfd(0, EventfdFlags::CLOEXEC | EventfdFlags::NONBLOCK)?;
+        self.listen(notice, eventfd(0, EventfdFlags::CLOEXEC | EventfdFlags::NONBLOCK)?)
+    }
+
+    /// The kernel tells nobody of a reset; but whoever asks for one writes to the function's file for that.
+    fn add_parent(&mut self, device: PciAddress, parent: &Path) -> io::Result<()> {
+        let watch = inotify::init(inotify::CreateFlags::CLOEXEC | inotify::CreateFlags::NONBLOCK)?;
+        match inotify::add_watch(&watch, parent.join("reset"), inotify::WatchFlags::MODIFY) {
+            // It can't be reset so.
+            Err(Errno::NOENT) => return Ok(()),
+            added => added?,
+        };
+        self.listen(Notice::ParentReset(device), watch).map(drop)
+    }
+
+    fn listen(&mut self, notice: Notice, trigger: OwnedFd) -> io::Result<BorrowedFd<'_>> {
         let index = u64::try_from(self.triggers.len()).map_err(|_| Errno::NOSPC)?;
         // Once: it is not read, and would be ready for ever.
         let flags = epoll::EventFlags::IN | epoll::EventFlags::ONESHOT;

@@ -13,6 +13,7 @@ use crate::{
     judge,
     ledger::{DeviceRecord, Entry, Ledger, Owner, this_process},
     sriov::recover_virtual_functions,
+    variant::is_vfio_driver,
 };
 
 /// For a guest whose keeper is gone to end after SIGKILL.
@@ -160,7 +161,7 @@ fn prove_all(
 /// With the host's driver that it came from.
 fn is_at_home(host: &Host, record: &DeviceRecord) -> bool {
     let former = record.former_driver.as_deref();
-    former.is_some_and(|former| former != driver::VFIO)
+    former.is_some_and(|former| !is_vfio_driver(former))
         && driver::current(host, record.address).as_deref() == former
 }
 

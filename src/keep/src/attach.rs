@@ -34,6 +34,7 @@ use crate::{
     operator::{self, Operator, Order},
     operator_socket::first,
     record,
+    watch::faulted,
 };
 
 /// How long a cell may take to make a device.
@@ -361,10 +362,23 @@ impl Attaching {
                     return;
                 }
                 match notices.next() {
-                    Some(Notice::Wanted(device)) => this.let_go(&operator, slot, device),
+                    Some(Notice::Wanted(device)) => {
+                        this.note(Happening::DeviceWanted { device: device.to_string(), slot: Some(slot) });
+                        this.let_go(&operator, slot, Step::DeviceWanted { device, slot: Some(slot) });
+                    }
+                    Some(Notice::ParentReset(device)) => {
+                        this.note(Happening::ParentReset { device: device.to_string(), slot: Some(slot) });
+                        this.let_go(&operator, slot, Step::ParentReset { device, slot: Some(slot) });
+                    }
                     Some(Notice::Failed(device)) => {
                         this.note(Happening::DeviceFailed { device: device.to_string() });
                         let _ = operator.order(Order::DeviceFailed(device));
+                    }
+                    Some(Notice::Faulted { device, count }) => {
+                        if let Some(happening) = faulted(device, count) {
+                            this.note(happening);
+                            this.tell(&operator, Step::DmaStopped { device, count });
+                        }
                     }
                     None => {}
                 }
@@ -374,10 +388,10 @@ impl Attaching {
         Ok(ours)
     }
 
-    /// The host wants a device back: whoever took it from its driver waits until nobody has it.
-    fn let_go(&self, operator: &Operator, slot: u8, device: PciAddress) {
-        self.note(Happening::DeviceWanted { device: device.to_string(), slot: Some(slot) });
-        self.tell(operator, Step::DeviceWanted { device, slot: Some(slot) });
+    /// The host wants a device back, and whoever took it from its driver waits until nobody has it; or it is good for nothing any
+    /// more.
+    fn let_go(&self, operator: &Operator, slot: u8, why: Step) {
+        self.tell(operator, why);
         if let Err(refusal) = self.detach(operator, slot, WANTED_WITHIN, true) {
             tracing::warn!("{refusal}");
         }

@@ -406,6 +406,8 @@ fn send_machine(
     let vhosts = guest.nets.iter().map(open_vhosts).collect::<Result<Vec<_>, _>>()?;
     let mut fds = Descriptors::default();
     let claim = resources.claim;
+    let addresses: Vec<_> =
+        claim.iter().flat_map(|claim| &claim.devices).map(|device| device.address).collect();
     let machine = Machine {
         vcpus: guest.vcpus,
         cpu: cpu(guest),
@@ -432,10 +434,12 @@ fn send_machine(
             .map(|(vsock, streams)| Vsock { cid: vsock.cid, socket: fds.add(streams) }),
         container: claim.map(|claim| fds.add(claim.container.as_fd())),
         groups: claim.iter().flat_map(|claim| &claim.groups).map(|group| fds.add(group.fd.as_fd())).collect(),
-        devices: (claim.iter().flat_map(|claim| &claim.devices))
-            .map(|device| Assigned {
+        devices: (claim.iter().flat_map(|claim| &claim.devices).zip(seats(&addresses)))
+            .map(|(device, (card, function))| Assigned {
                 device: fds.add(device.fd.as_fd()),
                 address: device.address.to_string(),
+                card,
+                function,
                 rom: rom(device.address, resources.images, &mut fds),
             })
             .collect(),
@@ -457,6 +461,25 @@ fn send_machine(
             "try again",
         )
     })
+}
+
+/// Where functions sit in the guest: the number of their card, and the function's on it. Functions that share a device of the
+/// host's share one of the guest's, in the same order.
+fn seats(functions: &[PciAddress]) -> Vec<(u8, u8)> {
+    let card = |address: PciAddress| (address.domain(), address.bus(), address.device());
+    let mut cards = Vec::new();
+    let mut seat = |function: PciAddress| {
+        let of = card(function);
+        let number = cards.iter().position(|known| *known == of).unwrap_or_else(|| {
+            cards.push(of);
+            cards.len() - 1
+        });
+        let mates = functions.iter().filter(|other| card(**other) == of);
+        let before = mates.filter(|other| other.function() < function.function()).count();
+        // The spec's limits keep both far below 255.
+        (u8::try_from(number).unwrap_or(u8::MAX), u8::try_from(before).unwrap_or(u8::MAX))
+    };
+    functions.iter().map(|function| seat(*function)).collect()
 }
 
 /// A device's option ROM.
@@ -587,6 +610,15 @@ pub(crate) fn printable(text: &str) -> String {
 #[cfg(test)]
 mod tests {
     use super::*;
+
+    #[test]
+    fn functions_of_one_card_sit_together() {
+        let at = |text: &str| text.parse().unwrap();
+        let sound_first = ["0000:0b:00.1", "0000:03:00.0", "0000:0b:00.0"].map(at);
+        assert_eq!(seats(&sound_first), [(0, 1), (1, 0), (0, 0)]);
+        assert_eq!(seats(&["0001:0b:00.3", "0000:0b:00.5"].map(at)), [(0, 0), (1, 0)]);
+        assert_eq!(seats(&[]), []);
+    }
 
     #[test]
     fn macs_are_local_unicast_stable_and_apart() {

@@ -108,6 +108,15 @@ pub enum Happening {
         #[serde(default, skip_serializing_if = "Option::is_none")]
         slot: Option<u8>,
     },
+    /// Somebody has reset the physical function of a virtual one that it has, so it comes to its end in order; or lets the device
+    /// go, where it came into a slot.
+    ParentReset {
+        /// Where the virtual function sits.
+        device: String,
+        /// The slot, from 1.
+        #[serde(default, skip_serializing_if = "Option::is_none")]
+        slot: Option<u8>,
+    },
     /// Devices of the host's came into one of its slots.
     DevicesAttached {
         /// Where they sit on the host.
@@ -123,6 +132,14 @@ pub enum Happening {
         slot: u8,
         /// Those that nobody gets, each with the reason.
         quarantined: Vec<String>,
+    },
+    /// A device asked for memory that the guest doesn't have, and the IOMMU stopped it. Of many such times the first, the second,
+    /// the fourth and so on are told.
+    DmaStopped {
+        /// Where it sits.
+        device: String,
+        /// How often the kernel has told so by now; it leaves out most where there are many.
+        count: u64,
     },
     /// A device reported an error that was not corrected: the guest is stopped, and the device goes into quarantine.
     DeviceFailed {
@@ -174,12 +191,19 @@ impl std::fmt::Display for Happening {
             Self::DeviceWanted { device, slot: Some(slot) } => {
                 write!(f, "the host wants {device} back, and the guest is to let it go from slot {slot}")
             }
+            Self::ParentReset { device, slot } => {
+                let goes = slot.map_or("end".to_owned(), |slot| format!("let it go from slot {slot}"));
+                write!(f, "the card of {device} was reset, and the guest is to {goes}")
+            }
             Self::DevicesAttached { devices, slot } => {
                 write!(f, "{} came into slot {slot}", devices.join(", "))
             }
             Self::DevicesDetached { devices, slot, quarantined } => {
                 write!(f, "{} came out of slot {slot}", devices.join(", "))?;
                 quarantined.iter().try_for_each(|why| write!(f, "; in quarantine: {why}"))
+            }
+            Self::DmaStopped { device, count } => {
+                write!(f, "{device} asked for memory that isn't the guest's, and was stopped ({count} times)")
             }
             Self::DeviceFailed { device } => {
                 write!(f, "{device} reported an error that was not corrected, and the guest is stopped")

@@ -95,6 +95,7 @@ mod tests {
             address: "0000:03:00.0".parse().unwrap(),
             reset_method: "flr".into(),
             reset: Ok(()),
+            iommu_faults: Some(0),
             bus_master_off: true,
             config_as_first_seen: false,
             config_differences: vec![0x10, 0x44],

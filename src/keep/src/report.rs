@@ -76,12 +76,29 @@ pub enum Step {
         #[serde(skip_serializing_if = "Option::is_none")]
         slot: Option<u8>,
     },
+    /// Somebody has reset the physical function of a virtual one that the guest has: it is taken out of its slot in order, or the
+    /// guest comes to its end in order when it started with it.
+    ParentReset {
+        /// The virtual function.
+        device: PciAddress,
+        /// The slot, from 1.
+        #[serde(skip_serializing_if = "Option::is_none")]
+        slot: Option<u8>,
+    },
     /// Devices of the host's are in one of its slots now.
     Attached {
         /// Those.
         devices: Vec<PciAddress>,
         /// The slot, from 1.
         slot: u8,
+    },
+    /// A device asked for memory that the guest doesn't have, and the IOMMU stopped it. Of many such times the first, the second,
+    /// the fourth and so on are told.
+    DmaStopped {
+        /// Which.
+        device: PciAddress,
+        /// How often the kernel has told so by now; it leaves out most where there are many.
+        count: u64,
     },
     /// A device has reported an error that was not corrected, and its guest is stopped.
     DeviceFailed {

@@ -140,8 +140,11 @@ pub(crate) fn until_end(
         if ordered {
             watch.obey(options.grace, &channel, &cell, tell);
         }
-        if noticed && let Some(notice) = notices.and_then(Notices::next) {
-            log_notice(notice, guest, &events);
+        if noticed
+            && let Some(notice) = notices.and_then(Notices::next)
+            && let Some(happening) = happening(notice)
+        {
+            events.add(guest.name.as_str(), guest.tenant.as_str(), happening);
             watch.heed(notice, options.grace, &channel, &cell, tell);
         }
         let late = ended && ended_at.get_or_insert_with(Instant::now).elapsed() > LAST_WORDS;
@@ -198,12 +201,21 @@ impl StopSignals {
     }
 }
 
-fn log_notice(notice: Notice, guest: &Guest, events: &Events) {
-    let happening = match notice {
-        Notice::Wanted(device) => Happening::DeviceWanted { device: device.to_string(), slot: None },
-        Notice::Failed(device) => Happening::DeviceFailed { device: device.to_string() },
-    };
-    events.add(guest.name.as_str(), guest.tenant.as_str(), happening);
+/// What is logged of a notice. Of faults the first, the second, the fourth, and so on: a guest can make as many as it likes.
+fn happening(notice: Notice) -> Option<Happening> {
+    match notice {
+        Notice::Wanted(device) => Some(Happening::DeviceWanted { device: device.to_string(), slot: None }),
+        Notice::Failed(device) => Some(Happening::DeviceFailed { device: device.to_string() }),
+        Notice::ParentReset(device) => {
+            Some(Happening::ParentReset { device: device.to_string(), slot: None })
+        }
+        Notice::Faulted { device, count } => faulted(device, count),
+    }
+}
+
+/// What is logged of DMA that was stopped.
+pub(crate) fn faulted(device: PciAddress, count: u64) -> Option<Happening> {
+    count.is_power_of_two().then(|| Happening::DmaStopped { device: device.to_string(), count })
 }
 
 /// Which of the descriptors have something to say, at the latest after `most`, which is below a second.
@@ -318,6 +330,9 @@ impl Watch {
         match notice {
             Notice::Wanted(device) => tell(Step::DeviceWanted { device, slot: None }),
             Notice::Failed(device) => tell(Step::DeviceFailed { device }),
+            Notice::ParentReset(device) => tell(Step::ParentReset { device, slot: None }),
+            // It reached nothing, so nothing has to end.
+            Notice::Faulted { device, count } => return tell(Step::DmaStopped { device, count }),
         }
         if let (Notice::Failed(device), None) = (notice, &self.ended) {
             self.failed.get_or_insert(device);

@@ -123,6 +123,10 @@ fn check(machine: &Machine) -> Result<(), Error> {
     if hotplug.slots > layout::HOTPLUG_SLOTS_MOST || (hotplug.slots > 0 && !sizes_are_good) {
         return wrong("there are at most 8 slots for hot-plug, with windows of whole MiB");
     }
+    let has_first = |card: u8| machine.devices.iter().any(|other| (other.card, other.function) == (card, 0));
+    if !machine.devices.iter().all(|device| device.function < 8 && has_first(device.card)) {
+        return wrong("functions of one card begin with 0 and end with 7");
+    }
     if machine.container.is_none() != machine.devices.is_empty() {
         return wrong("assigned devices and a container go together");
     }

@@ -1,6 +1,7 @@
 //! From the keep's message to a running machine.
 
 use std::{
+    collections::BTreeMap,
     fs::File,
     os::fd::OwnedFd,
     sync::{Arc, Barrier},
@@ -149,6 +150,7 @@ impl Built {
             intx: Vec::new(),
             devices: Vec::new(),
             peer_to_peer: machine.peer_to_peer,
+            cards: BTreeMap::new(),
         };
         parts.add(Box::new(HostBridge::new()), Attachments::default());
         parts.add_virtio(Box::new(Rng::new()), Own::Nothing)?;
@@ -221,7 +223,9 @@ impl Built {
                         Ok::<_, Error>(Rom { file: descriptors.take(rom.file)?, size_bytes: rom.size_bytes })
                     });
                     let rom = rom.transpose()?;
-                    parts.add_assigned(descriptors.take(device.device)?, &device.address, rom.as_ref())?;
+                    let place = parts.place_on(device.card, device.function);
+                    let file = descriptors.take(device.device)?;
+                    parts.add_assigned(file, &device.address, place, rom.as_ref())?;
                 }
                 assigned::map_memory(&container, &memory)?;
                 let kvm_vfio = Arc::clone(kvm_vfio);
@@ -401,6 +405,8 @@ struct Parts {
     devices: Vec<Emulated>,
     /// Assigned functions reach each other.
     peer_to_peer: bool,
+    /// Where the host's cards sit, those that have been seen.
+    cards: BTreeMap<u8, Place>,
 }
 
 impl Parts {
@@ -451,7 +457,23 @@ impl Parts {
         Ok(Vectors { first_gsi, events, requests: Arc::clone(&self.requests) })
     }
 
-    fn add_assigned(&mut self, device: OwnedFd, address: &str, rom: Option<&Rom>) -> Result<(), Error> {
+    /// The place of a function of the host's, on the device that its card has.
+    fn place_on(&mut self, card: u8, function: u8) -> Place {
+        let device = match self.cards.get(&card) {
+            Some(device) => *device,
+            None => self.next_device(),
+        };
+        self.cards.insert(card, device);
+        Place { function, ..device }
+    }
+
+    fn add_assigned(
+        &mut self,
+        device: OwnedFd,
+        address: &str,
+        place: Place,
+        rom: Option<&Rom>,
+    ) -> Result<(), Error> {
         let device = VfioDevice::from_fd(device).map_err(|error| Error::device(address, error))?;
         let device = Arc::new(device);
         let number = self.control.add_device(Arc::clone(&device));
@@ -466,9 +488,9 @@ impl Parts {
         let reachable = self.peer_to_peer;
         regions.extend(registers.into_iter().map(|region| DirectRegion { reachable, ..region }));
         if has_intx {
-            self.intx.push(intx::connect(&device, address, intx_gsi(self.next_device, 0))?);
+            self.intx.push(intx::connect(&device, address, intx_gsi(place.device, 0))?);
         }
-        self.add(function, Attachments { doorbells: Vec::new(), regions });
+        self.put(place, Body::Function(function), Attachments { doorbells: Vec::new(), regions });
         Ok(())
     }
 

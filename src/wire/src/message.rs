@@ -279,6 +279,10 @@ pub struct Assigned {
     pub device: Slot,
     /// Its address on the host, for messages.
     pub address: String,
+    /// Which of the guest's cards it is of, counted from 0: functions of one card sit on one device of the guest's.
+    pub card: u8,
+    /// Which function of that device it is: 0 to 7, and each card has a function 0.
+    pub function: u8,
     /// The option ROM that the guest sees.
     pub rom: Option<RomFile>,
 }

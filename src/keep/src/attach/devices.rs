@@ -79,10 +79,12 @@ impl Plugged {
         };
         let container = add(&self.claim.container)?;
         let groups = self.claim.groups.iter().map(|group| add(&group.fd)).collect::<Result<_, _>>()?;
-        let function = |device: &casemate_host::ClaimedDevice| {
-            Ok(Assigned { device: add(&device.fd)?, address: device.address.to_string(), rom: None })
+        let function = |(device, function): (&casemate_host::ClaimedDevice, u8)| {
+            let (fd, address) = (add(&device.fd)?, device.address.to_string());
+            Ok(Assigned { device: fd, address, card: 0, function, rom: None })
         };
-        let functions = self.claim.devices.iter().map(function).collect::<Result<_, std::io::Error>>()?;
+        let functions =
+            self.claim.devices.iter().zip(0..).map(function).collect::<Result<_, std::io::Error>>()?;
         Ok((Card::Assigned(AssignedCard { container, groups, functions }), fds))
     }
 }

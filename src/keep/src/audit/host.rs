@@ -2,7 +2,7 @@
 
 use std::{fs, path::PathBuf};
 
-use casemate_host::{CheckState, Host, doctor};
+use casemate_host::{CheckState, Host, doctor, is_vfio_driver};
 use casemate_spec::PciAddress;
 
 use super::{AuditLine, Source, measured};
@@ -69,7 +69,7 @@ fn device(device: &GivenDevice) -> AuditLine {
     let (group, driver) = (link("iommu_group"), link("driver"));
     let strangers = strangers(device.address);
     let passed = group.as_deref() == Some(device.group.to_string().as_str())
-        && driver.as_deref() == Some("vfio-pci")
+        && driver.as_deref().is_some_and(is_vfio_driver)
         && strangers.is_empty();
     let mut found = format!(
         "{}: group {}, {}",
@@ -92,7 +92,7 @@ fn strangers(address: PciAddress) -> Vec<String> {
         let driver = fs::read_link(mate.path().join("driver")).ok()?;
         let driver = driver.file_name()?.to_string_lossy().into_owned();
         // A bridge's port driver does not program DMA, and VFIO lets it be.
-        let is_harmless = ["vfio-pci", "pcieport", "pci-stub"].contains(&driver.as_str());
+        let is_harmless = is_vfio_driver(&driver) || ["pcieport", "pci-stub"].contains(&driver.as_str());
         (!is_harmless).then(|| format!("{} ({driver})", mate.file_name().to_string_lossy()))
     };
     mates.into_iter().flatten().flatten().filter_map(|mate| has_driver(&mate)).collect()
