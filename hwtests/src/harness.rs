@@ -21,6 +21,7 @@ pub use context::{Ctx, wait_until};
 pub use failure::Failure;
 pub use guest::{Disk, GuestFile, GuestImage};
 pub use process::{Finished, Running, send_signal};
+pub(crate) use protocol::LONG;
 pub use tiny::tiny_kernel;
 
 /// By how much all waits are longer than a quick machine needs: how fast a processor is emulated differs several times

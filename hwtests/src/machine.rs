@@ -12,7 +12,7 @@ use std::{
     time::{Duration, Instant},
 };
 
-use crate::{LabError, Layout};
+use crate::{LabError, Layout, harness::LONG};
 
 /// What becomes of the lab's serial console, besides its log.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -51,8 +51,13 @@ fn cpus() -> u32 {
     asked.filter(|cpus| (1..=8).contains(cpus)).unwrap_or(1)
 }
 
+/// Memory of the lab: that of long tests has room for a guest of 4 GiB.
+fn memory_mib() -> u32 {
+    if std::env::var_os(LONG).is_some_and(|value| value == "1") { 7168 } else { 4096 }
+}
+
 impl Lab {
-    /// A lab with one vCPU (or what CASEMATE_LAB_CPUS says) and 4096 MiB, to run `program` (a path and its arguments). [`crate::prepare`] comes first.
+    /// A lab with one vCPU (or what CASEMATE_LAB_CPUS says) and 4096 MiB (7168 with CASEMATE_LONG=1), to run `program` (a path and its arguments). [`crate::prepare`] comes first.
     pub fn new<S: AsRef<OsStr>>(layout: &Layout, program: impl IntoIterator<Item = S>) -> Self {
         Self {
             layout: layout.clone(),
@@ -60,7 +65,7 @@ impl Lab {
             environment: Vec::new(),
             console: Console::Logged,
             cpus: cpus(),
-            memory_mib: 4096,
+            memory_mib: memory_mib(),
             extra: Vec::new(),
         }
     }

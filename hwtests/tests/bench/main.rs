@@ -26,6 +26,11 @@ const BENCHES: &[LabTest] = &[
     LabTest::new("bench-disk", disk::disk).deadline_seconds(900),
     LabTest::new("bench-net", net::net).deadline_seconds(1200),
     LabTest::new("bench-assigned", assigned::assigned).deadline_seconds(900),
+    LabTest::new("bench-attach", assigned::attach).deadline_seconds(900),
+    LabTest::new("bench-attach-4gib", assigned::attach_to_a_larger_one)
+        .long("a guest of 4 GiB, in a lab of 7")
+        .deadline_seconds(1800),
+    LabTest::new("bench-card", assigned::card).deadline_seconds(900),
     LabTest::new("bench-jail", jail::jail).deadline_seconds(600),
 ];
 

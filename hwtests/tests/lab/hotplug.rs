@@ -61,6 +61,10 @@ fn plug(ctx: &Ctx, rounds: usize) -> Result<(), Failure> {
             echo serial $round: $(cat /sys/block/vda/serial)
             echo written in round $round | dd of=/dev/vda conv=notrunc,fsync 2>/dev/null
             echo disk used $round.
+            until [ $(cat /sys/block/vda/size) = 4096 ]; do sleep 0.1; done
+            begun=$(cut -d' ' -f1 /proc/uptime | tr -d .)
+            dd if=/dev/vda of=/dev/null bs=4k count=10 iflag=direct 2>/dev/null
+            echo disk read $round: $((($(cut -d' ' -f1 /proc/uptime | tr -d .) - begun) * 10)) ms.
             goes /dev/vda
             echo disk gone $round.
         done
@@ -83,6 +87,11 @@ fn plug(ctx: &Ctx, rounds: usize) -> Result<(), Failure> {
         running.wait_for_text(&format!("disk used {round}."), SOON)?;
         let used = ctx.run(["casemate", "attach", ctx.name(), "--disk", &path])?;
         used.refusal("disk-in-use")?;
+        if round == 1 {
+            limit_and_grow(ctx, slot)?;
+            contents.resize(2 * MIB, 0);
+        }
+        running.wait_for_text(&format!("disk read {round}:"), SOON)?;
         detach(ctx, slot)?;
         running.wait_for_text(&format!("disk gone {round}."), SOON)?;
         expect!(
@@ -99,6 +108,14 @@ fn plug(ctx: &Ctx, rounds: usize) -> Result<(), Failure> {
         }
         expect!(fs::read(&disk)? == contents, "what the guest wrote is not in the disk");
     }
+    let took = |round: usize| -> Result<u64, Failure> {
+        let printed = running.printed_so_far();
+        let (_, text) = printed.split_once(&format!("disk read {round}: ")).unwrap_or_default();
+        Ok(text.split(' ').next().unwrap_or_default().parse()?)
+    };
+    // Ten reads, of which one may be done at once and five in a second.
+    expect!(took(1)? >= 1500, "the limit of what is in the slot let 10 reads through in {} ms", took(1)?);
+    expect!(took(2)? < 1500, "what came after it is limited as well: {} ms", took(2)?);
     let slot = attach(ctx, &["--net", "cmhot0", "--host-address", "192.0.2.1/24"])?;
     running.wait_for_text("net used", SOON)?;
     detach(ctx, slot)?;
@@ -106,6 +123,26 @@ fn plug(ctx: &Ctx, rounds: usize) -> Result<(), Failure> {
     expect!(!links.contains("cmhot0"), "the tap is still there: {links}");
     let run = running.wait(SOON)?;
     run.success()?.printed("net gone")?;
+    Ok(())
+}
+
+/// What is in a slot is counted, limited and made larger like what the guest started with.
+fn limit_and_grow(ctx: &Ctx, slot: u64) -> Result<(), Failure> {
+    let name = format!("slot{slot}");
+    let stats = operate(ctx, &["stats", ctx.name()])?;
+    let devices = stats.get("devices").and_then(Value::as_array).into_iter().flatten();
+    let mut disks = devices.filter(|device| device.get("slot").and_then(Value::as_u64) == Some(slot));
+    let requests = disks.next().and_then(|disk| disk.get("requests")).and_then(Value::as_u64);
+    expect!(requests.is_some_and(|requests| requests > 0), "the disk in the slot isn't counted: {stats}");
+    let refused = ctx.run(["casemate", "limit", ctx.name(), "disk", "slot2"])?;
+    refused.refusal("ask-no-device")?;
+    let refused = ctx.run(["casemate", "resize", ctx.name(), "slot2", "2MiB"])?;
+    refused.refusal("disk-resize")?;
+    let limits = ["--operations-per-second=5", "--burst-operations=1"];
+    operate(ctx, &[&["limit", ctx.name(), "disk", &name][..], &limits].concat())?;
+    let done = operate(ctx, &["resize", ctx.name(), &name, "2MiB"])?;
+    expect!(done.get("disk") == Some(&Value::from(name)), "another disk was made larger: {done}");
+    ctx.run(["casemate", "audit", ctx.name()])?.success()?;
     Ok(())
 }
 

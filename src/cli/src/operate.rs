@@ -3,7 +3,8 @@
 use std::process::ExitCode;
 
 use casemate_keep::{
-    BalloonStatistics, DeviceKind, DeviceStatistics, GuestStatistics, OperatorRequest, Paths, operate,
+    BalloonStatistics, DeviceKind, DeviceName, DeviceStatistics, GuestStatistics, OperatorRequest, Paths,
+    operate,
 };
 use casemate_spec::{ByteSize, Refusal};
 use clap::Args;
@@ -44,8 +45,8 @@ pub(crate) fn balloon(paths: &Paths, options: &BalloonOptions, as_json: bool) ->
 pub(crate) struct ResizeOptions {
     /// The guest's name.
     guest: String,
-    /// The disk's number, from 0, in the order of the guest's file.
-    disk: u16,
+    /// The disk: its number, from 0, in the order of the guest's file; or slot1, for what was attached and is in slot 1.
+    disk: DeviceName,
     /// The size that its file is made to have; without it, the guest is told the size that file or block device has by now.
     size: Option<ByteSize>,
     /// Let it become smaller: what is beyond the new size is lost.
@@ -77,8 +78,8 @@ pub(crate) struct LimitOptions {
     /// Which of its devices: disk or net.
     #[arg(value_parser = ["disk", "net"])]
     device: String,
-    /// Its number among those, from 0, in the order of the guest's file.
-    number: u16,
+    /// Which of those: its number, from 0, in the order of the guest's file; or slot1, for what was attached and is in slot 1.
+    number: DeviceName,
     /// Bytes a second, of both directions together: "10 MiB".
     #[arg(long, value_name = "SIZE")]
     bytes_per_second: Option<ByteSize>,
@@ -210,5 +211,8 @@ fn name(device: &DeviceStatistics) -> String {
         DeviceKind::Balloon => "balloon",
         DeviceKind::Vsock => "vsock",
     };
-    format!("{kind} {}", device.number)
+    match device.slot {
+        Some(slot) => format!("{kind} slot{slot}"),
+        None => format!("{kind} {}", device.number),
+    }
 }

@@ -26,11 +26,12 @@ use serde_json::{Value, json};
 
 use self::devices::{Devices, Plugged, Wanted};
 use crate::{
-    DeviceReport, Events, Happening, Paths, Step,
+    DeviceName, DeviceReport, Events, Happening, Paths, Step,
     admitted::Admitted,
     cell::mac_in_slot,
     digest,
     digest::Known,
+    disks::{self, Resizable},
     operator::{self, Operator, Order},
     operator_socket::first,
     record,
@@ -105,7 +106,7 @@ struct Slots {
 /// What is in a slot.
 enum Taken {
     /// An emulated card. A disk stays locked until it was detached, whatever the cell does.
-    Emulated { attachment: Attachment, _lock: Option<Image> },
+    Emulated { attachment: Attachment, lock: Option<Image> },
     /// Devices of the host's.
     Devices(Box<Plugged>),
     /// Such were taken out, and are not back with the host yet.
@@ -193,7 +194,7 @@ impl Attaching {
                 Err(refusal)
             }
             answer => {
-                let taken = Taken::Emulated { attachment: attachment.clone(), _lock: lock };
+                let taken = Taken::Emulated { attachment: attachment.clone(), lock };
                 slots.taken.insert(slot, taken);
                 answer?;
                 Ok(json!({ "guest": guest, "slot": slot }))
@@ -423,6 +424,21 @@ impl Attaching {
             };
             Refusal::new("hotplug-no-slot", guest, cause, remedy)
         })
+    }
+
+    /// The disk in a slot.
+    ///
+    /// # Errors
+    /// `disk-resize` when there is none.
+    pub(crate) fn disk_in(&self, guest: &str, slot: u8) -> Result<Resizable, Refusal> {
+        let name = DeviceName::Slot(slot);
+        let slots = self.slots();
+        let Some(Taken::Emulated { lock: Some(image), .. }) = slots.taken.get(&slot) else {
+            let cause = "no disk that was attached is in this slot";
+            return Err(disks::refuse(guest, name, cause, "name the slot that `casemate attach` told"));
+        };
+        let file = image.fd.try_clone().map_err(|error| disks::refuse(guest, name, error, "try again"))?;
+        Ok(Resizable { name, file: file.into(), path: Some(image.path.clone()) })
     }
 
     /// The image, and another descriptor of it that holds its lock.

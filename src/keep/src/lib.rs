@@ -18,6 +18,7 @@ mod cell;
 mod console;
 mod console_log;
 mod decisions;
+mod device_name;
 mod digest;
 mod disks;
 mod events;
@@ -41,6 +42,7 @@ mod watch;
 
 // What a cell tells, by its word.
 pub use casemate_wire::{BalloonStatistics, Counters, DeviceKind, DeviceStatistics, Event, Statistics};
+pub use device_name::{DeviceName, DeviceNameError};
 
 pub use attach::Attachment;
 pub use audit::{Audit, AuditLine, SignedAudit, Source, audit};

@@ -470,6 +470,7 @@ mod tests {
         let device = DeviceStatistics {
             kind: DeviceKind::Disk,
             number: 1,
+            slot: None,
             requests: 2,
             bytes_to_guest: 3,
             bytes_from_guest: 4,

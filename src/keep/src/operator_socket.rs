@@ -31,7 +31,7 @@ use serde::{Deserialize, Serialize};
 use serde_json::{Value, json};
 
 use crate::{
-    Paths, Refusals,
+    DeviceName, Paths, Refusals,
     admitted::Admitted,
     attach::{self, Attaching, Attachment},
     disks::Disks,
@@ -68,8 +68,8 @@ pub enum OperatorRequest {
     },
     /// Tell it of a disk's new size.
     Resize {
-        /// The disk's number, from 0.
-        number: u16,
+        /// The disk: its number, from 0, or `"slot1"`.
+        number: DeviceName,
         /// What its file is made to have first; what it has already where this is left out.
         size_bytes: Option<u64>,
         /// Whether it may become smaller.
@@ -80,8 +80,8 @@ pub enum OperatorRequest {
     Limit {
         /// `disk` or `net`.
         device: DeviceKind,
-        /// Its number among those, from 0.
-        number: u16,
+        /// Which of those: its number, from 0, or `"slot1"`.
+        number: DeviceName,
         /// Bytes a second.
         bytes_per_second: Option<u64>,
         /// Bytes at once, after a while of nothing; those of a second where it is left out.
@@ -176,7 +176,7 @@ impl OperatorSocket {
         let listener = Arc::new(UnixListener::bind(&path).map_err(failed)?);
         let ours = Arc::clone(&listener);
         let Reach { disks, attaching, admitted } = reach;
-        let asked = Asked { operator, disks: Arc::new(disks), attaching, admitted };
+        let asked = Asked { paths: paths.clone(), operator, disks: Arc::new(disks), attaching, admitted };
         let serve = move || accept(&ours, &asked);
         let thread = thread::Builder::new().name("operator".into()).spawn(serve).map_err(failed)?;
         Ok(Self { path, listener, thread: Some(thread) })
@@ -218,10 +218,21 @@ impl Drop for Place {
 /// Who is asked.
 #[derive(Clone)]
 struct Asked {
+    paths: Paths,
     operator: Operator,
     disks: Arc<Disks>,
     attaching: Option<Arc<Attaching>>,
     admitted: Option<Arc<Admitted>>,
+}
+
+impl Asked {
+    /// The guest's slots.
+    fn attaching(&self) -> Result<&Arc<Attaching>, Refusal> {
+        self.attaching.as_ref().ok_or_else(|| {
+            let remedy = "start it with `slots` in a table [hotplug] of its file";
+            Refusal::new("hotplug-no-slot", self.operator.guest(), "this guest has no slots", remedy)
+        })
+    }
 }
 
 fn accept(listener: &UnixListener, asked: &Asked) {
@@ -291,17 +302,11 @@ fn answer(mut stream: &UnixStream, answer: Result<Value, Refusal>) -> io::Result
 
 fn carry_out(asked: &Asked, request: &OperatorRequest) -> Result<Value, Refusal> {
     let operator = &asked.operator;
-    let attaching = || {
-        asked.attaching.as_ref().ok_or_else(|| {
-            let remedy = "start it with `slots` in a table [hotplug] of its file";
-            Refusal::new("hotplug-no-slot", operator.guest(), "this guest has no slots", remedy)
-        })
-    };
     match request {
-        OperatorRequest::Attach { attachment } => return attaching()?.attach(operator, attachment),
+        OperatorRequest::Attach { attachment } => return asked.attaching()?.attach(operator, attachment),
         OperatorRequest::Detach { slot, within_seconds, force } => {
             let within = Duration::from_secs(*within_seconds);
-            return attaching()?.detach(operator, *slot, within, *force);
+            return asked.attaching()?.detach(operator, *slot, within, *force);
         }
         OperatorRequest::State => {}
         OperatorRequest::Pause => drop(operator.ask(Ask::Pause, Vec::new())?),
@@ -337,7 +342,7 @@ fn carry_out(asked: &Asked, request: &OperatorRequest) -> Result<Value, Refusal>
                 bytes: Rate::of(*bytes_per_second, *burst_bytes)?.map(rate),
                 operations: Rate::of(*operations_per_second, *burst_operations)?.map(rate),
             };
-            drop(operator.ask(Ask::Limit { kind: *kind, number: *number, limits }, Vec::new())?);
+            drop(operator.ask(Ask::Limit { kind: *kind, device: number.which(), limits }, Vec::new())?);
         }
         OperatorRequest::PowerOff => drop(operator.order(Order::PowerOff)?),
         OperatorRequest::Stop => drop(operator.order(Order::Stop)?),
@@ -347,29 +352,37 @@ fn carry_out(asked: &Asked, request: &OperatorRequest) -> Result<Value, Refusal>
 }
 
 /// Makes a disk of another size, when the policies have nothing against a larger one.
-fn resize(asked: &Asked, number: u16, wanted: Option<u64>, shrink: bool) -> Result<u64, Refusal> {
-    let admitted = asked.admitted.as_ref();
-    let place = usize::from(number);
-    // What the file has become counts as if it were asked for.
-    let wanted = wanted.or_else(|| asked.disks.size_bytes(number));
+fn resize(asked: &Asked, name: DeviceName, wanted: Option<u64>, shrink: bool) -> Result<u64, Refusal> {
+    let disk = match name {
+        DeviceName::Number(number) => asked.disks.resizable(asked.operator.guest(), number)?,
+        DeviceName::Slot(slot) => asked.attaching()?.disk_in(asked.operator.guest(), slot)?,
+    };
+    // In what policies know of the guest.
+    let place = |spec: &GuestSpec| match (name, &disk.path) {
+        (DeviceName::Number(number), _) => Some(usize::from(number)),
+        (_, Some(path)) => spec.disks.iter().rposition(|known| Path::new(&known.path) == path),
+        _ => None,
+    };
     let set = |spec: &mut GuestSpec, size_bytes| {
-        if let Some(disk) = spec.disks.get_mut(place) {
+        if let Some(disk) = place(spec).and_then(|place| spec.disks.get_mut(place)) {
             disk.size_bytes = size_bytes;
         }
     };
+    // What the file has become counts as if it were asked for.
+    let wanted = wanted.or_else(|| disk.size_bytes().ok());
     let mut before_bytes = None;
-    if let (Some(admitted), Some(wanted)) = (admitted, wanted) {
+    if let (Some(admitted), Some(wanted)) = (asked.admitted.as_ref(), wanted) {
         let mut spec = admitted.spec();
-        before_bytes = spec.disks.get(place).map(|disk| disk.size_bytes);
+        before_bytes = place(&spec).and_then(|place| spec.disks.get(place)).map(|disk| disk.size_bytes);
         if before_bytes.is_some_and(|before| wanted > before) {
             set(&mut spec, wanted);
-            admitted.ask(Operation::Update, spec, &format!("resize disk {number}")).map_err(first)?;
+            admitted.ask(Operation::Update, spec, &format!("resize disk {name}")).map_err(first)?;
         }
     }
-    let done = asked.disks.resize(&asked.operator, number, wanted, shrink);
+    let done = disk.resize(&asked.paths, &asked.operator, wanted, shrink);
     // After a yes, the guest counts as if it had what was asked for.
     let now_bytes = done.as_ref().ok().copied().or(before_bytes);
-    if let (Some(admitted), Some(now_bytes)) = (admitted, now_bytes) {
+    if let (Some(admitted), Some(now_bytes)) = (asked.admitted.as_ref(), now_bytes) {
         admitted.becomes(|spec| set(spec, now_bytes));
     }
     done

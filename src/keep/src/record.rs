@@ -8,6 +8,7 @@ use std::{
         unix::fs::OpenOptionsExt,
     },
     path::{Path, PathBuf},
+    sync::{Mutex, PoisonError},
     time::{SystemTime, UNIX_EPOCH},
 };
 
@@ -169,13 +170,20 @@ pub(crate) fn write(paths: &Paths, facts: &Facts<'_>) -> Result<Option<Recorded>
     Ok(Some(Recorded(path)))
 }
 
-/// Writes down that a guest's cell may write larger files than it was given at first.
-pub(crate) fn note_file_size(paths: &Paths, guest: &str, bytes_max: u64) -> io::Result<()> {
-    let path = path_of(paths, guest);
-    // A guest whose cell ended at once has none.
-    let Some(mut record) = read(&path) else { return Ok(()) };
-    record.limits.file_size_bytes_max = bytes_max;
-    put(&path, &record)
+/// Lets a running guest's cell write files of this size, if it may not yet, and notes it: an auditor compares.
+///
+/// # Errors
+/// As [`give`].
+pub(crate) fn allow_file_size(paths: &Paths, guest: &str, size_bytes: u64) -> Result<(), Refusal> {
+    change(paths, guest, |record| allow(record, size_bytes))
+}
+
+fn allow(record: &mut GuestRecord, size_bytes: u64) -> Result<(), Refusal> {
+    if size_bytes > record.limits.file_size_bytes_max {
+        limit(record, Resource::Fsize, size_bytes)?;
+        record.limits.file_size_bytes_max = size_bytes;
+    }
+    Ok(())
 }
 
 fn path_of(paths: &Paths, guest: &str) -> PathBuf {
@@ -247,10 +255,7 @@ pub(crate) fn give(
     size_bytes: Option<u64>,
 ) -> Result<(), Refusal> {
     change(paths, guest, |record| {
-        if let Some(size_bytes) = size_bytes.filter(|size| *size > record.limits.file_size_bytes_max) {
-            limit(record, Resource::Fsize, size_bytes)?;
-            record.limits.file_size_bytes_max = size_bytes;
-        }
+        size_bytes.map_or(Ok(()), |size_bytes| allow(record, size_bytes))?;
         match (size_bytes, name_of(&fd)) {
             (Some(_), Some(name)) if !record.files.contains(&name) => record.files.push(name),
             (Some(_), _) => {}
@@ -321,6 +326,9 @@ fn limit(record: &GuestRecord, resource: Resource, most: u64) -> Result<(), Refu
     prlimit(Some(pid), resource, limit).map(drop).map_err(|error| failed(&error))
 }
 
+/// Held while a record is changed: operators' requests come on several threads.
+static CHANGING: Mutex<()> = Mutex::new(());
+
 /// Changes a running guest's record; when `make` fails it stays as it is.
 fn change(
     paths: &Paths,
@@ -332,6 +340,7 @@ fn change(
         let cause = format_args!("the guest's record cannot be changed: {error}");
         Refusal::new("host-folder", path.display(), cause, "run as root, with space in /run")
     };
+    let _changing = CHANGING.lock().unwrap_or_else(PoisonError::into_inner);
     let mut record = read(&path).ok_or_else(|| failed(&"it cannot be read"))?;
     make(&mut record)?;
     put(&path, &record).map_err(|error| failed(&error))
@@ -437,15 +446,15 @@ pub(crate) mod tests {
     }
 
     #[test]
-    fn a_larger_file_is_noted() {
+    fn a_file_that_is_no_larger_changes_nothing() {
         let folder = tempfile::tempdir().unwrap();
         let mut paths = Paths::standard().unwrap();
         paths.runtime = folder.path().into();
-        note_file_size(&paths, "web", 4096).unwrap();
-        assert!(read(&path_of(&paths, "web")).is_none());
+        assert_eq!(allow_file_size(&paths, "web", 1).unwrap_err().code, "host-folder");
         put(&path_of(&paths, "web"), &record("web")).unwrap();
-        note_file_size(&paths, "web", 4096).unwrap();
-        assert_eq!(read(&path_of(&paths, "web")).unwrap().limits.file_size_bytes_max, 4096);
+        let most = record("web").limits.file_size_bytes_max;
+        allow_file_size(&paths, "web", most).unwrap();
+        assert_eq!(read(&path_of(&paths, "web")), Some(record("web")));
     }
 
     #[test]

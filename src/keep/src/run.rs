@@ -329,7 +329,7 @@ impl Prepared<'_> {
             let cause = format_args!("nothing can be asked of it: {error}");
             Refusal::new("keep-failed", &guest.name, cause, "try again")
         })?;
-        let disks = Disks::of(self.paths, guest, self.images, &started)?;
+        let disks = Disks::of(guest, self.images)?;
         let _governing = Governing::start(self.charge(&started), self.admitted.policies(), operator.clone())?;
         let attaching = self.attaching.clone();
         let reach = Reach { disks, attaching, admitted: Some(Arc::clone(&self.admitted)) };

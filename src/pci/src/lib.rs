@@ -9,7 +9,8 @@
 //! each vector delivers, and tells a [`VectorSink`] of changes only.
 //!
 //! There is no firmware in Casemate's guests: the VMM places every BAR ([`Function::place_bar`]) before the guest
-//! starts. Register layouts follow the PCI Express Base Specification 5.0, chapter 7, and the names those of Linux's `include/uapi/linux/pci_regs.h`.
+//! starts. Register layouts follow the PCI Express Base Specification 5.0, chapter 7, and the names those of Linux's
+//! `include/uapi/linux/pci_regs.h`.
 
 mod bar;
 mod capability;

@@ -7,7 +7,7 @@ use std::time::{Duration, Instant};
 use casemate_virtio::{BALLOON_PAGE_BYTES, BalloonControl, BlkBackend, BlkFormat, Kind};
 use casemate_wire::{
     Answer, Ask, BalloonStatistics, Descriptors, DeviceKind, DeviceStatistics, Limits, Rate, Refused,
-    Statistics, WireError,
+    Statistics, Which, WireError,
 };
 
 use crate::{
@@ -87,8 +87,8 @@ impl Asks {
                 Some((id, Ok(Answer::Statistics(Box::new(statistics(running))))))
             }
             Ask::Balloon { target_bytes } => Some((id, inflate(running, target_bytes))),
-            Ask::ResizeDisk { number, size_bytes } => Some((id, resize(running, number, size_bytes))),
-            Ask::Limit { kind, number, limits } => Some((id, limit(&running.devices, kind, number, limits))),
+            Ask::ResizeDisk { disk, size_bytes } => Some((id, resize(running, disk, size_bytes))),
+            Ask::Limit { kind, device, limits } => Some((id, limit_one(running, kind, device, limits))),
         }
     }
 
@@ -166,7 +166,7 @@ fn take_order(id: u32, ask: &Ask, descriptors: &mut Descriptors) -> Result<Optio
     })
 }
 
-fn refuse(code: &str, message: String) -> Result<Answer, Refused> {
+fn refuse<T>(code: &str, message: String) -> Result<T, Refused> {
     Err(Refused { code: code.to_owned(), message: bounded(message) })
 }
 
@@ -195,9 +195,17 @@ fn nth(devices: &[Emulated], kind: Kind, number: u16) -> Option<&Emulated> {
     devices.iter().filter(|device| device.kind == kind).nth(number.into())
 }
 
+/// The device that is named so, whether it was there from the start or came into a slot.
+fn find(running: &Running, kind: Kind, which: Which) -> Option<&Emulated> {
+    match which {
+        Which::Number(number) => nth(&running.devices, kind, number),
+        Which::Slot(slot) => running.control.plugged().get(&slot.into()).filter(|device| device.kind == kind),
+    }
+}
+
 /// Tells a disk, and by it the guest, of its new size.
-fn resize(running: &Running, number: u16, size_bytes: u64) -> Result<Answer, Refused> {
-    let Some(disk) = nth(&running.devices, Kind::Block, number) else {
+fn resize(running: &Running, disk: Which, size_bytes: u64) -> Result<Answer, Refused> {
+    let Some(disk) = find(running, Kind::Block, disk) else {
         return refuse("ask-no-device", "this guest has no such disk".into());
     };
     if size_bytes == 0 || !size_bytes.is_multiple_of(512) {
@@ -207,21 +215,33 @@ fn resize(running: &Running, number: u16, size_bytes: u64) -> Result<Answer, Ref
     Ok(Answer::Done)
 }
 
-/// Limits what a device does.
+/// Limits what a device does that is there from the start.
 pub(crate) fn limit(
     devices: &[Emulated],
     kind: DeviceKind,
     number: u16,
     limits: Limits,
 ) -> Result<Answer, Refused> {
-    let wanted = match kind {
-        DeviceKind::Disk => Kind::Block,
-        DeviceKind::Net => Kind::Net,
+    limit_device(nth(devices, limited(kind)?, number), limits)
+}
+
+fn limit_one(running: &Running, kind: DeviceKind, device: Which, limits: Limits) -> Result<Answer, Refused> {
+    limit_device(find(running, limited(kind)?, device), limits)
+}
+
+/// What can be limited.
+fn limited(kind: DeviceKind) -> Result<Kind, Refused> {
+    match kind {
+        DeviceKind::Disk => Ok(Kind::Block),
+        DeviceKind::Net => Ok(Kind::Net),
         DeviceKind::Entropy | DeviceKind::Balloon | DeviceKind::Vsock => {
-            return refuse("ask-no-device", "only disks and network cards can be limited".into());
+            refuse("ask-no-device", "only disks and network cards can be limited".into())
         }
-    };
-    let Some(device) = nth(devices, wanted, number) else {
+    }
+}
+
+fn limit_device(device: Option<&Emulated>, limits: Limits) -> Result<Answer, Refused> {
+    let Some(device) = device else {
         return refuse("ask-no-device", "this guest has no such device".into());
     };
     if matches!(device.own, Own::NoLimits) {
@@ -257,26 +277,37 @@ fn balloon_statistics(balloon: &BalloonControl, memory_bytes: u64) -> BalloonSta
 fn statistics(running: &Running) -> Statistics {
     let mut numbers = [0_u16; 5];
     let devices = running.devices.iter().map(|device| {
-        let (kind, place) = match device.kind {
-            Kind::Entropy => (DeviceKind::Entropy, 0),
-            Kind::Block => (DeviceKind::Disk, 1),
-            Kind::Net => (DeviceKind::Net, 2),
-            Kind::Balloon => (DeviceKind::Balloon, 3),
-            Kind::Vsock => (DeviceKind::Vsock, 4),
-        };
-        let counted = device.counters.read();
+        let place = kind_of(device) as usize;
         let next = numbers.get_mut(place).map(|next| std::mem::replace(next, next.saturating_add(1)));
-        DeviceStatistics {
-            kind,
-            number: next.unwrap_or_default(),
-            requests: counted.requests,
-            bytes_to_guest: counted.bytes_to_guest,
-            bytes_from_guest: counted.bytes_from_guest,
-            errors: counted.errors,
-        }
+        counted(device, next.unwrap_or_default(), None)
     });
-    let devices = devices.collect();
+    let plugged = running.control.plugged().iter();
+    let plugged = plugged.map(|(slot, device)| counted(device, 0, u8::try_from(slot + 1).ok()));
+    let devices = devices.collect::<Vec<_>>().into_iter().chain(plugged).collect();
     let balloon = running.devices.iter().find_map(Emulated::balloon);
     let balloon = balloon.map(|balloon| balloon_statistics(balloon, running.memory_bytes));
     Statistics { vcpus: running.platform.vcpu_counters(), devices, balloon }
+}
+
+fn kind_of(device: &Emulated) -> DeviceKind {
+    match device.kind {
+        Kind::Entropy => DeviceKind::Entropy,
+        Kind::Block => DeviceKind::Disk,
+        Kind::Net => DeviceKind::Net,
+        Kind::Balloon => DeviceKind::Balloon,
+        Kind::Vsock => DeviceKind::Vsock,
+    }
+}
+
+fn counted(device: &Emulated, number: u16, slot: Option<u8>) -> DeviceStatistics {
+    let counted = device.counters.read();
+    DeviceStatistics {
+        kind: kind_of(device),
+        number,
+        slot,
+        requests: counted.requests,
+        bytes_to_guest: counted.bytes_to_guest,
+        bytes_from_guest: counted.bytes_from_guest,
+        errors: counted.errors,
+    }
 }

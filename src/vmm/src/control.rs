@@ -27,6 +27,7 @@ use vmm_sys_util::eventfd::EventFd;
 use crate::{
     asks::Reply,
     error::{During, Error},
+    machine::Emulated,
     maps::{Answers, Attachments, Kernel, Maps},
     peers::Peers,
     platform::lock,
@@ -62,6 +63,10 @@ pub(crate) enum Change {
     Attach(Place, Attachments),
     /// A function goes, and what followed its BARs with it.
     Detach(Place),
+    /// An emulated device came into a slot, from 0: what control can have to do with it.
+    Plug(usize, Box<Emulated>),
+    /// It goes.
+    Unplug(usize),
     /// The vectors of a function that has gone are given up.
     ForgetVectors {
         /// As [`Requests::add_vectors`] told it.
@@ -210,6 +215,8 @@ pub(crate) struct Control {
     events: BTreeMap<u32, EventFd>,
     maps: Maps,
     peers: Option<Peers>,
+    /// Emulated devices in slots, from 0.
+    plugged: BTreeMap<usize, Emulated>,
     devices: BTreeMap<usize, Arc<VfioDevice>>,
     next_device: usize,
     panic_deadline: Option<Instant>,
@@ -240,6 +247,7 @@ impl Control {
             events: BTreeMap::new(),
             maps: Maps::new(first_slot),
             peers: None,
+            plugged: BTreeMap::new(),
             devices: BTreeMap::new(),
             next_device: 0,
             panic_deadline: None,
@@ -280,6 +288,11 @@ impl Control {
         self.next_device = self.next_device.wrapping_add(1);
         self.devices.insert(number, device);
         number
+    }
+
+    /// Emulated devices that are in slots now, from 0.
+    pub(crate) fn plugged(&self) -> &BTreeMap<usize, Emulated> {
+        &self.plugged
     }
 
     /// How long control may sleep.
@@ -356,6 +369,14 @@ impl Control {
             }
             Change::Attach(place, attachments) => {
                 self.maps.attach(place, attachments);
+                Ok(())
+            }
+            Change::Plug(slot, device) => {
+                self.plugged.insert(slot, *device);
+                Ok(())
+            }
+            Change::Unplug(slot) => {
+                self.plugged.remove(&slot);
                 Ok(())
             }
             Change::Detach(place) => {

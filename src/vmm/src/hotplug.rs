@@ -27,6 +27,7 @@ pub(crate) use assigned::{AssignedCard, Assigning};
 use crate::{
     control::{Change, Requests, Vectors},
     error::{During, Error, bounded},
+    machine::{Emulated, Own},
     maps::{Attachments, Doorbell},
     platform::Platform,
     root::Place,
@@ -279,7 +280,7 @@ impl Hotplug {
     }
 
     fn add_virtio(&mut self, slot: usize, device: Box<dyn Device>) -> Result<(), Refusal> {
-        let (name, place) = (device.kind().name(), place_of(slot));
+        let (kind, place) = (device.kind(), place_of(slot));
         let spare = self.spares.get(slot).ok_or(Error::Lacks("such a slot"))?;
         let count = vector_count(device.as_ref());
         let vectors = add_vectors(&self.requests, count)?;
@@ -295,6 +296,13 @@ impl Hotplug {
             let doorbells = transport.doorbells().map(ring).collect::<Result<_, Error>>()?;
             Ok((transport, worker, doorbells))
         });
+        let emulated = |transport: &PciTransport| Emulated {
+            kind,
+            counters: Arc::clone(transport.counters()),
+            interrupt: transport.interrupt(),
+            worker: transport.worker_control(),
+            own: Own::Nothing,
+        };
         let forget = || self.change(Change::ForgetVectors { first_gsi, count: count.into() });
         let (transport, worker, doorbells) = made.inspect_err(|_| forget())?;
         if spare.workers.send(worker).is_err() {
@@ -303,8 +311,9 @@ impl Hotplug {
         }
         self.change(Change::Attach(place, Attachments { doorbells, regions: Vec::new() }));
         let what = What::Virtio { first_gsi, vectors: count.into() };
-        let plugged = Plugged { name, what, leaving: None };
+        let plugged = Plugged { name: kind.name(), what, leaving: None };
         self.plugged.insert(slot, plugged);
+        self.change(Change::Plug(slot, Box::new(emulated(&transport))));
         self.platform.root().insert(slot, vec![Box::new(transport)]);
         Ok(())
     }
@@ -367,6 +376,7 @@ impl Hotplug {
         let functions: Vec<Box<dyn Function>> = self.platform.root().remove(slot);
         match card.what {
             What::Virtio { first_gsi, vectors } => {
+                self.change(Change::Unplug(slot));
                 self.change(Change::Detach(place_of(slot)));
                 self.change(Change::ForgetVectors { first_gsi, count: vectors });
                 // Its thread ends the device when its transport is gone.

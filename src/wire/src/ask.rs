@@ -23,8 +23,8 @@ pub enum Ask {
     },
     /// A disk has another size from now on.
     ResizeDisk {
-        /// Its number, from 0.
-        number: u16,
+        /// Which.
+        disk: Which,
         /// A multiple of 512, not 0.
         size_bytes: u64,
     },
@@ -32,8 +32,8 @@ pub enum Ask {
     Limit {
         /// [`DeviceKind::Disk`] or [`DeviceKind::Net`].
         kind: DeviceKind,
-        /// Its number among those of its kind.
-        number: u16,
+        /// Which of those.
+        device: Which,
         /// Its limits.
         limits: Limits,
     },
@@ -53,6 +53,15 @@ pub enum Ask {
         /// Whether it is taken out when the guest has not let it go in time.
         force: bool,
     },
+}
+
+/// An emulated device among those of its kind.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
+pub enum Which {
+    /// Of those that the machine started with, from 0.
+    Number(u16),
+    /// What is in a slot, from 0.
+    Slot(u8),
 }
 
 /// What can be put into a slot.
@@ -149,8 +158,10 @@ impl Statistics {
 pub struct DeviceStatistics {
     /// What it is.
     pub kind: DeviceKind,
-    /// Its number among those of its kind, from 0.
+    /// Its number among those of its kind that the machine started with, from 0; 0 for what is in a slot.
     pub number: u16,
+    /// The slot that it is in, from 1; `None` for what the machine started with.
+    pub slot: Option<u8>,
     /// Requests that were answered: for a network card, frames of both directions.
     pub requests: u64,
     /// Bytes that the guest was given, with the headers that the device puts before or behind them.

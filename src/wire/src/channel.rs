@@ -238,6 +238,7 @@ mod tests {
         let device = DeviceStatistics {
             kind: DeviceKind::Balloon,
             number: u16::MAX,
+            slot: Some(u8::MAX),
             requests: most,
             bytes_to_guest: most,
             bytes_from_guest: most,

@@ -17,7 +17,7 @@ mod message;
 
 pub use ask::{
     Answer, Ask, AssignedCard, BalloonStatistics, COUNTED_MOST, Card, DeviceKind, DeviceStatistics, Event,
-    Limits, Rate, Refused, Statistics,
+    Limits, Rate, Refused, Statistics, Which,
 };
 pub use channel::{Channel, Descriptors, WireError};
 pub use credentials::peer_is_listener;

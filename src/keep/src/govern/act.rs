@@ -9,7 +9,7 @@ use std::{
 
 use casemate_policy::{Bounds, Deed, GuestSample, Knob, Rate};
 use casemate_spec::{Refusal, ResourceBounds};
-use casemate_wire::{Ask, BalloonStatistics, DeviceKind, Limits};
+use casemate_wire::{Ask, BalloonStatistics, DeviceKind, Limits, Which};
 
 use super::Charge;
 use crate::operator::{GuestState, Operator, Order};
@@ -227,7 +227,8 @@ impl Actor {
         }
         let limits = share(rate, count);
         for number in (0..count).filter_map(|number| u16::try_from(number).ok()) {
-            let asked = self.operator.ask(Ask::Limit { kind, number, limits }, Vec::new());
+            let asked =
+                self.operator.ask(Ask::Limit { kind, device: Which::Number(number), limits }, Vec::new());
             drop(asked.map_err(|refusal| refusal.to_string())?);
         }
         Ok(())
