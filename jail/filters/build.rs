@@ -7,8 +7,10 @@ mod compile;
 use std::{env, fs, path::Path, process::exit};
 
 /// The roles whose filters go over that of the building phase, each a file.
-const NARROW: [&str; 11] =
-    ["vcpu", "control", "blk", "net", "vsock", "device", "console", "intx", "spare", "hotplug", "peers"];
+const NARROW: [&str; 12] = [
+    "vcpu", "control", "blk", "net", "vsock", "device", "port", "console", "intx", "spare", "hotplug",
+    "peers",
+];
 
 fn main() {
     println!("cargo::rerun-if-changed=build.rs");

@@ -63,6 +63,8 @@ pub struct GuestFile {
     #[serde(skip_serializing_if = "Option::is_none")]
     vsock: Option<Vsock>,
     #[serde(skip_serializing_if = "Vec::is_empty")]
+    port: Vec<Port>,
+    #[serde(skip_serializing_if = "Vec::is_empty")]
     device: Vec<Device>,
     #[serde(flatten)]
     tables: toml::Table,
@@ -108,6 +110,13 @@ struct Net {
     queues: Option<u8>,
 }
 
+/// A port with a name.
+#[derive(Clone, Debug, Serialize)]
+struct Port {
+    name: String,
+    socket: PathBuf,
+}
+
 #[derive(Clone, Debug, Serialize)]
 struct Vsock {
     socket: PathBuf,
@@ -140,6 +149,7 @@ impl GuestFile {
             disk: Vec::new(),
             net: Vec::new(),
             vsock: None,
+            port: Vec::new(),
             device: Vec::new(),
             tables: toml::Table::new(),
         }
@@ -224,6 +234,13 @@ impl GuestFile {
         if let Some(net) = self.net.last_mut() {
             net.queues = Some(queues);
         }
+        self
+    }
+
+    /// Adds a port of this name, whose socket is at a path of the host's.
+    #[must_use]
+    pub fn port(mut self, name: &str, socket: &Path) -> Self {
+        self.port.push(Port { name: name.to_owned(), socket: socket.to_owned() });
         self
     }
 

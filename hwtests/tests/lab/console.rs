@@ -2,7 +2,8 @@
 
 use std::{
     fs::File,
-    io::Write,
+    io::{BufRead, BufReader, Write},
+    os::unix::net::UnixStream,
     path::{Path, PathBuf},
     time::Duration,
 };
@@ -67,5 +68,45 @@ pub(crate) fn terminal_is_the_guests(ctx: &mut Ctx) -> Result<(), Failure> {
     drop(typed);
     let run = running.wait(SOON)?;
     run.success()?.printed("the terminal is the guest's")?.printed("unchanged")?;
+    Ok(())
+}
+
+/// A virtio console is typed at and read, and learns of the terminal's size; and a program in the guest speaks by a port with
+/// whoever connects to its socket.
+pub(crate) fn virtio_console_and_ports(ctx: &mut Ctx) -> Result<(), Failure> {
+    let socket = ctx.directory().join("agent.sock");
+    let script = r#"until [ -e /dev/hvc0 ]; do sleep 0.1; done
+        # Open all the time: what comes while the last user closes it is lost, as on any terminal.
+        exec 3<>/dev/hvc0; stty raw -echo <&3; echo said-on-hvc0 >&3
+        read line <&3; echo "heard: $line"
+        until [ "$(stty size <&3)" = "43 132" ]; do sleep 0.1; done; echo terminal-has-grown
+        until name=$(grep -l org.example.agent /sys/class/virtio-ports/*/name); do sleep 0.1; done
+        exec 4<>/dev/$(basename $(dirname $name)); echo agent-listens
+        for n in 1 2; do read line <&4; echo "answer to $line" >&4; done; read line <&4; echo "last: $line""#;
+    let guest = ctx.guest(script)?.vcpus(1).table("console", "device = \"virtio\"")?;
+    let guest = guest.port("org.example.agent", &socket);
+    let (running, mut typed) = start(ctx, &guest, "$CASEMATE run --json --stdin $FILE")?;
+    running.wait_for_text("said-on-hvc0", SOON)?;
+    typed.write_all(b"typed\n")?;
+    running.wait_for_text("heard: typed", SOON)?;
+    let ask = r#"{"do":"terminal-size","columns":132,"rows":43}"#;
+    let mut operator = UnixStream::connect(format!("/run/casemate/{}.operator", ctx.name()))?;
+    operator.write_all(format!("{ask}\n").as_bytes())?;
+    running.wait_for_text("terminal-has-grown", SOON)?;
+    running.wait_for_text("agent-listens", SOON)?;
+    for word in ["first", "second"] {
+        let mut agent = UnixStream::connect(&socket)?;
+        agent.set_read_timeout(Some(SOON))?;
+        agent.write_all(format!("{word}\n").as_bytes())?;
+        let mut answer = String::new();
+        BufReader::new(agent).read_line(&mut answer)?;
+        expect!(answer == format!("answer to {word}\n"), "the guest's program answered {answer:?}");
+    }
+    ctx.run(["casemate", "audit", ctx.name()])?.success()?;
+    let stats = ctx.run(["casemate", "stats", ctx.name()])?;
+    stats.success()?.printed("console 0")?.printed("console 1")?;
+    UnixStream::connect(&socket)?.write_all(b"bye\n")?;
+    running.wait(SOON)?.success()?.printed("last: bye")?;
+    expect!(!socket.exists(), "the port's socket is still there");
     Ok(())
 }

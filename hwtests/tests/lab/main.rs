@@ -63,6 +63,7 @@ const TESTS: &[LabTest] = &[
     LabTest::new("power-button-ignored-stops", boot::power_button_ignored_stops),
     // Console
     LabTest::new("console-takes-input", console::takes_input),
+    LabTest::new("virtio-console-and-ports", console::virtio_console_and_ports),
     LabTest::new("terminal-is-the-guests", console::terminal_is_the_guests),
     // A guest that runs
     LabTest::new("operator-pauses-a-guest", control::pauses_and_goes_on),

@@ -44,6 +44,8 @@ pub enum Role {
     Vsock,
     /// The thread of any other virtio device: entropy, balloon.
     Device,
+    /// The thread of a virtio console: a terminal, or ports with names.
+    Port,
     /// The thread that types at the guest's serial port.
     Console,
     /// A thread that waits for the INTx of an assigned function.
@@ -69,7 +71,7 @@ impl Role {
     pub const ALONE: [Self; 4] = [Self::Compiler, Self::PolicyLoad, Self::Policy, Self::PolicyTicker];
 
     /// All roles; those of the VMM in the order in which their filters are put on.
-    pub const ALL: [Self; 16] = [
+    pub const ALL: [Self; 17] = [
         Self::Build,
         Self::Vcpu,
         Self::Control,
@@ -77,6 +79,7 @@ impl Role {
         Self::Net,
         Self::Vsock,
         Self::Device,
+        Self::Port,
         Self::Console,
         Self::Intx,
         Self::Spare,
@@ -89,13 +92,14 @@ impl Role {
     ];
 
     /// The roles of a VMM's threads once its guest runs.
-    pub const NARROW: [Self; 11] = [
+    pub const NARROW: [Self; 12] = [
         Self::Vcpu,
         Self::Control,
         Self::Blk,
         Self::Net,
         Self::Vsock,
         Self::Device,
+        Self::Port,
         Self::Console,
         Self::Intx,
         Self::Spare,
@@ -122,6 +126,7 @@ impl Role {
             Self::Net => "net",
             Self::Vsock => "vsock",
             Self::Device => "device",
+            Self::Port => "port",
             Self::Console => "console",
             Self::Intx => "intx",
             Self::Spare => "spare",
@@ -154,6 +159,7 @@ impl Role {
             Self::Net => (&NET_PROGRAM, NET_RULES),
             Self::Vsock => (&VSOCK_PROGRAM, VSOCK_RULES),
             Self::Device => (&DEVICE_PROGRAM, DEVICE_RULES),
+            Self::Port => (&PORT_PROGRAM, PORT_RULES),
             Self::Console => (&CONSOLE_PROGRAM, CONSOLE_RULES),
             Self::Intx => (&INTX_PROGRAM, INTX_RULES),
             Self::Spare => (&SPARE_PROGRAM, SPARE_RULES),

@@ -210,6 +210,7 @@ fn name(device: &DeviceStatistics) -> String {
         DeviceKind::Net => "net",
         DeviceKind::Balloon => "balloon",
         DeviceKind::Vsock => "vsock",
+        DeviceKind::Console => "console",
     };
     match device.slot {
         Some(slot) => format!("{kind} slot{slot}"),

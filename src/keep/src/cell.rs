@@ -3,7 +3,7 @@
 use std::{
     fs::{self, File},
     os::{
-        fd::{AsFd, BorrowedFd, OwnedFd},
+        fd::{AsFd, AsRawFd, BorrowedFd, OwnedFd},
         unix::fs::OpenOptionsExt,
     },
     path::{Path, PathBuf},
@@ -12,15 +12,15 @@ use std::{
 use casemate_host::{Claim, DmaNeeds, Host, Image, Tap};
 use casemate_jail::{Cell, CellPlan, CgroupPlan, IoPlan, Program, Rlimits};
 use casemate_spec::{
-    CellPart, CellRules, CpuList, CpuModel, DiskFormat, Guest, IoLimits, LIMITS, NET_QUEUES_MAX, Pages,
-    PciAddress, Ram, Refusal,
+    CellPart, CellRules, ConsoleDevice, CpuList, CpuModel, DiskFormat, Guest, IoLimits, LIMITS,
+    NET_QUEUES_MAX, Pages, PciAddress, Ram, Refusal,
 };
 use casemate_wire::{
     self as wire, Assigned, Below, Channel, Cpu, CpuRange, DeviceKind, Disk, Format, FromCell, Hotplug,
-    Limited, Machine, Model, Net, RomFile, Slot, ToCell, VERSION, Vsock,
+    Limited, Machine, Model, Net, Port, RomFile, Slot, Terminal, ToCell, VERSION, Vsock,
 };
 use rustix::{
-    fs::{FlockOperation, flock},
+    fs::{FlockOperation, OFlags, flock},
     io::Errno,
     net::{AddressFamily, SocketAddrUnix, SocketFlags, SocketType, bind, connect, listen, socket_with},
     pipe::{PipeFlags, pipe_with},
@@ -37,7 +37,7 @@ const OVERHEAD_BYTES: u64 = 64 << 20;
 /// What is locked beside a guest's memory.
 const LOCKED_OVERHEAD_BYTES: u64 = 1 << 20;
 /// Emulated functions that each guest has.
-const OWN_FUNCTIONS: usize = 4;
+const OWN_FUNCTIONS: usize = 6;
 /// Interrupt vectors of one emulated function at most: a queue each, and one for changes of configuration.
 const VECTORS_MOST: u32 = 65;
 /// The kernel's page tables for a guest's memory take at most this share of it (two levels of paging, 4 KiB pages).
@@ -187,6 +187,8 @@ pub(crate) struct Resources<'a> {
     /// The cell's end of the way on which streams for the guest's sockets come.
     pub(crate) streams: Option<BorrowedFd<'a>>,
     pub(crate) claim: Option<&'a Claim>,
+    /// The cell's ends of the streams of the guest's ports, in the order of its file.
+    pub(crate) ports: &'a [OwnedFd],
     /// Whether the guest's console has input.
     pub(crate) input: bool,
     /// What the host file says of cells.
@@ -264,6 +266,14 @@ pub(crate) fn start(
     let rlimits = rlimits(guest, resources);
     let cgroup = cgroup(paths, guest, resources.images, resources.rules);
     let (input_read, console_input) = resources.input.then(pipe).transpose()?.unzip();
+    let terminal = match guest.console {
+        ConsoleDevice::Serial => None,
+        ConsoleDevice::Virtio => {
+            let output = without_blocking(&console_write, true).map_err(|error| failed("a pipe", &error))?;
+            let input = input_read.as_ref().map(|input| without_blocking(input, false)).transpose();
+            Some((output, input.map_err(|error| failed("a pipe", &error))?))
+        }
+    };
     let cell = casemate_jail::start(CellPlan {
         guest: guest.name.to_string(),
         uid: identity.uid,
@@ -280,9 +290,21 @@ pub(crate) fn start(
         tied_to_parent: true,
     })?;
     let channel = Channel::new(peer);
-    let ends = ConsoleEnds { output: console_write.as_fd(), input: input_read.as_ref().map(AsFd::as_fd) };
+    let ends = ConsoleEnds {
+        output: console_write.as_fd(),
+        // What is typed goes to one of the two.
+        input: input_read.as_ref().filter(|_| terminal.is_none()).map(AsFd::as_fd),
+        terminal: terminal.as_ref().map(|(output, input)| (output.as_fd(), input.as_ref().map(AsFd::as_fd))),
+    };
     send_machine(&channel, guest, resources, ends)?;
     Ok(Started { cell, channel, console, console_input, log, rlimits, cgroup })
+}
+
+/// The same pipe once more, with a state of its own: nobody waits who uses it by this descriptor.
+fn without_blocking(pipe: &OwnedFd, writes: bool) -> std::io::Result<OwnedFd> {
+    let flags = (OFlags::NONBLOCK | OFlags::CLOEXEC).bits().cast_signed();
+    let path = format!("/proc/self/fd/{}", pipe.as_raw_fd());
+    File::options().read(!writes).write(writes).custom_flags(flags).open(path).map(OwnedFd::from)
 }
 
 /// A listening socket for the cell, and the keep's connection to it.
@@ -314,7 +336,8 @@ fn threads(guest: &Guest) -> u64 {
     // A thread for each slot, and the one that puts devices into them.
     // The card's own, and one of vhost's for each pair of queues.
     let nets = guest.nets.iter().map(|net| 1 + usize::from(net.queues)).sum::<usize>();
-    let peers = usize::from(guest.dma.peer_to_peer);
+    let consoles = usize::from(guest.console == ConsoleDevice::Virtio) + guest.ports.len().min(1);
+    let peers = usize::from(guest.dma.peer_to_peer) + consoles;
     let devices = disks + nets + guest.devices.len() + 5 + slots + slots.min(1) + peers;
     u64::from(guest.vcpus) * 2 + devices as u64 + 8
 }
@@ -371,10 +394,10 @@ fn qcow2_bytes_max(image: &Image) -> u64 {
 #[derive(Default)]
 struct Descriptors<'a>(Vec<BorrowedFd<'a>>);
 
-/// What a guest has at most: kvm, kernel, initrd, console, its input, the sockets and the container; for a disk an image and that
+/// What a guest has at most: kvm, kernel, initrd, console, its input, a terminal's two ends, the sockets and the container; a port; for a disk an image and that
 /// under it; for each pair of a card's queues a tap's and vhost's; a function, its group and its ROM.
 const _: () = assert!(
-    7 + 2 * LIMITS.disks + 2 * LIMITS.nets * NET_QUEUES_MAX as usize + 3 * LIMITS.devices
+    9 + LIMITS.ports + 2 * LIMITS.disks + 2 * LIMITS.nets * NET_QUEUES_MAX as usize + 3 * LIMITS.devices
         <= wire::DESCRIPTORS
 );
 
@@ -390,6 +413,8 @@ impl<'a> Descriptors<'a> {
 struct ConsoleEnds<'a> {
     output: BorrowedFd<'a>,
     input: Option<BorrowedFd<'a>>,
+    /// Of a virtio console: its output, and its input.
+    terminal: Option<(BorrowedFd<'a>, Option<BorrowedFd<'a>>)>,
 }
 
 fn send_machine(
@@ -432,6 +457,13 @@ fn send_machine(
             .as_ref()
             .zip(resources.streams)
             .map(|(vsock, streams)| Vsock { cid: vsock.cid, socket: fds.add(streams) }),
+        terminal: console.terminal.map(|(output, input)| Terminal {
+            output: fds.add(output),
+            input: input.map(|input| fds.add(input)),
+        }),
+        ports: (guest.ports.iter().zip(resources.ports))
+            .map(|(port, stream)| Port { name: port.name.clone(), stream: fds.add(stream.as_fd()) })
+            .collect(),
         container: claim.map(|claim| fds.add(claim.container.as_fd())),
         groups: claim.iter().flat_map(|claim| &claim.groups).map(|group| fds.add(group.fd.as_fd())).collect(),
         devices: (claim.iter().flat_map(|claim| &claim.devices).zip(seats(&addresses)))

@@ -4,7 +4,7 @@ use std::{fs, path::Path};
 
 use casemate_host::PciFunction;
 use casemate_policy::Attrs;
-use casemate_spec::{CpuList, Guest};
+use casemate_spec::{ConsoleDevice, CpuList, Guest};
 
 /// Logical processors of a host that are told of at most: 4,096 take some 60 KB of a request.
 const PROCESSORS_MOST: usize = 4096;
@@ -47,6 +47,8 @@ pub(crate) fn guest(guest: &Guest) -> Attrs {
         ("prefault", yes(guest.ram.prefault)),
         ("numa-node", guest.ram.numa_node.map(|node| node.to_string())),
         ("vsock", yes(guest.vsock.is_some())),
+        ("console", (guest.console == ConsoleDevice::Virtio).then(|| guest.console.name().to_owned())),
+        ("ports", (!guest.ports.is_empty()).then(|| guest.ports.len().to_string())),
         ("peer-to-peer", yes(guest.dma.peer_to_peer)),
         ("slots", (guest.hotplug.slots > 0).then(|| guest.hotplug.slots.to_string())),
     ]

@@ -5,18 +5,20 @@ use std::{
     io::{self, Read, Write},
     os::fd::{AsFd, OwnedFd},
     panic, thread,
+    time::Duration,
 };
 
 use casemate_spec::{Guest, Refusal};
+use casemate_wire::Ask;
 use rustix::{
     fs::{OFlags, fcntl_getfl, fcntl_setfl},
     io::Errno,
     process::getpgrp,
     stdio,
-    termios::{OptionalActions, OutputModes, Termios, tcgetattr, tcgetpgrp, tcsetattr},
+    termios::{OptionalActions, OutputModes, Termios, tcgetattr, tcgetpgrp, tcgetwinsize, tcsetattr},
 };
 
-use crate::watch::StopSignals;
+use crate::{operator::Operator, watch::StopSignals};
 
 /// Where a guest's console gets its input from.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
@@ -98,6 +100,28 @@ pub(crate) fn carry(
     let body = move || carry_all(io::stdin().lock(), File::from(pipe), escape, stop);
     thread::Builder::new().name("input".into()).spawn(body).map_err(|error| failed(&error))?;
     Ok(terminal)
+}
+
+/// How often is looked whether the terminal has another size.
+const LOOK: Duration = Duration::from_millis(250);
+
+/// Tells the guest the size of this program's terminal, now and whenever it has changed, until the guest's end.
+pub(crate) fn follow_size(operator: Operator) {
+    let mut told = None;
+    let follow = move || loop {
+        let size = tcgetwinsize(stdio::stdin()).ok().map(|size| (size.ws_col, size.ws_row));
+        if let Some((columns, rows)) = size.filter(|_| size != told) {
+            match operator.ask(Ask::TerminalSize { columns, rows }, Vec::new()) {
+                Ok(_) => told = size,
+                Err(refusal) if refusal.code == "guest-ending" => return,
+                // It may not run yet.
+                Err(_) => {}
+            }
+        }
+        thread::sleep(LOOK);
+    };
+    // Without it the guest's programs wrap their lines elsewhere.
+    let _ = thread::Builder::new().name("terminal".into()).spawn(follow);
 }
 
 fn carry_all(mut from: impl Read, mut to: impl Write, escape: Option<u8>, mut stop: impl Write) {

@@ -31,6 +31,7 @@ mod operator;
 mod operator_socket;
 mod paths;
 mod policies;
+mod ports;
 mod programs;
 mod record;
 mod releasing;

@@ -119,7 +119,9 @@ impl Kind {
             Ask::Pause => Self::Pause,
             Ask::Resume => Self::Resume,
             Ask::Statistics => Self::Statistics,
-            Ask::Balloon { .. } | Ask::ResizeDisk { .. } | Ask::Limit { .. } => Self::Other,
+            Ask::Balloon { .. } | Ask::TerminalSize { .. } | Ask::ResizeDisk { .. } | Ask::Limit { .. } => {
+                Self::Other
+            }
             Ask::Add { .. } => Self::Add,
             Ask::Remove { .. } => Self::Remove,
         }

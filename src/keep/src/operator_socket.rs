@@ -66,6 +66,13 @@ pub enum OperatorRequest {
         /// In bytes.
         size_bytes: u64,
     },
+    /// Tell it how large the terminal is that shows its virtio console.
+    TerminalSize {
+        /// Characters across.
+        columns: u16,
+        /// Lines.
+        rows: u16,
+    },
     /// Tell it of a disk's new size.
     Resize {
         /// The disk: its number, from 0, or `"slot1"`.
@@ -324,6 +331,9 @@ fn carry_out(asked: &Asked, request: &OperatorRequest) -> Result<Value, Refusal>
         }
         OperatorRequest::Balloon { size_bytes } => {
             drop(operator.ask(Ask::Balloon { target_bytes: *size_bytes }, Vec::new())?);
+        }
+        OperatorRequest::TerminalSize { columns, rows } => {
+            drop(operator.ask(Ask::TerminalSize { columns: *columns, rows: *rows }, Vec::new())?);
         }
         OperatorRequest::Resize { number, size_bytes, shrink } => {
             let size_bytes = resize(asked, *number, *size_bytes, *shrink)?;

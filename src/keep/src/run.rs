@@ -17,7 +17,8 @@ use casemate_host::{
 };
 use casemate_policy::Kind;
 use casemate_spec::{
-    CellPart, CellRules, LIMITS, Located, PciAddress, Refusal, ResourceBounds, ScrubStep, Vsock, parse_guest,
+    CellPart, CellRules, ConsoleDevice, LIMITS, Located, PciAddress, Port, Refusal, ResourceBounds,
+    ScrubStep, Vsock, parse_guest,
 };
 use signal_hook::consts::SIGUSR1;
 
@@ -31,8 +32,9 @@ use crate::{
     disks::Disks,
     govern::{Charge, Governing},
     images::Images,
-    operator,
+    input, operator,
     operator_socket::{OperatorSocket, Reach},
+    ports,
     record::{self, Facts},
     releasing::Releasing,
     virtual_functions::{Virtual, set_networks},
@@ -293,10 +295,12 @@ impl Prepared<'_> {
         let guest = &self.located.guest;
         let taps = make_taps(self.located)?;
         let (socket, streams) = self.open_socket()?.unzip();
+        let (port_sockets, ports): (Vec<_>, Vec<_>) = self.open_ports()?.into_iter().unzip();
         let resources = Resources {
             images: self.images,
             taps: &taps,
             streams: streams.as_ref().map(AsFd::as_fd),
+            ports: &ports,
             claim,
             input: self.options.input != Input::None,
             rules: self.rules,
@@ -333,10 +337,13 @@ impl Prepared<'_> {
         let _governing = Governing::start(self.charge(&started), self.admitted.policies(), operator.clone())?;
         let attaching = self.attaching.clone();
         let reach = Reach { disks, attaching, admitted: Some(Arc::clone(&self.admitted)) };
-        let _socket = OperatorSocket::open(self.paths, operator, reach)?;
+        let _socket = OperatorSocket::open(self.paths, operator.clone(), reach)?;
         // The cell has its own; a tap is gone with its last descriptor.
-        drop((taps, streams));
-        let _socket = socket;
+        drop((taps, streams, ports));
+        let _sockets = (socket, port_sockets);
+        if self.options.input == Input::Terminal && guest.console == ConsoleDevice::Virtio {
+            input::follow_size(operator.clone());
+        }
         let seen = {
             let watching = Watching {
                 guest,
@@ -366,6 +373,15 @@ impl Prepared<'_> {
             },
             devices: Vec::new(),
         })
+    }
+
+    /// The sockets of the guest's ports, and the cell's streams for them.
+    fn open_ports(&self) -> Result<Vec<(GuestSocket, OwnedFd)>, Refusal> {
+        let open = |(number, port): (usize, &Port)| {
+            let opened = ports::open(&self.located.resolve(&port.socket));
+            opened.map_err(|refusal| refusal.at(self.located.location(&format!("port.{number}.socket"))))
+        };
+        self.located.guest.ports.iter().enumerate().map(open).collect()
     }
 
     /// The guest's socket on the host, and the cell's way to it.

@@ -63,21 +63,9 @@ impl GuestSocket {
     /// # Errors
     /// `vsock-socket`.
     pub(crate) fn open(path: &Path) -> Result<(Self, OwnedFd), Refusal> {
-        let failed = |error: &dyn std::fmt::Display| {
-            let cause = format_args!("no socket can be made there: {error}");
-            Refusal::new(
-                "vsock-socket",
-                path.display(),
-                cause,
-                "name a path in a folder that is there, and free",
-            )
-        };
-        if is_left_over(path) {
-            let _ = std::fs::remove_file(path);
-        }
-        let listener = UnixListener::bind(path).map_err(|error| failed(&error))?;
-        let (keep, cell) = prepare(path, &listener).map_err(|error| failed(&error))?;
-        let socket = Self { path: path.to_owned() };
+        let (socket, listener) = listen(path, "vsock-socket")?;
+        let failed = |error: &dyn std::fmt::Display| refuse(path, "vsock-socket", error);
+        let (keep, cell) = make_way().map_err(|error| failed(&error))?;
         let service =
             Service { path: path.to_owned(), listener, channel: Channel::new(keep), visitors: Vec::new() };
         let thread = thread::Builder::new().name("vsock".into());
@@ -86,10 +74,29 @@ impl GuestSocket {
     }
 }
 
-/// Closes the socket to others than root, and makes the way into the cell, whose end does not block.
-fn prepare(path: &Path, listener: &UnixListener) -> io::Result<(OwnedFd, OwnedFd)> {
-    std::fs::set_permissions(path, std::fs::Permissions::from_mode(0o600))?;
-    listener.set_nonblocking(true)?;
+/// Listens at `path`, for root alone; what a killed keep left there is removed. Nobody waits for a visitor.
+///
+/// # Errors
+/// A refusal of this code.
+pub(crate) fn listen(path: &Path, code: &'static str) -> Result<(GuestSocket, UnixListener), Refusal> {
+    let failed = |error: io::Error| refuse(path, code, &error);
+    if is_left_over(path) {
+        let _ = std::fs::remove_file(path);
+    }
+    let listener = UnixListener::bind(path).map_err(failed)?;
+    let socket = GuestSocket { path: path.to_owned() };
+    std::fs::set_permissions(path, std::fs::Permissions::from_mode(0o600)).map_err(failed)?;
+    listener.set_nonblocking(true).map_err(failed)?;
+    Ok((socket, listener))
+}
+
+fn refuse(path: &Path, code: &'static str, error: &dyn std::fmt::Display) -> Refusal {
+    let cause = format!("no socket can be made there: {error}");
+    Refusal::new(code, path.display(), cause, "name a path in a folder that is there, and free")
+}
+
+/// The way into the cell, whose end does not block.
+fn make_way() -> io::Result<(OwnedFd, OwnedFd)> {
     let (keep, cell) = socketpair(AddressFamily::UNIX, SocketType::SEQPACKET, SocketFlags::CLOEXEC, None)?;
     rustix::io::ioctl_fionbio(&cell, true)?;
     Ok((keep, cell))

@@ -11,6 +11,7 @@ use toml::Spanned;
 
 use crate::{
     ByteSize, Cpu, DevicePin, Dma, Hotplug, Location, PciAddress, Ram, Refusal,
+    console::{ConsoleDevice, Port, RawConsole, RawPort},
     cpu::RawCpu,
     device::{RawDevice, Wanted},
     disk::{Disk, RawDisk},
@@ -43,6 +44,8 @@ pub struct Limits {
     pub nets: usize,
     /// Assigned PCI functions.
     pub devices: usize,
+    /// Ports with names.
+    pub ports: usize,
     /// Slots for hot-plug.
     pub hotplug_slots: u8,
 }
@@ -58,12 +61,13 @@ pub const LIMITS: Limits = Limits {
     disks: 8,
     nets: 8,
     devices: 8,
+    ports: 8,
     hotplug_slots: 8,
 };
 
-// All of them, the host bridge, the entropy source, the sockets, the balloon and the root ports (functions of one device) sit on one bus
-// of 32 devices.
-const _: () = assert!(LIMITS.disks + LIMITS.nets + LIMITS.devices + 5 <= 32 && LIMITS.hotplug_slots <= 8);
+// All of them, the host bridge, the entropy source, the sockets, the terminal, the ports with names, the balloon and the root ports
+// (functions of one device) sit on one bus of 32 devices.
+const _: () = assert!(LIMITS.disks + LIMITS.nets + LIMITS.devices + 7 <= 32 && LIMITS.hotplug_slots <= 8);
 
 /// A name of a guest or a tenant: 1 to 32 of `a-z`, `0-9` and `-`, beginning with a letter.
 #[derive(Clone, Debug, PartialEq, Eq, PartialOrd, Ord, Hash)]
@@ -112,6 +116,10 @@ pub struct Guest {
     pub nets: Vec<Net>,
     /// The socket device.
     pub vsock: Option<Vsock>,
+    /// What a person types at.
+    pub console: ConsoleDevice,
+    /// Ports with names.
+    pub ports: Vec<Port>,
     /// Assigned PCI functions, in the order of their slots.
     pub devices: Vec<Assigned>,
     /// Functions that are still to be chosen from pools; each becomes one of `devices`.
@@ -236,6 +244,10 @@ struct RawGuest {
     net: Vec<RawNet>,
     vsock: Option<RawVsock>,
     #[serde(default)]
+    console: RawConsole,
+    #[serde(default)]
+    port: Vec<RawPort>,
+    #[serde(default)]
     device: Vec<RawDevice>,
     #[serde(default)]
     dma: Dma,
@@ -313,6 +325,7 @@ impl Reader<'_> {
         let disks = raw.disk.into_iter().map(|disk| self.disk(disk)).collect::<Result<_, _>>()?;
         let nets = raw.net.into_iter().map(|net| self.net(net)).collect::<Result<_, _>>()?;
         let vsock = raw.vsock.map(|vsock| self.vsock(vsock)).transpose()?;
+        let ports = self.ports(raw.port)?;
         let mut devices: Vec<Assigned> = Vec::new();
         let mut pooled = Vec::new();
         for (table, raw) in raw.device.into_iter().enumerate() {
@@ -347,6 +360,8 @@ impl Reader<'_> {
             disks,
             nets,
             vsock,
+            console: raw.console.device,
+            ports,
             devices,
             pooled,
             dma: raw.dma,

@@ -8,6 +8,7 @@
 
 mod address;
 mod cell_rules;
+mod console;
 mod cpu;
 mod device;
 mod disk;
@@ -26,6 +27,7 @@ mod vsock;
 
 pub use address::{PciAddress, PciAddressError};
 pub use cell_rules::{CellPart, CellRules, IoRules};
+pub use console::{ConsoleDevice, Port};
 pub use cpu::{Cpu, CpuList, CpuListError, CpuModel};
 pub use device::{DevicePin, PciId, PciIdError};
 pub use disk::{Backing, DISK_QUEUES_MAX, Disk, DiskFormat};

@@ -3,7 +3,7 @@
 use std::{os::fd::BorrowedFd, sync::Arc};
 
 use virtio_bindings::virtio_ids::{
-    VIRTIO_ID_BALLOON, VIRTIO_ID_BLOCK, VIRTIO_ID_NET, VIRTIO_ID_RNG, VIRTIO_ID_VSOCK,
+    VIRTIO_ID_BALLOON, VIRTIO_ID_BLOCK, VIRTIO_ID_CONSOLE, VIRTIO_ID_NET, VIRTIO_ID_RNG, VIRTIO_ID_VSOCK,
 };
 use vm_memory::GuestMemoryError;
 use vmm_sys_util::eventfd::EventFd;
@@ -23,6 +23,8 @@ pub enum Kind {
     Balloon,
     /// Sockets.
     Vsock,
+    /// Console.
+    Console,
 }
 
 impl Kind {
@@ -34,6 +36,7 @@ impl Kind {
             Self::Entropy => VIRTIO_ID_RNG,
             Self::Balloon => VIRTIO_ID_BALLOON,
             Self::Vsock => VIRTIO_ID_VSOCK,
+            Self::Console => VIRTIO_ID_CONSOLE,
         };
         // All ids are small.
         id as u16
@@ -46,7 +49,7 @@ impl Kind {
             Self::Block => 0x01_80_00,
             Self::Entropy | Self::Balloon => 0xff_00_00,
             // As QEMU has it: another kind of communication.
-            Self::Vsock => 0x07_80_00,
+            Self::Vsock | Self::Console => 0x07_80_00,
         }
     }
 
@@ -58,6 +61,7 @@ impl Kind {
             Self::Entropy => "virtio-rng",
             Self::Balloon => "virtio-balloon",
             Self::Vsock => "virtio-vsock",
+            Self::Console => "virtio-console",
         }
     }
 }
@@ -80,6 +84,11 @@ pub trait Device: Send {
     }
     /// Descriptors whose readiness to be read is a [`Device::backend_ready`]: always the same.
     fn backends(&self) -> Vec<BorrowedFd<'_>> {
+        Vec::new()
+    }
+
+    /// Descriptors whose readiness to be written to is a [`Device::backend_ready`], numbered behind the backends: always the same.
+    fn sinks(&self) -> Vec<BorrowedFd<'_>> {
         Vec::new()
     }
 

@@ -124,10 +124,10 @@ impl Worker {
         let epoll = Epoll::new()?;
         let wake = Arc::new(EventFd::new(EFD_NONBLOCK)?);
         // Edge-triggered, so that doorbells need no read, and a tap that no buffer waits for does not keep us awake.
-        let add = |fd: i32, number: u64| {
-            let event = EpollEvent::new(EventSet::IN | EventSet::EDGE_TRIGGERED, number);
-            epoll.ctl(ControlOperation::Add, fd, event)
+        let add_for = |fd: i32, what: EventSet, number: u64| {
+            epoll.ctl(ControlOperation::Add, fd, EpollEvent::new(what | EventSet::EDGE_TRIGGERED, number))
         };
+        let add = |fd: i32, number: u64| add_for(fd, EventSet::IN, number);
         add(wake.as_raw_fd(), COMMAND)?;
         device.take_doorbells(&doorbells);
         for (number, doorbell) in doorbells.iter().enumerate().filter(|(number, _)| device.hears(*number)) {
@@ -137,6 +137,10 @@ impl Worker {
         let mut numbers = (queues, queues);
         for backend in device.backends() {
             add(backend.as_raw_fd(), numbers.1)?;
+            numbers.1 += 1;
+        }
+        for sink in device.sinks() {
+            add_for(sink.as_raw_fd(), EventSet::OUT, numbers.1)?;
             numbers.1 += 1;
         }
         let (sender, commands) = mpsc::channel();

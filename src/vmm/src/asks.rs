@@ -87,6 +87,7 @@ impl Asks {
                 Some((id, Ok(Answer::Statistics(Box::new(statistics(running))))))
             }
             Ask::Balloon { target_bytes } => Some((id, inflate(running, target_bytes))),
+            Ask::TerminalSize { columns, rows } => Some((id, terminal_size(running, columns, rows))),
             Ask::ResizeDisk { disk, size_bytes } => Some((id, resize(running, disk, size_bytes))),
             Ask::Limit { kind, device, limits } => Some((id, limit_one(running, kind, device, limits))),
         }
@@ -203,6 +204,20 @@ fn find(running: &Running, kind: Kind, which: Which) -> Option<&Emulated> {
     }
 }
 
+/// Tells the guest how large its terminal is.
+fn terminal_size(running: &Running, columns: u16, rows: u16) -> Result<Answer, Refused> {
+    let terminal = running.devices.iter().find_map(|device| match &device.own {
+        Own::Terminal(terminal) => Some((device, terminal)),
+        _ => None,
+    });
+    let Some((device, terminal)) = terminal else {
+        return refuse("ask-no-device", "this guest has no virtio console".into());
+    };
+    terminal.set_size(columns, rows);
+    device.interrupt.signal_config();
+    Ok(Answer::Done)
+}
+
 /// Tells a disk, and by it the guest, of its new size.
 fn resize(running: &Running, disk: Which, size_bytes: u64) -> Result<Answer, Refused> {
     let Some(disk) = find(running, Kind::Block, disk) else {
@@ -234,7 +249,7 @@ fn limited(kind: DeviceKind) -> Result<Kind, Refused> {
     match kind {
         DeviceKind::Disk => Ok(Kind::Block),
         DeviceKind::Net => Ok(Kind::Net),
-        DeviceKind::Entropy | DeviceKind::Balloon | DeviceKind::Vsock => {
+        DeviceKind::Entropy | DeviceKind::Balloon | DeviceKind::Vsock | DeviceKind::Console => {
             refuse("ask-no-device", "only disks and network cards can be limited".into())
         }
     }
@@ -275,7 +290,7 @@ fn balloon_statistics(balloon: &BalloonControl, memory_bytes: u64) -> BalloonSta
 }
 
 fn statistics(running: &Running) -> Statistics {
-    let mut numbers = [0_u16; 5];
+    let mut numbers = [0_u16; 6];
     let devices = running.devices.iter().map(|device| {
         let place = kind_of(device) as usize;
         let next = numbers.get_mut(place).map(|next| std::mem::replace(next, next.saturating_add(1)));
@@ -296,6 +311,7 @@ fn kind_of(device: &Emulated) -> DeviceKind {
         Kind::Net => DeviceKind::Net,
         Kind::Balloon => DeviceKind::Balloon,
         Kind::Vsock => DeviceKind::Vsock,
+        Kind::Console => DeviceKind::Console,
     }
 }
 

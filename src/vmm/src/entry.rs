@@ -116,6 +116,12 @@ fn check(machine: &Machine) -> Result<(), Error> {
     if machine.disks.iter().any(|disk| disk.size_bytes == 0 || !disk.size_bytes.is_multiple_of(512)) {
         return wrong("a disk's size must be a multiple of 512 and not 0");
     }
+    let is_name = |name: &str| (1..=64).contains(&name.len()) && !name.bytes().any(|byte| byte == 0);
+    if machine.ports.len() > casemate_virtio::CONSOLE_PORTS_MAX
+        || !machine.ports.iter().all(|port| is_name(&port.name))
+    {
+        return wrong("there are at most 8 ports, with names of 1 to 64 bytes");
+    }
     let hotplug = &machine.hotplug;
     let windows = [hotplug.memory_bytes, hotplug.prefetchable_bytes];
     let sizes_are_good =

@@ -13,8 +13,9 @@ use casemate_filters::Role;
 use casemate_passthrough::{Container, Seat, VfioDevice};
 use casemate_pci::{Function, HostBridge, RootPort};
 use casemate_virtio::{
-    Balloon, BalloonControl, Blk, BlkBackend, BlkBelow, BlkFormat, Counters, Device, Finisher, Interrupt,
-    KernelNet, Kind, Net, PciParts, PciTransport, Rng, Vsock, Worker, WorkerControl, vector_count,
+    Balloon, BalloonControl, Blk, BlkBackend, BlkBelow, BlkFormat, Console, ConsoleControl, Counters, Device,
+    Finisher, Interrupt, KernelNet, Kind, Net, PciParts, PciTransport, PortBackend, Rng, Vsock, Worker,
+    WorkerControl, vector_count,
 };
 use casemate_wire::{CpuRange, Descriptors, End, Format, Limited, Machine, Pages};
 use kvm_ioctls::{VcpuFd, VmFd};
@@ -118,6 +119,8 @@ pub(crate) enum Own {
     NoLimits,
     /// How much memory the guest gives up.
     Balloon(Arc<BalloonControl>),
+    /// How large the terminal is.
+    Terminal(ConsoleControl),
 }
 
 impl Emulated {
@@ -125,7 +128,7 @@ impl Emulated {
     pub(crate) fn balloon(&self) -> Option<&BalloonControl> {
         match &self.own {
             Own::Balloon(balloon) => Some(balloon),
-            Own::Nothing | Own::NoLimits => None,
+            Own::Nothing | Own::NoLimits | Own::Terminal(_) => None,
         }
     }
 }
@@ -192,6 +195,22 @@ impl Built {
             let streams = KeepStreams::new(descriptors.take(vsock.socket)?);
             let device = Vsock::new(vsock.cid, Box::new(streams)).during("making an epoll set")?;
             parts.add_virtio(Box::new(device), Own::Nothing)?;
+        }
+        if let Some(terminal) = machine.terminal {
+            let input = terminal.input.map(|slot| descriptors.take(slot)).transpose()?;
+            let output = descriptors.take(terminal.output)?;
+            let terminal = Console::terminal(PortBackend { name: String::new(), input, output });
+            let control = terminal.control();
+            parts.add_virtio(Box::new(terminal), Own::Terminal(control))?;
+        }
+        if !machine.ports.is_empty() {
+            let mut port = |port: casemate_wire::Port| -> Result<PortBackend, Error> {
+                let output = descriptors.take(port.stream)?;
+                let input = output.try_clone().during("duplicating a port's stream")?;
+                Ok(PortBackend { name: port.name, input: Some(input), output })
+            };
+            let ports = machine.ports.into_iter().map(&mut port).collect::<Result<_, _>>()?;
+            parts.add_virtio(Box::new(Console::named(ports)), Own::Nothing)?;
         }
         for limited in machine.limits {
             let Limited { kind, number, limits } = limited;
@@ -552,6 +571,7 @@ fn role_of(kind: Kind) -> Role {
         Kind::Block => Role::Blk,
         Kind::Net => Role::Net,
         Kind::Vsock => Role::Vsock,
+        Kind::Console => Role::Port,
         Kind::Entropy | Kind::Balloon => Role::Device,
     }
 }

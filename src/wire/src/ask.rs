@@ -21,6 +21,13 @@ pub enum Ask {
         /// A multiple of 4 KiB, at least 64 MiB below all of its memory.
         target_bytes: u64,
     },
+    /// The terminal has another size from now on.
+    TerminalSize {
+        /// Characters across.
+        columns: u16,
+        /// Lines.
+        rows: u16,
+    },
     /// A disk has another size from now on.
     ResizeDisk {
         /// Which.
@@ -213,4 +220,6 @@ pub enum DeviceKind {
     Balloon,
     /// Sockets between guest and host.
     Vsock,
+    /// A terminal, or ports with names.
+    Console,
 }

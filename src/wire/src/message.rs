@@ -7,7 +7,7 @@ use serde::{Deserialize, Serialize};
 use crate::{Answer, Ask, DeviceKind, Event, Limits, Refused};
 
 /// Version of this protocol. Both programs come from one build; a mismatch is refused at the first message.
-pub const VERSION: u32 = 5;
+pub const VERSION: u32 = 6;
 /// Most bytes of an encoded message.
 pub const MESSAGE_BYTES: usize = 32 << 10;
 /// Most descriptors with one message.
@@ -84,6 +84,10 @@ pub struct Machine {
     pub nets: Vec<Net>,
     /// The socket device.
     pub vsock: Option<Vsock>,
+    /// A virtio console.
+    pub terminal: Option<Terminal>,
+    /// Ports with names, at most 8.
+    pub ports: Vec<Port>,
     /// The VFIO container with an IOMMU set, when devices are assigned.
     pub container: Option<Slot>,
     /// The VFIO groups in that container.
@@ -98,6 +102,24 @@ pub struct Machine {
     pub hotplug: Hotplug,
     /// What of its disks and network cards is limited from the start.
     pub limits: Vec<Limited>,
+}
+
+/// A virtio console whose size can change.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
+pub struct Terminal {
+    /// What the guest reads; a pipe that does not block.
+    pub input: Option<Slot>,
+    /// Where it writes to; a pipe that does not block.
+    pub output: Slot,
+}
+
+/// A port with a name.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+pub struct Port {
+    /// Its name.
+    pub name: String,
+    /// A stream that does not block.
+    pub stream: Slot,
 }
 
 /// A device that is limited.
