@@ -92,7 +92,7 @@ fn follow(ctx: &Ctx, out: &Path, guest: &GuestFile) -> Result<(Running, File), F
     console::start(ctx, guest, &command)
 }
 
-/// Two processors, disks by ring and by call, cards of both kinds, sockets, slots; paused, resized, limited, plugged.
+/// Two processors, disks by ring and by call, cards of both kinds, sockets, a port, slots; paused, resized, limited, plugged.
 fn everything_emulated(ctx: &Ctx, out: &Path) -> Result<(), Failure> {
     let (raw, image) = (ctx.directory().join("raw.img"), ctx.directory().join("disk.qcow2"));
     for path in [&raw, &ctx.directory().join("hot.img")] {
@@ -119,13 +119,16 @@ fn everything_emulated(ctx: &Ctx, out: &Path) -> Result<(), Failure> {
         tools socat -t 20 VSOCK-LISTEN:7000 PIPE &
         modprobe -a virtio_blk virtio_net
         echo guest is ready; read line; echo it read $line
+        until port=$(grep -l agent /sys/class/virtio-ports/*/name); do sleep 0.1; done
+        exec 5<>/dev/$(basename $(dirname $port)); echo port is open; read line <&5; echo reply >&5; echo port used
         until [ -e /dev/vdd ]; do sleep 0.1; done; use_disk /dev/vdd; echo disk used
         while [ -e /dev/vdd ]; do sleep 0.1; done
         until [ -e /sys/class/net/eth2 ]; do sleep 0.1; done
         ip address add 192.0.9.2/24 dev eth2; ip link set eth2 up; ping -c 3 -W 20 192.0.9.1; echo card used
         while [ -e /sys/class/net/eth2 ]; do sleep 0.1; done; echo all done; sleep 2"
     );
-    let guest = ctx.guest(&script)?.vcpus(2).slots(1).vsock(&socket);
+    let port = ctx.directory().join("agent.sock");
+    let guest = ctx.guest(&script)?.vcpus(2).slots(1).vsock(&socket).port("agent", &port);
     let guest =
         guest.disk(&raw, false).disk_of(Disk { path: image, format: Some("qcow2"), ..Disk::default() });
     let guest = guest.net("cmtest0", "192.0.0.1/24").vhost(true).net("cmtest1", "192.0.1.1/24").net_queues(2);
@@ -135,6 +138,11 @@ fn everything_emulated(ctx: &Ctx, out: &Path) -> Result<(), Failure> {
     running.wait_for_text("it read good day", SOON)?;
     // The end of its input, which the thread that types does not outlive.
     drop(typed);
+    running.wait_for_text("port is open", SOON)?;
+    let mut agent = UnixStream::connect(&port)?;
+    agent.write_all(b"hello\n")?;
+    running.wait_for_text("port used", SOON)?;
+    drop(agent);
     let name = ctx.name();
     talk(&socket)?;
     operate(ctx, &["pause", name])?;
