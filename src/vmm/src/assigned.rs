@@ -28,16 +28,21 @@ use crate::{
     memory,
 };
 
+/// What lets devices reach a piece of this process's memory, where the guest has it.
+pub(crate) fn mapping_of(piece: memory::MemorySlot) -> MappingRequest {
+    MappingRequest {
+        iova: piece.guest_address,
+        host_address: piece.host_address as usize,
+        size_bytes: piece.size_bytes,
+        readable: true,
+        writable: true,
+    }
+}
+
 /// Lets the devices reach the guest's memory: IOVA is guest physical address. The pages are pinned by this.
 pub(crate) fn map_memory(container: &Container, memory: &GuestMemoryMmap) -> Result<(), Error> {
     for piece in memory::pieces(memory) {
-        let request = MappingRequest {
-            iova: piece.guest_address,
-            host_address: piece.host_address as usize,
-            size_bytes: piece.size_bytes,
-            readable: true,
-            writable: true,
-        };
+        let request = mapping_of(piece);
         // SAFETY: the piece is a mapping that the machine holds until the process ends, and guest memory is only ever
         // reached through vm-memory's volatile accesses.
         unsafe { container.map_dma(&request) }

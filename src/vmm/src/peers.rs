@@ -12,9 +12,9 @@ use std::{
     thread,
 };
 
-use casemate_passthrough::{Container, MappingRequest};
+use casemate_passthrough::Container;
 
-use crate::{error::Error, memory::MemorySlot};
+use crate::{assigned::mapping_of, error::Error, memory::MemorySlot};
 
 struct Ask {
     piece: MemorySlot,
@@ -59,15 +59,8 @@ impl PeersThread {
     pub(crate) fn run(self) {
         while let Ok(Ask { piece, on, answer }) = self.asks.recv() {
             let done = if on {
-                let request = MappingRequest {
-                    iova: piece.guest_address,
-                    host_address: piece.host_address as usize,
-                    size_bytes: piece.size_bytes,
-                    readable: true,
-                    writable: true,
-                };
                 // SAFETY: who asked vouches for the registers (see `Peers::reach`), which no reference of Rust's covers.
-                unsafe { self.container.map_dma(&request) }
+                unsafe { self.container.map_dma(&mapping_of(piece)) }
             } else {
                 self.container.unmap_dma(piece.guest_address, piece.size_bytes)
             };
