@@ -19,10 +19,10 @@ use std::{process::ExitCode, time::Duration};
 
 pub use context::{Ctx, wait_until};
 pub use failure::Failure;
-pub use guest::{Disk, GuestFile, GuestImage};
+pub use guest::{Disk, GuestFile, GuestImage, WITH_TOOLS};
 pub use process::{Finished, Running, send_signal};
 pub(crate) use protocol::LONG;
-pub use tiny::tiny_kernel;
+pub use tiny::{tiny_kernel, tiny_kernel_that_ends};
 
 /// By how much all waits are longer than a quick machine needs: how fast a processor is emulated differs several times
 /// between machines, and a wait that is too long costs only a test that fails.

@@ -6,6 +6,7 @@ use std::{
     fs::File,
     io,
     os::fd::{AsFd, BorrowedFd, OwnedFd},
+    time::Duration,
 };
 
 use casemate_spec::{CellPart, Refusal};
@@ -161,6 +162,12 @@ impl Cell {
     /// When the process has ended.
     pub fn memory(&self, guest_memory_bytes: u64) -> io::Result<MemoryUse> {
         memory::read(self.parts.pid, guest_memory_bytes)
+    }
+
+    /// Processor time that the cell has taken, from the making of its process on: the guest's and the VMM's. `None` when the
+    /// cgroup is gone.
+    pub fn cpu_time(&self) -> Option<Duration> {
+        self.parts.cgroup.cpu_time()
     }
 
     /// Kills what still runs, waits for it, and removes the cgroup.

@@ -75,6 +75,13 @@ impl Cgroup {
         self.directory.as_fd()
     }
 
+    /// Processor time of all that was ever in it, by its `cpu.stat`, which needs no controller.
+    pub(crate) fn cpu_time(&self) -> Option<Duration> {
+        let text = fs::read_to_string(self.path.join("cpu.stat")).ok()?;
+        let microseconds = text.lines().find_map(|line| line.strip_prefix("usage_usec "))?;
+        microseconds.parse().ok().map(Duration::from_micros)
+    }
+
     /// Kills what is in the cgroup and removes it.
     pub(crate) fn remove(&self) -> Result<(), Refusal> {
         empty_and_remove(&self.path)

@@ -10,6 +10,17 @@ use serde::Serialize;
 use super::Failure;
 use crate::{Archive, Layout};
 
+/// A script that makes Debian's programs on the guest's last disk usable: `tools PROGRAM ARGUMENT…`; and `verify DISK SEED`,
+/// which has fio write to a disk and read it back.
+pub const WITH_TOOLS: &str = "mount -o ro -t ext4 $(ls /dev/vd? | tail -n 1) /mnt
+    for name in dev proc sys tmp run; do mount --bind /$name /mnt/$name; done
+    tools() { program=$1; shift; LD_LIBRARY_PATH=/usr/lib/x86_64-linux-gnu/ceph chroot /mnt /usr/bin/$program \"$@\"; }
+    verify() { tools fio --name=verify --thread --filename=$1 --direct=1 --ioengine=libaio --iodepth=16 \\
+        --rw=randwrite --bsrange=512-32k --size=4m --numjobs=3 --offset_increment=6m --fsync=64 \\
+        --verify=crc32c --verify_fatal=1 --verify_state_save=0 --randseed=$2 --minimal >/run/fio 2>&1 \\
+        && echo \"verified $1\" || cat /run/fio; }
+";
+
 /// What a guest's image runs and holds, besides the base (busybox and drivers).
 ///
 /// The guest prints `CASEMATE-INIT` as its first act, mounts proc, sys and dev, loads the drivers of the devices it
@@ -73,7 +84,8 @@ pub struct GuestFile {
 #[derive(Clone, Debug, Serialize)]
 struct Boot {
     kernel: PathBuf,
-    initrd: PathBuf,
+    #[serde(skip_serializing_if = "Option::is_none")]
+    initrd: Option<PathBuf>,
     command_line: String,
 }
 
@@ -142,7 +154,7 @@ impl GuestFile {
             memory: "256 MiB".to_owned(),
             boot: Boot {
                 kernel: kernel.to_owned(),
-                initrd: initrd.to_owned(),
+                initrd: Some(initrd.to_owned()),
                 command_line: "console=ttyS0 quiet".to_owned(),
             },
             hotplug: None,
@@ -179,6 +191,13 @@ impl GuestFile {
     #[must_use]
     pub fn kernel(mut self, path: &Path) -> Self {
         path.clone_into(&mut self.boot.kernel);
+        self
+    }
+
+    /// A kernel alone.
+    #[must_use]
+    pub fn without_initrd(mut self) -> Self {
+        self.boot.initrd = None;
         self
     }
 

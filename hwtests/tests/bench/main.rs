@@ -5,9 +5,11 @@
 
 mod assigned;
 mod disk;
+mod exec;
 mod jail;
 mod net;
 mod peers;
+mod queue;
 
 use std::{
     fs,
@@ -24,6 +26,8 @@ const BENCHES: &[LabTest] = &[
     LabTest::new("bench-start", start).deadline_seconds(600),
     LabTest::new("bench-memory", memory).deadline_seconds(600),
     LabTest::new("bench-disk", disk::disk).deadline_seconds(900),
+    LabTest::new("bench-queue", queue::queue).deadline_seconds(900),
+    LabTest::new("bench-exec", exec::exec).deadline_seconds(600),
     LabTest::new("bench-net", net::net).deadline_seconds(1200),
     LabTest::new("bench-assigned", assigned::assigned).deadline_seconds(900),
     LabTest::new("bench-attach", assigned::attach).deadline_seconds(900),
@@ -80,7 +84,7 @@ fn guest(ctx: &Ctx, script: &str, disks: Vec<(PathBuf, bool)>) -> Result<Guest, 
     GuestImage::new(&format!("{script}\necho {LAST_LINE}")).write(ctx.layout(), &initrd)?;
     Ok(Guest {
         kernel: ctx.layout().guest_kernel(),
-        initrd,
+        initrd: Some(initrd),
         memory_mib: MEMORY_MIB,
         disks,
         net: None,

@@ -2,7 +2,7 @@
 
 use std::time::Duration;
 
-use casemate_hwtests::harness::{Ctx, Failure, Running};
+use casemate_hwtests::harness::{Ctx, Failure, Running, WITH_TOOLS};
 
 use crate::{
     SOON, guest,
@@ -22,9 +22,7 @@ type Times = [f64; 3];
 pub(crate) fn net(ctx: &mut Ctx) -> Result<(), Failure> {
     ctx.shell("modprobe vhost_net")?;
     let script = format!(
-        "mount -o ro -t ext4 $(ls /dev/vd? | tail -n 1) /mnt
-        for name in dev proc sys tmp run; do mount --bind /$name /mnt/$name; done
-        tools() {{ program=$1; shift; LD_LIBRARY_PATH=/usr/lib/x86_64-linux-gnu/ceph chroot /mnt /usr/bin/$program \"$@\"; }}
+        "{WITH_TOOLS}
         now() {{ cut -d' ' -f1 /proc/uptime; }}
         ip addr add 192.0.2.2/24 dev eth0; ip link set eth0 up
         n=0; until ping -c 1 -W 1 {HOST} >/dev/null || [ $n = 60 ]; do n=$((n + 1)); done

@@ -3,6 +3,7 @@
 mod lines;
 
 use std::{
+    ffi::OsString,
     fs,
     path::{Path, PathBuf},
     time::Duration,
@@ -18,7 +19,8 @@ pub(crate) const LAST_LINE: &str = "bench-guest-ends";
 /// A guest for all of them: one processor, a serial console.
 pub(crate) struct Guest {
     pub(crate) kernel: PathBuf,
-    pub(crate) initrd: PathBuf,
+    /// None for a kernel of a few instructions.
+    pub(crate) initrd: Option<PathBuf>,
     pub(crate) memory_mib: u64,
     /// Raw images, and whether each is only read.
     pub(crate) disks: Vec<(PathBuf, bool)>,
@@ -120,11 +122,20 @@ impl Peer {
     }
 
     pub(crate) fn start(&self, ctx: &Ctx, guest: &Guest) -> Result<Running, Failure> {
+        ctx.start(self.words(ctx, guest)?)
+    }
+
+    /// The words of the command that starts it; what it needs for that is made.
+    fn words(&self, ctx: &Ctx, guest: &Guest) -> Result<Vec<OsString>, Failure> {
         match self {
-            Self::Casemate => ctx.start_guest(&casemate(guest)),
-            Self::Qemu { closed, .. } => ctx.start(lines::qemu(guest, *closed)),
+            Self::Casemate => {
+                let path = casemate(guest).write_into(ctx.directory())?;
+                let program = ctx.program("casemate")?;
+                Ok(vec![program.into(), "run".into(), "--json".into(), path.into()])
+            }
+            Self::Qemu { closed, .. } => Ok(lines::qemu(guest, *closed)),
             Self::CloudHypervisor { program, closed, .. } => {
-                ctx.start(lines::cloud_hypervisor(program, guest, *closed))
+                Ok(lines::cloud_hypervisor(program, guest, *closed))
             }
             Self::Firecracker { program, jailer, .. } => {
                 if let Some(net) = guest.net {
@@ -135,11 +146,20 @@ impl Peer {
                     ))?;
                 }
                 match jailer {
-                    None => ctx.start(lines::firecracker(ctx, program, guest)?),
-                    Some(jailer) => ctx.start(lines::jailed_firecracker(ctx, jailer, program, guest)?),
+                    None => lines::firecracker(ctx, program, guest),
+                    Some(jailer) => lines::jailed_firecracker(ctx, jailer, program, guest),
                 }
             }
         }
+    }
+
+    /// Starts it in a cgroup of its own, below which all that it makes there stays.
+    pub(crate) fn start_in(&self, ctx: &Ctx, guest: &Guest, cgroup: &Path) -> Result<Running, Failure> {
+        let script = r#"echo 0 >"$0/cgroup.procs"; exec "$@""#;
+        let mut words = ["sh", "-euc", script].map(OsString::from).to_vec();
+        words.push(cgroup.into());
+        words.extend(self.words(ctx, guest)?);
+        ctx.start(words)
     }
 
     /// Waits until the guest has ended, which Firecracker's can't by itself: it has no ACPI to power off by.
@@ -174,9 +194,13 @@ impl Peer {
 }
 
 fn casemate(guest: &Guest) -> GuestFile {
-    let mut file = GuestFile::new("bench", &guest.kernel, &guest.initrd)
+    let initrd = guest.initrd.as_deref();
+    let mut file = GuestFile::new("bench", &guest.kernel, initrd.unwrap_or(Path::new("")))
         .vcpus(1)
         .memory(&format!("{} MiB", guest.memory_mib));
+    if initrd.is_none() {
+        file = file.without_initrd();
+    }
     for (path, read_only) in &guest.disks {
         file = file.disk(path, *read_only);
     }

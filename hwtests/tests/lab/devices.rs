@@ -9,14 +9,14 @@ use std::{
 
 use casemate_hwtests::{
     devices, expect,
-    harness::{Ctx, Failure, Finished, GuestFile, Running, send_signal, wait_until},
+    harness::{Ctx, Failure, Finished, GuestFile, Running, WITH_TOOLS, send_signal, wait_until},
 };
 use rustix::process::Signal;
 use serde_json::Value;
 
 use crate::{
     admission::Bundle,
-    disks::{WITH_TOOLS, with_tools},
+    disks::with_tools,
     endings::{SOON, cell_of},
     host_state::HostState,
     passthrough::{WORDS, came_back, register_exits},

@@ -4,7 +4,7 @@ use std::{fs, os::unix::fs::FileExt, path::Path, time::Duration};
 
 use casemate_hwtests::{
     expect,
-    harness::{Ctx, Disk, Failure, GuestFile},
+    harness::{Ctx, Disk, Failure, GuestFile, WITH_TOOLS},
 };
 
 use crate::endings::cell_of;
@@ -12,16 +12,6 @@ use crate::endings::cell_of;
 /// For fio in an emulated processor.
 const LONG: Duration = Duration::from_secs(150);
 const DISK_BYTES: u64 = 32 << 20;
-
-/// A script that makes the programs of the guest's last disk usable: `tools PROGRAM ARGUMENT…`.
-pub(crate) const WITH_TOOLS: &str = "mount -o ro -t ext4 $(ls /dev/vd? | tail -n 1) /mnt
-    for name in dev proc sys tmp run; do mount --bind /$name /mnt/$name; done
-    tools() { program=$1; shift; LD_LIBRARY_PATH=/usr/lib/x86_64-linux-gnu/ceph chroot /mnt /usr/bin/$program \"$@\"; }
-    verify() { tools fio --name=verify --thread --filename=$1 --direct=1 --ioengine=libaio --iodepth=16 \\
-        --rw=randwrite --bsrange=512-32k --size=4m --numjobs=3 --offset_increment=6m --fsync=64 \\
-        --verify=crc32c --verify_fatal=1 --verify_state_save=0 --randseed=$2 --minimal >/run/fio 2>&1 \\
-        && echo \"verified $1\" || cat /run/fio; }
-";
 
 /// A guest whose last disk has Debian's programs.
 pub(crate) fn with_tools(ctx: &Ctx, guest: GuestFile) -> GuestFile {
@@ -33,7 +23,7 @@ fn blank(path: &Path) -> Result<(), Failure> {
 }
 
 /// Descriptors of the VMM that are rings.
-fn rings(pid: u32) -> Result<usize, Failure> {
+pub(crate) fn rings(pid: u32) -> Result<usize, Failure> {
     let descriptors = fs::read_dir(format!("/proc/{pid}/fd"))?.flatten();
     let is_ring = |path: &Path| fs::read_link(path).is_ok_and(|to| to.to_string_lossy().contains("io_uring"));
     Ok(descriptors.filter(|entry| is_ring(&entry.path())).count())

@@ -13,14 +13,14 @@ use std::{
 use casemate_filters::{Role, rules};
 use casemate_hwtests::{
     devices, expect,
-    harness::{Ctx, Disk, Failure, GuestFile, Running, wait_until},
+    harness::{Ctx, Disk, Failure, GuestFile, Running, WITH_TOOLS, wait_until},
 };
 use serde_json::Value;
 
 use crate::{
     console,
     control::operate,
-    disks::{WITH_TOOLS, with_tools},
+    disks::with_tools,
     passthrough::{WORDS, have_drive, with_rtl8139},
 };
 
@@ -181,7 +181,8 @@ fn speak(socket: &Path) -> std::io::Result<String> {
     Ok(String::from_utf8_lossy(answer.get(..length).unwrap_or_default()).into_owned())
 }
 
-/// A drive by MSI-X and a card by INTx, in memory as the guest's file wants it; and a card that comes and goes.
+/// A drive by MSI-X, whose registers are there for its peers until it's turned off, and a card by INTx, in memory as the guest's file
+/// wants it; and a card that comes and goes.
 fn everything_assigned(ctx: &Ctx, out: &Path) -> Result<(), Failure> {
     let script = format!(
         "{WORDS}
@@ -189,6 +190,8 @@ fn everything_assigned(ctx: &Ctx, out: &Path) -> Result<(), Failure> {
         dd if=/dev/nvme0n1 of=/dev/null bs=64k count=64 2>/dev/null; echo drive used
         card=$(interface 8139cp); ip addr add 10.0.2.15/24 dev $card; ip link set $card up
         wait_for /sys/class/net/$card/carrier 1; ping -c 3 -W 20 10.0.2.2 && echo card used
+        drive=$(readlink -f /sys/block/nvme0n1/device/device); echo ${{drive##*/}} >/sys/bus/pci/drivers/nvme/unbind
+        printf '\\000\\000' | dd of=$drive/config bs=1 seek=4 conv=notrunc 2>/dev/null
         ip link set $card down; modprobe igb; until [ -n \"$(interface igb)\" ]; do sleep 0.1; done; echo another came
         while [ -n \"$(interface igb)\" ]; do sleep 0.1; done; echo it went"
     );

@@ -9,12 +9,12 @@ use std::{
 
 use casemate_hwtests::{
     expect,
-    harness::{Ctx, Failure, wait_until},
+    harness::{Ctx, Failure, WITH_TOOLS, wait_until},
 };
 use rustix::process::Signal;
 use serde_json::Value;
 
-use crate::disks::{WITH_TOOLS, with_tools};
+use crate::disks::with_tools;
 
 /// For a governor to look, act, and tell.
 const SOON: Duration = Duration::from_secs(60);

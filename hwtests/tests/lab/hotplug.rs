@@ -8,7 +8,7 @@ use casemate_hwtests::{
 };
 use serde_json::Value;
 
-use crate::control::operate;
+use crate::{control::operate, disks::rings, endings::cell_of};
 
 /// For a guest to boot, or to notice a card; the lab's processor is emulated.
 const SOON: Duration = Duration::from_secs(120);
@@ -80,6 +80,8 @@ fn plug(ctx: &Ctx, rounds: usize) -> Result<(), Failure> {
     fs::write(&disk, &contents)?;
     let running = ctx.start_guest(&guest)?;
     running.wait_for_text("guest is ready", SOON)?;
+    let (pid, _) = cell_of(&running)?;
+    expect!(rings(pid)? == 2, "{} rings wait for the disks of two slots", rings(pid)?);
     let path = disk.to_string_lossy();
     for round in 1..=rounds {
         let digest = ctx.shell("sha256sum hot.img | cut -d' ' -f1")?;
@@ -123,6 +125,7 @@ fn plug(ctx: &Ctx, rounds: usize) -> Result<(), Failure> {
     expect!(!links.contains("cmhot0"), "the tap is still there: {links}");
     let run = running.wait(SOON)?;
     run.success()?.printed("net gone")?;
+    expect!(!run.stderr.contains("one request at a time"), "a disk had no ring: {}", run.stderr);
     Ok(())
 }
 

@@ -4,13 +4,10 @@ use std::{fs, time::Duration};
 
 use casemate_hwtests::{
     expect,
-    harness::{Ctx, Failure},
+    harness::{Ctx, Failure, WITH_TOOLS},
 };
 
-use crate::{
-    disks::{WITH_TOOLS, with_tools},
-    endings::cell_of,
-};
+use crate::{disks::with_tools, endings::cell_of};
 
 const LONG: Duration = Duration::from_secs(120);
 

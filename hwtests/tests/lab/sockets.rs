@@ -10,10 +10,10 @@ use std::{
 
 use casemate_hwtests::{
     expect,
-    harness::{Ctx, Failure},
+    harness::{Ctx, Failure, WITH_TOOLS},
 };
 
-use crate::disks::{WITH_TOOLS, with_tools};
+use crate::disks::with_tools;
 
 const LONG: Duration = Duration::from_secs(90);
 

@@ -135,6 +135,7 @@ pub(crate) const IOCTLS: &[(&str, u32)] = &[
 /// Commands of io_uring_register(2), `linux/io_uring.h`.
 const RINGS: &[(&str, u64)] = &[
     ("IORING_REGISTER_FILES", 2),
+    ("IORING_REGISTER_FILES_UPDATE", 6),
     ("IORING_REGISTER_RESTRICTIONS", 11),
     ("IORING_REGISTER_ENABLE_RINGS", 12),
     ("IORING_REGISTER_IOWQ_MAX_WORKERS", 19),
@@ -165,6 +166,7 @@ const OTHERS: &[(&str, u64)] = table!(
     MREMAP_FIXED,
     MADV_DONTNEED,
     MADV_FREE,
+    MADV_FREE,
     MADV_REMOVE,
     MADV_DONTFORK,
     MADV_DONTDUMP,
@@ -185,6 +187,7 @@ const OTHERS: &[(&str, u64)] = table!(
     CLONE_SETTLS,
     CLONE_PARENT_SETTID,
     CLONE_CHILD_CLEARTID,
+    CLONE_DETACHED,
     CLONE_DETACHED,
     // prctl(2)
     PR_SET_NAME,

@@ -234,6 +234,9 @@ fn summary(report: &Report) {
         let size = ByteSize::from_bytes(bytes.next_multiple_of(1024));
         output::aside(&format!("the VMM used {size} beside the guest's memory"));
     }
+    if let Some(cpu) = report.cell.cpu {
+        output::aside(&format!("the guest and its VMM used {} ms of processor time", cpu.as_millis()));
+    }
     let calls = report.cell.calls.iter().map(|(role, calls)| format!("{role} {calls}"));
     output::aside(&format!("system calls that the filters allow: {}", calls.collect::<Vec<_>>().join(", ")));
     output::aside(&format!(

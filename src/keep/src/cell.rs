@@ -331,14 +331,14 @@ const RING_THREADS: usize = 5;
 /// Threads of the VMM, and the kernel's own on its behalf (KVM's page recovery, VFIO's,
 /// those of rings, vhost's).
 fn threads(guest: &Guest) -> u64 {
-    let slots = usize::from(guest.hotplug.slots);
+    let slots = usize::from(guest.hotplug.slots) * (1 + RING_THREADS);
     let disks = guest.disks.len() * (1 + RING_THREADS);
     // A thread for each slot, and the one that puts devices into them.
     // The card's own, and one of vhost's for each pair of queues.
     let nets = guest.nets.iter().map(|net| 1 + usize::from(net.queues)).sum::<usize>();
     let consoles = usize::from(guest.console == ConsoleDevice::Virtio) + guest.ports.len().min(1);
     let peers = usize::from(guest.dma.peer_to_peer) + consoles;
-    let devices = disks + nets + guest.devices.len() + 5 + slots + slots.min(1) + peers;
+    let devices = disks + nets + guest.devices.len() + 5 + slots + usize::from(slots > 0) + peers;
     u64::from(guest.vcpus) * 2 + devices as u64 + 8
 }
 

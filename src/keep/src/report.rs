@@ -245,6 +245,9 @@ impl From<Recovered> for Step {
 pub struct CellReport {
     /// The VMM's own memory (Pss) beyond the guest's, when last seen.
     pub memory_bytes: Option<u64>,
+    /// Processor time that it took from its making to its end: the guest's and the VMM's.
+    #[serde(rename = "cpu_us", serialize_with = "maybe_microseconds")]
+    pub cpu: Option<Duration>,
     /// System calls that each filter allows, by the role of the threads that have it.
     pub calls: BTreeMap<&'static str, usize>,
 }
@@ -288,6 +291,10 @@ fn milliseconds<S: Serializer>(time: &Duration, serializer: S) -> Result<S::Ok, 
 
 fn maybe_milliseconds<S: Serializer>(time: &Option<Duration>, serializer: S) -> Result<S::Ok, S::Error> {
     time.map(|time| u64::try_from(time.as_millis()).unwrap_or(u64::MAX)).serialize(serializer)
+}
+
+fn maybe_microseconds<S: Serializer>(time: &Option<Duration>, serializer: S) -> Result<S::Ok, S::Error> {
+    time.map(|time| u64::try_from(time.as_micros()).unwrap_or(u64::MAX)).serialize(serializer)
 }
 
 fn microseconds<S: Serializer>(time: &Duration, serializer: S) -> Result<S::Ok, S::Error> {

@@ -362,6 +362,7 @@ impl Prepared<'_> {
             policy: self.policy,
             cell: CellReport {
                 memory_bytes: seen.memory_bytes,
+                cpu: seen.cpu,
                 calls: Role::NARROW.map(|role| (role.name(), calls_of(role))).into(),
             },
             machine: MachineReport {

@@ -45,6 +45,7 @@ pub(crate) struct Seen {
     pub(crate) ending: Ending,
     pub(crate) counters: Counters,
     pub(crate) memory_bytes: Option<u64>,
+    pub(crate) cpu: Option<Duration>,
     pub(crate) line: Option<Duration>,
 }
 
@@ -157,13 +158,14 @@ pub(crate) fn until_end(
         watch.sample(&cell, guest);
     }
     let how = cell.wait().map_or_else(|error| error.to_string(), |end| end.to_string());
+    let cpu = cell.cpu_time();
     // A cgroup that stays for a while does not make the run another; the next command removes it.
     let closed = cell.close();
     watch.log.flush(tell);
     if let Err(refusal) = closed {
         tell(Step::Log { line: refusal.to_string() });
     }
-    watch.seen(guest, how)
+    watch.seen(guest, how, cpu)
 }
 
 /// What asks this program to stop: the user's and the system's signals, which end it no longer at once, and the escape
@@ -429,7 +431,7 @@ impl Watch {
         }
     }
 
-    fn seen(self, guest: &Guest, how: String) -> Result<Seen, Refusal> {
+    fn seen(self, guest: &Guest, how: String, cpu: Option<Duration>) -> Result<Seen, Refusal> {
         self.console.close(LAST_WORDS);
         if !self.running && self.ending != FromOutside::Told && self.ended.is_none() {
             let remedy = "see its log above; a call stopped by seccomp is named in the kernel's log too";
@@ -460,6 +462,7 @@ impl Watch {
             ending,
             counters,
             memory_bytes: self.memory_bytes,
+            cpu,
             line: self.line.and_then(|line| line.seen),
         })
     }

@@ -26,6 +26,7 @@ use crate::{
     active::Active,
     device::{Device, DeviceError, Fault, Kind, Progress},
     request::Request,
+    uring::SpareRing,
 };
 
 const SECTOR_BYTES: u64 = 512;
@@ -125,12 +126,15 @@ impl Blk {
         Self::with(backend, ring)
     }
 
-    /// As [`Blk::new`], on a thread that may make no ring: for a disk that comes while the guest runs.
+    /// As [`Blk::new`], with the ring that was made for it, where there is one: for a disk that comes while the guest runs,
+    /// when nothing may make rings any more.
     ///
     /// # Errors
     /// As for [`Blk::new`].
-    pub fn ringless(backend: BlkBackend) -> Result<Self, DeviceError> {
-        Self::with(backend, None)
+    pub fn with_spare(backend: BlkBackend, spare: Option<&SpareRing>) -> Result<Self, DeviceError> {
+        let spare = spare.filter(|_| matches!(backend.format, Format::Raw));
+        let ring = spare.map(|spare| RingEngine::lent(spare, backend.file.as_fd()));
+        Self::with(backend, ring)
     }
 
     fn with(backend: BlkBackend, ring: Option<io::Result<RingEngine>>) -> Result<Self, DeviceError> {

@@ -480,3 +480,59 @@ proptest! {
         prop_assert_eq!(file.as_file().metadata().unwrap().len(), SIZE);
     }
 }
+
+/// A ring that was made before its disks serves one after the other, and never two.
+#[test]
+fn a_spare_ring_serves_one_disk_after_the_other() {
+    let spare = match SpareRing::new() {
+        Ok(spare) => spare,
+        Err(error) => return eprintln!("not tested: {error}"),
+    };
+    let made = |content: u8| {
+        let mut file = tempfile::NamedTempFile::new().unwrap();
+        file.write_all(&[content; SIZE as usize]).unwrap();
+        let backend = BlkBackend {
+            file: file.reopen().unwrap().into(),
+            format: Format::Raw,
+            size_bytes: SIZE,
+            read_only: false,
+            serial: "slot1".into(),
+            queues: 1,
+        };
+        Blk::with_spare(backend, Some(&spare)).unwrap()
+    };
+    let memory = memory();
+    for content in [1, 2, 3] {
+        let mut disk = made(content);
+        assert!(disk.without_ring().is_none(), "{:?}", disk.without_ring());
+        assert_eq!(made(9).without_ring().and_then(io::Error::raw_os_error), Some(libc::EBUSY));
+        assert_eq!(ask(&mut disk, &memory, VIRTIO_BLK_T_IN, 3, &[(DATA, 512, true)]).unwrap(), (0, 513));
+        assert_eq!(bytes(&memory, DATA, 512), [content; 512]);
+        drop(disk);
+        spare.forget_file();
+    }
+}
+
+/// Whoever lets the last reader of a pipe go ends it for who writes.
+#[test]
+fn a_spare_ring_forgets_its_file() {
+    let Ok(spare) = SpareRing::new() else { return eprintln!("not tested: no ring") };
+    let (file, mut end) = io::pipe().unwrap();
+    let backend = BlkBackend {
+        file: file.into(),
+        format: Format::Raw,
+        size_bytes: SIZE,
+        read_only: false,
+        serial: String::new(),
+        queues: 1,
+    };
+    drop(Blk::with_spare(backend, Some(&spare)).unwrap());
+    end.write_all(b"is held").unwrap();
+    spare.forget_file();
+    // Older kernels let it go a moment later.
+    let until = Instant::now() + Duration::from_secs(20);
+    while end.write_all(b"is it held").is_ok() {
+        assert!(Instant::now() < until, "the ring still holds its file");
+        thread::sleep(Duration::from_millis(10));
+    }
+}

@@ -13,8 +13,8 @@
 //! - Nothing is known of KVM: a doorbell in and an interrupt out are eventfds, which the VMM ties to ioeventfd and
 //!   irqfd.
 //!
-//! Unsafe code stands in `vectored`, `uring` and `vhost` alone: system calls that reach guest memory directly, for which the safe
-//! wrappers would need references to memory that the guest changes.
+//! Unsafe code stands in `vectored`, `uring` and `vhost`: system calls that reach guest memory directly, for which the safe
+//! wrappers would need references to memory that the guest changes; and in `event_fd`, which lends a descriptor.
 
 mod active;
 mod balloon;
@@ -24,6 +24,7 @@ mod console;
 mod counters;
 mod device;
 mod device_config;
+mod event_fd;
 #[cfg(any(test, feature = "hostile"))]
 pub mod hostile;
 mod interrupt;
@@ -55,5 +56,6 @@ pub use net::{KernelNet, Net, PAIRS_MAX as NET_PAIRS_MAX};
 pub use request::{Buffers, Request};
 pub use rng::Rng;
 pub use transport::{Doorbell, PciParts, PciTransport, SetupError, vector_count};
+pub use uring::SpareRing;
 pub use vsock::{Arrival, Vsock, VsockHost};
 pub use worker::{Finisher, Worker, WorkerControl};

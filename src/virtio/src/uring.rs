@@ -3,12 +3,15 @@
 //!
 //! A seccomp filter cannot see what a ring is asked for, so the ring itself is bound before it can be used
 //! (io_uring_register(2), IORING_REGISTER_RESTRICTIONS): four operations, on the one file that was registered, and no more
-//! registering.
+//! registering. A ring that waits for a disk which comes later, a [`SpareRing`], may be told of another file, and of nothing
+//! else.
 #![allow(unsafe_code)]
 
 use std::{
     io,
+    mem::ManuallyDrop,
     os::fd::{AsFd, AsRawFd, BorrowedFd},
+    sync::mpsc::{self, Receiver, Sender},
 };
 
 use io_uring::{
@@ -39,9 +42,93 @@ pub(crate) enum Operation {
     Allocate { mode: FallocateFlags, offset: u64, length: u64 },
 }
 
+/// A ring for one disk after the other, made before any of them has come.
+pub struct SpareRing {
+    /// It is there while no disk has it.
+    stand: Receiver<IoUring>,
+    home: Sender<IoUring>,
+}
+
+impl SpareRing {
+    /// A ring without a file.
+    ///
+    /// # Errors
+    /// As for [`Ring::new`].
+    pub fn new() -> io::Result<Self> {
+        let ring = bound(NO_FILE, ENTRIES, true)?;
+        let (home, stand) = mpsc::channel();
+        // Both ends are here.
+        let _ = home.send(ring);
+        Ok(Self { stand, home })
+    }
+
+    /// The ring, for `file` alone. It comes back when what it's given to is dropped.
+    ///
+    /// # Errors
+    /// What the kernel says; EBUSY while another disk has it.
+    pub(crate) fn lend<T>(&self, file: BorrowedFd<'_>) -> io::Result<Ring<T>> {
+        let ring = self.stand.try_recv().map_err(|_| io::Error::from_raw_os_error(libc::EBUSY))?;
+        // Dropped by an error, it is at home again.
+        let ring = Ring::of(ring, ENTRIES, Some(self.home.clone()));
+        ring.knows(file.as_raw_fd())?;
+        Ok(ring)
+    }
+
+    /// Has the ring forget its file, so that nothing holds that open; to be called when the disk is gone.
+    pub fn forget_file(&self) {
+        if let Ok(ring) = self.stand.try_recv() {
+            // A file that the kernel would keep is one that it has been told of.
+            if let Err(error) = ring.submitter().register_files_update(0, &[NO_FILE]) {
+                eprintln!("casemate-vmm: a ring does not let a disk's file go: {error}");
+            }
+            let _ = self.home.send(ring);
+        }
+    }
+}
+
+/// An empty place in a ring's table of files.
+const NO_FILE: i32 = -1;
+
+/// Operations at once. What is more waits in the guest's queues.
+pub(crate) const ENTRIES: u16 = 128;
+
+/// A ring that works on `file` alone, and on at most `entries` operations (a power of two) at once; `may_change` says whether
+/// it may be told of another file.
+fn bound(file: i32, entries: u16, may_change: bool) -> io::Result<IoUring> {
+    /// io_uring_register(2), IORING_REGISTER_FILES_UPDATE.
+    const FILES_UPDATE: u8 = 6;
+    let ring = IoUring::builder()
+        .setup_r_disabled()
+        // Results are looked for after each call into the kernel anyway; no need to be interrupted for them.
+        .setup_coop_taskrun()
+        .build(entries.into())?;
+    // Otherwise the kernel would read a list of parts after the call that names it.
+    if !ring.params().is_feature_submit_stable() {
+        return Err(io::ErrorKind::Unsupported.into());
+    }
+    let submitter = ring.submitter();
+    submitter.register_files(&[file])?;
+    submitter.register_iowq_max_workers(&mut { HELPERS })?;
+    let fixed = Flags::FIXED_FILE.bits();
+    let mut restrictions = vec![
+        Restriction::sqe_op(Readv::CODE),
+        Restriction::sqe_op(Writev::CODE),
+        Restriction::sqe_op(Fsync::CODE),
+        Restriction::sqe_op(Fallocate::CODE),
+        Restriction::sqe_flags_allowed(fixed),
+        Restriction::sqe_flags_required(fixed),
+    ];
+    restrictions.extend(may_change.then(|| Restriction::register_op(FILES_UPDATE)));
+    submitter.register_restrictions(&mut restrictions)?;
+    submitter.register_enable_rings()?;
+    Ok(ring)
+}
+
 /// The ring. `T` comes back with each operation's result.
 pub(crate) struct Ring<T> {
-    ring: IoUring,
+    ring: ManuallyDrop<IoUring>,
+    /// Where the ring goes in the end, if it was lent.
+    home: Option<Sender<IoUring>>,
     /// What the kernel works on, by the number that it was given with.
     slots: Vec<Option<(Operation, T)>>,
     free: Vec<usize>,
@@ -55,30 +142,18 @@ impl<T> Ring<T> {
     /// # Errors
     /// What the kernel says: EPERM where `kernel.io_uring_disabled` forbids it, ENOSYS or EINVAL before Linux 5.19.
     pub(crate) fn new(file: BorrowedFd<'_>, entries: u16) -> io::Result<Self> {
-        let ring = IoUring::builder()
-            .setup_r_disabled()
-            // Results are looked for after each call into the kernel anyway; no need to be interrupted for them.
-            .setup_coop_taskrun()
-            .build(entries.into())?;
-        // Otherwise the kernel would read a list of parts after the call that names it.
-        if !ring.params().is_feature_submit_stable() {
-            return Err(io::ErrorKind::Unsupported.into());
-        }
-        let submitter = ring.submitter();
-        submitter.register_files(&[file.as_raw_fd()])?;
-        submitter.register_iowq_max_workers(&mut { HELPERS })?;
-        let fixed = Flags::FIXED_FILE.bits();
-        submitter.register_restrictions(&mut [
-            Restriction::sqe_op(Readv::CODE),
-            Restriction::sqe_op(Writev::CODE),
-            Restriction::sqe_op(Fsync::CODE),
-            Restriction::sqe_op(Fallocate::CODE),
-            Restriction::sqe_flags_allowed(fixed),
-            Restriction::sqe_flags_required(fixed),
-        ])?;
-        submitter.register_enable_rings()?;
+        Ok(Self::of(bound(file.as_raw_fd(), entries, false)?, entries, None))
+    }
+
+    fn of(ring: IoUring, entries: u16, home: Option<Sender<IoUring>>) -> Self {
         let slots = std::iter::repeat_with(|| None).take(entries.into()).collect();
-        Ok(Self { ring, slots, free: (0..entries.into()).rev().collect(), pushed: 0 })
+        let free = (0..entries.into()).rev().collect();
+        Self { ring: ManuallyDrop::new(ring), home, slots, free, pushed: 0 }
+    }
+
+    /// Tells the kernel of the one file.
+    fn knows(&self, file: i32) -> io::Result<()> {
+        self.ring.submitter().register_files_update(0, &[file]).map(drop)
     }
 
     /// Whether nothing more can be started until something ends.
@@ -208,5 +283,11 @@ impl<T> AsFd for Ring<T> {
 impl<T> Drop for Ring<T> {
     fn drop(&mut self) {
         self.drain();
+        // SAFETY: it is taken here alone, and nothing uses it afterwards.
+        let ring = unsafe { ManuallyDrop::take(&mut self.ring) };
+        if let Some(home) = &self.home {
+            // With nobody there it ends here.
+            let _ = home.send(ring);
+        }
     }
 }

@@ -2,7 +2,7 @@
 
 use std::{
     io,
-    os::fd::AsRawFd,
+    os::fd::{BorrowedFd, OwnedFd},
     sync::{
         Arc,
         atomic::{AtomicU64, Ordering},
@@ -11,16 +11,21 @@ use std::{
     time::{Duration, Instant},
 };
 
-use vmm_sys_util::{
-    epoll::{ControlOperation, Epoll, EpollEvent, EventSet},
-    eventfd::{EFD_NONBLOCK, EventFd},
+use rustix::{
+    event::{
+        Timespec,
+        epoll::{self, CreateFlags, Event, EventData, EventFlags},
+    },
+    io::Errno,
 };
+use vmm_sys_util::eventfd::{EFD_NONBLOCK, EventFd};
 
 use crate::{
     active::Active,
     counters::Counters,
     device::{Device, Fault, Kind, Progress},
     device_config::DeviceConfig,
+    event_fd::borrowed,
     limit::{Limiter, Limits},
 };
 
@@ -54,7 +59,7 @@ pub struct Worker {
     config: Arc<DeviceConfig>,
     /// How many of the numbers that epoll reports are queues', and how many are queues' and backends'.
     numbers: (u64, u64),
-    epoll: Epoll,
+    epoll: OwnedFd,
     commands: Receiver<Command>,
     finisher: Option<Sender<Command>>,
     // Held open for the epoll set.
@@ -121,26 +126,26 @@ impl Worker {
         counters: Arc<Counters>,
         config: Arc<DeviceConfig>,
     ) -> io::Result<(Self, Remote)> {
-        let epoll = Epoll::new()?;
+        let epoll = epoll::create(CreateFlags::CLOEXEC)?;
         let wake = Arc::new(EventFd::new(EFD_NONBLOCK)?);
         // Edge-triggered, so that doorbells need no read, and a tap that no buffer waits for does not keep us awake.
-        let add_for = |fd: i32, what: EventSet, number: u64| {
-            epoll.ctl(ControlOperation::Add, fd, EpollEvent::new(what | EventSet::EDGE_TRIGGERED, number))
+        let add_for = |fd: BorrowedFd<'_>, what: EventFlags, number: u64| {
+            epoll::add(&epoll, fd, EventData::new_u64(number), what | EventFlags::ET)
         };
-        let add = |fd: i32, number: u64| add_for(fd, EventSet::IN, number);
-        add(wake.as_raw_fd(), COMMAND)?;
+        let add = |fd: BorrowedFd<'_>, number: u64| add_for(fd, EventFlags::IN, number);
+        add(borrowed(&wake), COMMAND)?;
         device.take_doorbells(&doorbells);
         for (number, doorbell) in doorbells.iter().enumerate().filter(|(number, _)| device.hears(*number)) {
-            add(doorbell.as_raw_fd(), number as u64)?;
+            add(borrowed(doorbell), number as u64)?;
         }
         let queues = doorbells.len() as u64;
         let mut numbers = (queues, queues);
         for backend in device.backends() {
-            add(backend.as_raw_fd(), numbers.1)?;
+            add(backend, numbers.1)?;
             numbers.1 += 1;
         }
         for sink in device.sinks() {
-            add_for(sink.as_raw_fd(), EventSet::OUT, numbers.1)?;
+            add_for(sink, EventFlags::OUT, numbers.1)?;
             numbers.1 += 1;
         }
         let (sender, commands) = mpsc::channel();
@@ -181,16 +186,18 @@ impl Worker {
 
     /// Runs until the device's transport is dropped.
     pub fn run(mut self) {
-        let mut events = [EpollEvent::default(); 16];
+        let mut events: Vec<Event> = Vec::with_capacity(16);
         loop {
-            let count = match self.epoll.wait(self.timeout_ms(), &mut events) {
-                Ok(count) => count,
-                Err(error) if error.kind() == io::ErrorKind::Interrupted => 0,
+            events.clear();
+            let space = rustix::buffer::spare_capacity(&mut events);
+            match epoll::wait(&self.epoll, space, self.timeout().as_ref()) {
+                Ok(_) | Err(Errno::INTR) => {}
                 // Not on a set of our own; and if so, there is nothing to wait on any more.
                 Err(_) => return,
-            };
-            for event in events.iter().take(count) {
-                self.due |= 1u64.checked_shl(event.data() as u32).unwrap_or(0);
+            }
+            for event in &events {
+                let number = event.data.u64();
+                self.due |= 1u64.checked_shl(u32::try_from(number).unwrap_or(u32::MAX)).unwrap_or(0);
             }
             self.release_held();
             if self.is_due(COMMAND) && self.obey().is_none() {
@@ -200,17 +207,15 @@ impl Worker {
         }
     }
 
-    /// How long to sleep at most; -1 is for ever.
-    fn timeout_ms(&self) -> i32 {
-        match self.held {
-            _ if self.due != 0 => 0,
-            None => -1,
-            Some((_, until)) => {
-                // Rounded up, so that it is time then.
-                let left = until.saturating_duration_since(Instant::now()) + Duration::from_millis(1);
-                i32::try_from(left.as_millis()).unwrap_or(i32::MAX)
-            }
+    /// How long to sleep at most; `None` is for ever.
+    fn timeout(&self) -> Option<Timespec> {
+        if self.due != 0 {
+            return Some(Timespec { tv_sec: 0, tv_nsec: 0 });
         }
+        // Rounded up, so that it is time then: the kernel is told whole milliseconds. What is held back is so for an hour at most.
+        let (_, until) = self.held?;
+        let left = until.saturating_duration_since(Instant::now()) + Duration::from_millis(1);
+        Timespec::try_from(left).ok()
     }
 
     /// What was held back is due again when it is time, or when something changed.

@@ -2,7 +2,8 @@
 //!
 //! It makes a card's function out of descriptors that the keep sent, has the control thread connect it, and puts it behind
 //! a root port. It waits for locks and for the control thread, as a processor does; so neither control nor a processor
-//! waits for it. A virtio device runs on a thread that has stood there for it since the start: none is made later.
+//! waits for it. A virtio device runs on a thread that has stood there for it since the start, and a raw disk works by a ring
+//! that has: none is made later.
 
 use std::{
     collections::BTreeMap,
@@ -17,7 +18,9 @@ use std::{
 };
 
 use casemate_pci::Function;
-use casemate_virtio::{Blk, BlkBackend, Device, Memory, Net, PciParts, PciTransport, Worker, vector_count};
+use casemate_virtio::{
+    Blk, BlkBackend, Device, Memory, Net, PciParts, PciTransport, SpareRing, Worker, vector_count,
+};
 use casemate_wire::{Answer, Refused};
 use vmm_sys_util::eventfd::EventFd;
 
@@ -126,14 +129,16 @@ pub(crate) struct Spare {
 pub(crate) struct SpareHandle {
     workers: Sender<Worker>,
     idle: Receiver<()>,
+    /// For a disk, where the kernel has one.
+    ring: Option<SpareRing>,
 }
 
 impl Spare {
-    /// A thread's body, and the way to it.
-    pub(crate) fn new() -> (Self, SpareHandle) {
+    /// A thread's body, and the way to it; with the ring that a disk of the slot works by, to be made while rings may be.
+    pub(crate) fn new(ring: Option<SpareRing>) -> (Self, SpareHandle) {
         let (workers, take) = mpsc::channel();
         let (idle, is_idle) = mpsc::channel();
-        (Self { workers: take, idle }, SpareHandle { workers, idle: is_idle })
+        (Self { workers: take, idle }, SpareHandle { workers, idle: is_idle, ring })
     }
 
     /// Runs one device after the other.
@@ -272,11 +277,30 @@ impl Hotplug {
             return Err(Refusal("hotplug-no-slot", cause));
         }
         let device: Box<dyn Device> = match card {
-            Card::Disk(backend) => Box::new(Blk::ringless(backend).map_err(Refusal::device)?),
+            Card::Disk(backend) => Box::new(self.disk(slot, backend)?),
             Card::Net { taps, mac } => Box::new(Net::new(taps, mac).map_err(Refusal::device)?),
             Card::Assigned(card) => return self.add_assigned(slot, card),
         };
-        self.add_virtio(slot, device)
+        self.add_virtio(slot, device).inspect_err(|_| self.forget_file(slot))
+    }
+
+    fn disk(&self, slot: usize, backend: BlkBackend) -> Result<Blk, Refusal> {
+        let ring = self.spares.get(slot).and_then(|spare| spare.ring.as_ref());
+        let disk = Blk::with_spare(backend, ring).map_err(Refusal::device)?;
+        if let Some(error) = disk.without_ring() {
+            let slot = slot + 1;
+            eprintln!(
+                "casemate-vmm: the disk in slot {slot} does one request at a time, since its ring cannot be used: {error}"
+            );
+        }
+        Ok(disk)
+    }
+
+    /// Lets go of what a slot's ring holds open of a disk that is gone.
+    fn forget_file(&self, slot: usize) {
+        if let Some(ring) = self.spares.get(slot).and_then(|spare| spare.ring.as_ref()) {
+            ring.forget_file();
+        }
     }
 
     fn add_virtio(&mut self, slot: usize, device: Box<dyn Device>) -> Result<(), Refusal> {
@@ -386,6 +410,7 @@ impl Hotplug {
                 {
                     eprintln!("casemate-vmm: the thread of slot {} does not come back", slot + 1);
                 }
+                self.forget_file(slot);
             }
             What::Assigned(taken) => {
                 drop(functions);

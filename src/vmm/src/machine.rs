@@ -14,8 +14,8 @@ use casemate_passthrough::{Container, Seat, VfioDevice};
 use casemate_pci::{Function, HostBridge, RootPort};
 use casemate_virtio::{
     Balloon, BalloonControl, Blk, BlkBackend, BlkBelow, BlkFormat, Console, ConsoleControl, Counters, Device,
-    Finisher, Interrupt, KernelNet, Kind, Net, PciParts, PciTransport, PortBackend, Rng, Vsock, Worker,
-    WorkerControl, vector_count,
+    Finisher, Interrupt, KernelNet, Kind, Net, PciParts, PciTransport, PortBackend, Rng, SpareRing, Vsock,
+    Worker, WorkerControl, vector_count,
 };
 use casemate_wire::{CpuRange, Descriptors, End, Format, Limited, Machine, Pages};
 use kvm_ioctls::{VcpuFd, VmFd};
@@ -288,7 +288,7 @@ impl Built {
         let hotplug_requests = Arc::clone(&requests);
         let platform = Arc::new(Platform::new(vm, root, console, lines, requests, machine.vcpus));
         let hotplug = kvm_vfio.filter(|_| machine.hotplug.slots > 0).map(|kvm_vfio| {
-            let (spares, handles) = (0..machine.hotplug.slots).map(|_| Spare::new()).unzip();
+            let (spares, handles) = (0..machine.hotplug.slots).map(|_| Spare::new(spare_ring())).unzip();
             let (platform, memory) = (Arc::clone(&platform), Arc::clone(&memory));
             let assigning = Assigning::new(kvm_vfio, Arc::clone(&memory), balloon_control);
             let hotplug = Hotplug::new(HotplugParts {
@@ -630,4 +630,13 @@ fn make_vcpus(vm: &VmFd, processors: &Processors, entry: Entry) -> Result<Vec<Vc
             Ok(vcpu)
         })
         .collect()
+}
+
+/// A ring for the disks of a slot; without one they do one request at a time.
+fn spare_ring() -> Option<SpareRing> {
+    SpareRing::new()
+        .inspect_err(|error| {
+            eprintln!("casemate-vmm: disks in slots do one request at a time, since io_uring cannot be used: {error}");
+        })
+        .ok()
 }

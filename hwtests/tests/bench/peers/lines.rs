@@ -14,7 +14,9 @@ pub(super) fn qemu(guest: &Guest, closed: bool) -> Vec<OsString> {
     let mut add = |option: &str, value: OsString| words.extend([OsString::from(option), value]);
     add("-m", guest.memory_mib.to_string().into());
     add("-kernel", guest.kernel.clone().into());
-    add("-initrd", guest.initrd.clone().into());
+    if let Some(initrd) = &guest.initrd {
+        add("-initrd", initrd.into());
+    }
     add("-append", "console=ttyS0 quiet".into());
     if closed {
         let sandbox = "on,obsolete=deny,elevateprivileges=deny,spawn=deny,resourcecontrol=deny";
@@ -54,7 +56,9 @@ pub(super) fn cloud_hypervisor(program: &Path, guest: &Guest, closed: bool) -> V
         words.extend(values.iter().map(OsString::from));
     };
     add("--kernel", &[guest.kernel.display().to_string()]);
-    add("--initramfs", &[guest.initrd.display().to_string()]);
+    if let Some(initrd) = &guest.initrd {
+        add("--initramfs", &[initrd.display().to_string()]);
+    }
     add("--memory", &[format!("size={}M", guest.memory_mib)]);
     let disks: Vec<String> = guest
         .disks
@@ -99,7 +103,7 @@ pub(super) fn jailed_firecracker(
     fs::create_dir_all(&root)?;
     let name = |path: &Path| path.file_name().unwrap_or_default().to_string_lossy().into_owned();
     let disks = guest.disks.iter().map(|(path, _)| path);
-    for path in [&guest.kernel, &guest.initrd].into_iter().chain(disks) {
+    for path in [&guest.kernel].into_iter().chain(&guest.initrd).chain(disks) {
         fs::copy(path, root.join(name(path)))?;
     }
     let machine = firecracker_machine(guest, |path| format!("/{}", name(path)));
@@ -129,7 +133,7 @@ fn firecracker_machine(guest: &Guest, called: impl Fn(&Path) -> String) -> Value
         guest.net.iter().map(|net| json!({ "iface_id": "n0", "host_dev_name": net.tap })).collect();
     json!({
         "boot-source": {
-            "kernel_image_path": called(&guest.kernel), "initrd_path": called(&guest.initrd),
+            "kernel_image_path": called(&guest.kernel), "initrd_path": guest.initrd.as_deref().map(&called),
             "boot_args": "console=ttyS0 quiet",
         },
         "machine-config": { "vcpu_count": 1, "mem_size_mib": guest.memory_mib },

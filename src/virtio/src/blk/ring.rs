@@ -19,12 +19,10 @@ use crate::{
     counters::Counters,
     device::{Fault, Progress},
     request::Request,
-    uring::{Operation, Ring},
+    uring::{ENTRIES, Operation, Ring, SpareRing},
     vectored::Transfer,
 };
 
-/// Operations at once. What is more waits in the guest's queues.
-const ENTRIES: u16 = 128;
 /// Requests taken from one queue before the others have their turn.
 const BUDGET: usize = 64;
 
@@ -55,6 +53,14 @@ impl RingEngine {
     /// As for [`Ring::new`].
     pub(super) fn new(file: BorrowedFd<'_>) -> io::Result<Self> {
         Ok(Self { ring: Ring::new(file, ENTRIES)?, waiting: 0 })
+    }
+
+    /// The ring that waits for such disks, on `file`.
+    ///
+    /// # Errors
+    /// As for [`SpareRing::lend`].
+    pub(super) fn lent(spare: &SpareRing, file: BorrowedFd<'_>) -> io::Result<Self> {
+        Ok(Self { ring: spare.lend(file)?, waiting: 0 })
     }
 
     /// Becomes readable when something ends.

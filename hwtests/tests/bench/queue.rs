@@ -1,0 +1,69 @@
+//! A virtio disk with many requests under way.
+
+use std::fs;
+
+use casemate_hwtests::harness::{Ctx, Failure, WITH_TOOLS};
+
+use crate::{
+    disk::{Part, parts_of},
+    guest,
+    peers::{Guest, Peer},
+};
+
+/// Of 4 KiB each, at random places.
+const REQUESTS: u32 = 6_000;
+const IMAGE_MIB: usize = 64;
+/// Begun before the first has ended.
+const DEPTHS: [u32; 2] = [16, 64];
+
+pub(crate) fn queue(ctx: &mut Ctx) -> Result<(), Failure> {
+    ctx.shell("mountpoint -q /sys/kernel/debug || mount -t debugfs none /sys/kernel/debug")?;
+    let image = ctx.directory().join("disk.img");
+    fs::write(&image, vec![1; IMAGE_MIB << 20])?;
+    // By fio's own clock, since it takes a second to start here: the field of its terse line that is the run's time. The first
+    // run brings the program from its disk.
+    let mut script = format!(
+        "{WITH_TOOLS}
+        one() {{ tools fio --name=queue --thread --filename=/dev/vda --direct=1 --ioengine=libaio --iodepth=$2 --bs=4k \\
+            --size={IMAGE_MIB}m --number_ios={REQUESTS} --norandommap --randseed=7 --rw=$3 --minimal | cut -d';' -f$4; }}
+        part() {{ echo $1-begin; sleep 1; took=$(one $@); echo $1: 0 $took; echo $1-end; sleep 1; }}
+        one warm 1 randread 9 >/dev/null\n"
+    );
+    let mut names = Vec::new();
+    for depth in DEPTHS {
+        for (kind, rw, field) in [("reads", "randread", 9), ("writes", "randwrite", 50)] {
+            let name = format!("{kind}-{depth}");
+            script.push_str(&format!("part {name} {depth} {rw} {field}\n"));
+            names.push((name, format!("4 KiB random {kind}, {depth} at once")));
+        }
+    }
+    let disks = vec![(image, false), (ctx.layout().guest_tools(), true)];
+    let guest: Guest = guest(ctx, &script, disks)?;
+    let peers = Peer::found(ctx)?;
+    let mut measured = vec![Vec::new(); peers.len()];
+    let parts: Vec<&str> = names.iter().map(|(name, _)| name.as_str()).collect();
+    for _ in 0..3 {
+        for (peer, runs) in peers.iter().zip(&mut measured) {
+            let running = peer.start(ctx, &guest)?;
+            runs.push(parts_of(peer, &running, &parts)?);
+            peer.end(running, crate::SOON)?;
+        }
+    }
+    let requests = f64::from(REQUESTS);
+    for (index, (_, name)) in names.iter().enumerate() {
+        let of = |value: &dyn Fn(&Part) -> f64| -> Vec<Vec<f64>> {
+            let runs =
+                |runs: &Vec<Vec<Part>>| runs.iter().filter_map(|parts| parts.get(index).map(value)).collect();
+            measured.iter().map(runs).collect()
+        };
+        // What fio tells is in milliseconds.
+        crate::tell(name, "µs each", &peers, &of(&|part| part.seconds * 1e3 / requests));
+        crate::tell(
+            &format!("{name}: exits"),
+            "per 1,000",
+            &peers,
+            &of(&|part| part.exits as f64 * 1e3 / requests),
+        );
+    }
+    Ok(())
+}
