@@ -46,7 +46,7 @@ fn times_ms(ctx: &Ctx, peer: &Peer, guest: &Guest) -> Result<[f64; 2], Failure> 
     let before = (used(&own)?, used(&cells)?);
     let running = peer.start_in(ctx, guest, &own)?;
     let finished = running.wait(SOON)?;
-    finished.success()?.printed("tiny-guest-runs")?;
+    finished.success()?.printed("guest-runs")?;
     let own = used(&own)?.saturating_sub(before.0);
     let all = own + used(&cells)?.saturating_sub(before.1);
     let vmm = match peer {

@@ -100,6 +100,12 @@ fn start(ctx: &mut Ctx) -> Result<(), Failure> {
         for (peer, took) in peers.iter().zip(&mut measured) {
             let begun = Instant::now();
             let running = peer.start(ctx, &guest)?;
+            if matches!(peer, Peer::Casemate) {
+                for step in ["admitted", "cell-closed", "running"] {
+                    running.wait_for_step(step, SOON)?;
+                    println!("# {step} after {} ms", begun.elapsed().as_millis());
+                }
+            }
             running.wait_for_text("CASEMATE-INIT", SOON)?;
             took.push(begun.elapsed().as_secs_f64() * 1e3);
             peer.end(running, SOON)?;

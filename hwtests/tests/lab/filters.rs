@@ -190,8 +190,8 @@ fn everything_assigned(ctx: &Ctx, out: &Path) -> Result<(), Failure> {
         dd if=/dev/nvme0n1 of=/dev/null bs=64k count=64 2>/dev/null; echo drive used
         card=$(interface 8139cp); ip addr add 10.0.2.15/24 dev $card; ip link set $card up
         wait_for /sys/class/net/$card/carrier 1; ping -c 3 -W 20 10.0.2.2 && echo card used
-        drive=$(readlink -f /sys/block/nvme0n1/device/device); echo ${{drive##*/}} >/sys/bus/pci/drivers/nvme/unbind
-        printf '\\000\\000' | dd of=$drive/config bs=1 seek=4 conv=notrunc 2>/dev/null
+        drive=$(ls -d /sys/bus/pci/drivers/nvme/0000:*); drive=${{drive##*/}}; echo $drive >/sys/bus/pci/drivers/nvme/unbind
+        printf '\\000\\000' | dd of=/sys/bus/pci/devices/$drive/config bs=1 seek=4 conv=notrunc 2>/dev/null
         ip link set $card down; modprobe igb; until [ -n \"$(interface igb)\" ]; do sleep 0.1; done; echo another came
         while [ -n \"$(interface igb)\" ]; do sleep 0.1; done; echo it went"
     );
