@@ -1,6 +1,11 @@
 //! `cargo xtask bench`: Casemate beside other VMMs in one lab run, as a table.
 
-use std::{fs, path::Path, process::ExitCode};
+use std::{
+    fs,
+    os::unix::fs::MetadataExt,
+    path::Path,
+    process::{ExitCode, Stdio},
+};
 
 use casemate_hwtests::{LabError, Layout};
 use serde::Deserialize;
@@ -12,6 +17,9 @@ use crate::{
 
 /// What lines of a bench's log begin with that tell a row.
 const ROW: &str = "# row ";
+
+/// What is asked for to be measured without the lab.
+const NATIVE: &str = "native";
 
 /// Programs of other VMMs that are looked for on PATH. QEMU is not among them: the lab has one.
 const PEERS: [&str; 3] = ["cloud-hypervisor", "firecracker", "jailer"];
@@ -30,7 +38,11 @@ struct Row {
 
 /// Builds, measures, and shows what was measured: as a table, or as a line of JSON for each row.
 pub(crate) fn run(name: Option<&str>, json: bool) -> Result<ExitCode, LabError> {
-    lab::prepare()?;
+    if name == Some(NATIVE) {
+        can_natively()?;
+    } else {
+        lab::prepare()?;
+    }
     for mut build in build_programs() {
         if !build.status().is_ok_and(|status| status.success()) {
             return Ok(ExitCode::FAILURE);
@@ -39,6 +51,9 @@ pub(crate) fn run(name: Option<&str>, json: bool) -> Result<ExitCode, LabError> 
     let logs = Layout::of_workspace().logs();
     forget_logs(&logs);
     bring_peers(&Layout::of_workspace())?;
+    if name == Some(NATIVE) {
+        return natively(json);
+    }
     let mut bench = cargo(&["test", "--release", "--package", "casemate-hwtests", "--test", "bench", "--"]);
     // `jail` for `bench-jail`.
     let name =
@@ -46,12 +61,54 @@ pub(crate) fn run(name: Option<&str>, json: bool) -> Result<ExitCode, LabError> 
     bench.args(name).env("CASEMATE_PROGRAMS", programs());
     let ok = bench.status().is_ok_and(|status| status.success());
     let lines = rows(&logs);
-    if json {
-        lines.iter().for_each(|line| println!("{line}"));
-    } else {
-        table(&lines);
-    }
+    show(&lines, json);
     Ok(if ok && !lines.is_empty() { ExitCode::SUCCESS } else { ExitCode::FAILURE })
+}
+
+/// What needs no lab, on this host itself.
+fn natively(json: bool) -> Result<ExitCode, LabError> {
+    let mut bench = cargo(&["test", "--release", "--package", "casemate-hwtests", "--test", "bench", "--"]);
+    bench.args(["--one-test", "bench-exec"]).env("CASEMATE_PROGRAMS", programs());
+    let output = bench.stderr(Stdio::inherit()).output().map_err(|error| {
+        LabError::new(format!("the benchmark cannot be started: {error}"), "see the message of cargo above")
+    })?;
+    let printed = String::from_utf8_lossy(&output.stdout);
+    let lines: Vec<String> =
+        printed.lines().filter_map(|line| line.strip_prefix(ROW)).map(str::to_owned).collect();
+    if lines.is_empty() {
+        eprintln!("{printed}");
+    }
+    show(&lines, json);
+    Ok(if output.status.success() && !lines.is_empty() { ExitCode::SUCCESS } else { ExitCode::FAILURE })
+}
+
+/// Guests run on this host as they do in the lab.
+fn can_natively() -> Result<(), LabError> {
+    let refuse = |what: &str, remedy: &str| Err(LabError::new(what.to_owned(), remedy));
+    let user = fs::metadata("/proc/self").map(|own| own.uid());
+    if user.is_ok_and(|uid| uid != 0) {
+        return refuse(
+            "guests are run on this host itself, which takes root",
+            "run it as root, or leave `native` out for the lab",
+        );
+    }
+    if !Path::new("/dev/kvm").exists() {
+        return refuse(
+            "this host has no /dev/kvm",
+            "see what `casemate doctor` says, or leave `native` out for the lab",
+        );
+    }
+    let controllers = fs::read_to_string("/sys/fs/cgroup/cgroup.controllers").unwrap_or_default();
+    let lacks = ["memory", "pids", "cpu"]
+        .iter()
+        .find(|name| controllers.split_whitespace().all(|known| known != **name));
+    match lacks {
+        Some(name) => refuse(
+            &format!("cgroup v2 of this host has no controller {name}, without which no cell is made"),
+            "see what `casemate doctor` says, or leave `native` out for the lab",
+        ),
+        None => Ok(()),
+    }
 }
 
 /// Other VMMs, where the lab sees them: those of this machine's PATH, and no others.
@@ -89,6 +146,14 @@ fn rows(logs: &Path) -> Vec<String> {
     paths.sort_unstable();
     let text = paths.iter().filter_map(|path| fs::read_to_string(path).ok()).collect::<Vec<_>>().join("\n");
     text.lines().filter_map(|line| line.strip_prefix(ROW)).map(str::to_owned).collect()
+}
+
+fn show(lines: &[String], json: bool) {
+    if json {
+        lines.iter().for_each(|line| println!("{line}"));
+    } else {
+        table(lines);
+    }
 }
 
 fn table(lines: &[String]) {

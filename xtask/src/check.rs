@@ -9,7 +9,7 @@ use casemate_hwtests::LabError;
 
 use crate::{
     deny, fuzz, lab,
-    steps::{Counts, Part, Parts, build_programs, cargo, programs},
+    steps::{Counts, Part, Parts, build_programs, cargo, other_vmms, programs},
     tidy,
 };
 
@@ -36,6 +36,9 @@ pub(crate) fn run(long: bool, filter: Option<&str>) -> Result<ExitCode, LabError
     });
     // Before the unit tests: those of the policies ask the compiler.
     let built = parts.run("release programs", build_programs());
+    if long {
+        parts.run("other builds of the VMM", other_vmms());
+    }
     parts.run(UNIT_TESTS, unit_tests(long, filter));
     if built && filter.is_none() {
         parts.record("commands in the documents", || documented_commands(&programs().join("casemate")));

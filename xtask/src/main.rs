@@ -52,7 +52,8 @@ enum Command {
     #[command(
         after_help = "The others are the lab's QEMU, and those of cloud-hypervisor, firecracker and jailer that are on PATH.\n\
         docs/performance.md says how each row is measured and what it does not tell.\n\
-        NAME is start, memory, disk, net, assigned or jail."
+        NAME is start, exec, memory, disk, queue, net, assigned, attach, card or jail; or native, for a guest of a few\n\
+        instructions on this host itself."
     )]
     Bench {
         /// A line of JSON for each row

@@ -148,6 +148,23 @@ pub(crate) fn build_programs() -> [Command; 2] {
     [cargo(&["build", "--release", "--workspace", "--bins", "--exclude", "xtask"]), compiler]
 }
 
+/// The target for which the VMM is linked with musl.
+const MUSL: &str = "x86_64-unknown-linux-musl";
+
+/// The commands that build the VMM as nobody runs it, for its filters to be held against: with assertions, and with another C
+/// library where the toolchain has that.
+pub(crate) fn other_vmms() -> Vec<Command> {
+    let mut commands = vec![cargo(&["build", "--package", "casemate-vmm"])];
+    let sysroot = Command::new("rustc").args(["--print", "sysroot"]).current_dir(workspace()).output();
+    let sysroot = sysroot.map(|output| String::from_utf8_lossy(&output.stdout).trim().to_owned());
+    if sysroot.is_ok_and(|sysroot| Path::new(&sysroot).join("lib/rustlib").join(MUSL).exists()) {
+        commands.push(cargo(&["build", "--release", "--target", MUSL, "--package", "casemate-vmm"]));
+    } else {
+        println!("the VMM is not built for musl: `rustup target add {MUSL}`, and it will be");
+    }
+    commands
+}
+
 /// Cargo's target directory, as this program was built into it.
 pub(crate) fn target_directory() -> PathBuf {
     programs().ancestors().nth(2).unwrap_or(Path::new("target")).to_path_buf()

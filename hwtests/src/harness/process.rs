@@ -9,7 +9,10 @@ use std::{
     time::{Duration, Instant},
 };
 
-use rustix::process::{Pid, Signal, kill_process};
+use rustix::{
+    event::{PollFd, PollFlags, Timespec, poll},
+    process::{Pid, PidfdFlags, Signal, kill_process, pidfd_open},
+};
 use serde_json::Value;
 
 use super::{Failure, PATIENCE};
@@ -140,11 +143,15 @@ impl Running {
     pub fn wait(mut self, timeout: Duration) -> Result<Finished, Failure> {
         let timeout = timeout * PATIENCE;
         let deadline = Instant::now() + timeout;
+        let pid = i32::try_from(self.pid()).ok().and_then(Pid::from_raw);
+        let process =
+            pidfd_open(pid.ok_or_else(|| Failure::new("it has no process id"))?, PidfdFlags::empty())?;
         let status = loop {
             if let Some(status) = self.child.try_wait()? {
                 break status;
             }
-            if Instant::now() > deadline {
+            let left = deadline.saturating_duration_since(Instant::now());
+            if left.is_zero() {
                 let _ = self.child.kill();
                 return Err(Failure::new(format_args!(
                     "`{}` did not end within {} s",
@@ -152,7 +159,8 @@ impl Running {
                     timeout.as_secs()
                 )));
             }
-            thread::sleep(Duration::from_millis(20));
+            // Woken by a signal, it's looked at again.
+            let _ = poll(&mut [PollFd::new(&process, PollFlags::IN)], Timespec::try_from(left).ok().as_ref());
         };
         let elapsed = self.start.elapsed();
         // A process that it left may hold its output open: what comes later than this isn't its own.

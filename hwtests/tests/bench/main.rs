@@ -23,7 +23,7 @@ use peers::{Guest, LAST_LINE, Peer, pss_beyond_kib};
 use serde_json::json;
 
 const BENCHES: &[LabTest] = &[
-    LabTest::new("bench-start", start).deadline_seconds(600),
+    LabTest::new("bench-start", start).deadline_seconds(1200),
     LabTest::new("bench-memory", memory).deadline_seconds(600),
     LabTest::new("bench-disk", disk::disk).deadline_seconds(900),
     LabTest::new("bench-queue", queue::queue).deadline_seconds(900),
@@ -78,25 +78,21 @@ fn tell_counts(name: &str, peers: &[Peer], counts: &[f64]) {
     }
 }
 
-/// A guest that runs `script`, with an image of it in the bench's folder.
+/// A guest that runs `script`, with an image of it in the bench's folder. Its kernel is there as well, in memory: what the lab's share
+/// takes to read is nobody's.
 fn guest(ctx: &Ctx, script: &str, disks: Vec<(PathBuf, bool)>) -> Result<Guest, Failure> {
+    let kernel = ctx.directory().join("vmlinux");
+    fs::copy(ctx.layout().guest_kernel(), &kernel)?;
     let initrd = ctx.directory().join("guest.cpio");
     GuestImage::new(&format!("{script}\necho {LAST_LINE}")).write(ctx.layout(), &initrd)?;
-    Ok(Guest {
-        kernel: ctx.layout().guest_kernel(),
-        initrd: Some(initrd),
-        memory_mib: MEMORY_MIB,
-        disks,
-        net: None,
-        device: None,
-    })
+    Ok(Guest { kernel, initrd: Some(initrd), memory_mib: MEMORY_MIB, disks, net: None, device: None })
 }
 
 /// From the command to the first line of the guest's own program.
 fn start(ctx: &mut Ctx) -> Result<(), Failure> {
     let (peers, guest) = (Peer::found(ctx)?, guest(ctx, "true", Vec::new())?);
     let mut measured = vec![Vec::new(); peers.len()];
-    for _ in 0..5 {
+    for _ in 0..9 {
         for (peer, took) in peers.iter().zip(&mut measured) {
             let begun = Instant::now();
             let running = peer.start(ctx, &guest)?;

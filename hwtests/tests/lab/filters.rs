@@ -36,8 +36,8 @@ pub(crate) fn rules_are_used(ctx: &mut Ctx) -> Result<(), Failure> {
     have_drive(ctx)?;
     ctx.load_driver("igb")?;
     let out = ctx.directory().join("calls");
-    everything_emulated(ctx, &out)?;
-    everything_assigned(ctx, &out)?;
+    everything_emulated(ctx, Means::Followed(&out))?;
+    everything_assigned(ctx, Means::Followed(&out))?;
     let mut used: BTreeSet<Use> = BTreeSet::new();
     for line in fs::read_to_string(&out)?.lines() {
         let line: Value = serde_json::from_str(line)?;
@@ -85,15 +85,51 @@ fn when(words: &[&str]) -> String {
     Value::from(words.to_vec()).to_string()
 }
 
-/// Starts a guest that is followed; returns what types at its console.
-fn follow(ctx: &Ctx, out: &Path, guest: &GuestFile) -> Result<(Running, File), Failure> {
-    let trace = ctx.program("casemate-jail-trace")?;
-    let command = format!("{} {} $CASEMATE run --json --stdin $FILE", trace.display(), out.display());
+/// The filters hold the VMM as it is built with assertions, too.
+pub(crate) fn a_debug_build_is_not_stopped(ctx: &mut Ctx) -> Result<(), Failure> {
+    not_stopped(ctx, "../debug/casemate-vmm")
+}
+
+/// And with another C library.
+pub(crate) fn a_build_with_musl_is_not_stopped(ctx: &mut Ctx) -> Result<(), Failure> {
+    not_stopped(ctx, "../../x86_64-unknown-linux-musl/release/casemate-vmm")
+}
+
+fn not_stopped(ctx: &mut Ctx, vmm: &str) -> Result<(), Failure> {
+    let usual = ctx.program("casemate-vmm")?;
+    let vmm = usual.parent().unwrap_or(Path::new("/")).join(vmm);
+    if !vmm.exists() {
+        return Err(Failure::skip(format_args!("{} was not built", vmm.display())));
+    }
+    have_drive(ctx)?;
+    ctx.load_driver("igb")?;
+    everything_emulated(ctx, Means::Built(&vmm))?;
+    everything_assigned(ctx, Means::Built(&vmm))
+}
+
+/// How a guest is run.
+#[derive(Clone, Copy)]
+enum Means<'a> {
+    /// As users run it, and followed: where its calls are told.
+    Followed(&'a Path),
+    /// With this VMM.
+    Built(&'a Path),
+}
+
+/// Starts a guest; returns what types at its console.
+fn start(ctx: &Ctx, means: Means<'_>, guest: &GuestFile) -> Result<(Running, File), Failure> {
+    let command = match means {
+        Means::Followed(out) => {
+            let trace = ctx.program("casemate-jail-trace")?;
+            format!("{} {} $CASEMATE run --json --stdin $FILE", trace.display(), out.display())
+        }
+        Means::Built(vmm) => format!("$CASEMATE --vmm {} run --json --stdin $FILE", vmm.display()),
+    };
     console::start(ctx, guest, &command)
 }
 
 /// Two processors, disks by ring and by call, cards of both kinds, sockets, a port, slots; paused, resized, limited, plugged.
-fn everything_emulated(ctx: &Ctx, out: &Path) -> Result<(), Failure> {
+fn everything_emulated(ctx: &Ctx, means: Means<'_>) -> Result<(), Failure> {
     let (raw, image) = (ctx.directory().join("raw.img"), ctx.directory().join("disk.qcow2"));
     for path in [&raw, &ctx.directory().join("hot.img")] {
         fs::write(path, vec![1; 1 << 20])?;
@@ -132,7 +168,7 @@ fn everything_emulated(ctx: &Ctx, out: &Path) -> Result<(), Failure> {
     let guest =
         guest.disk(&raw, false).disk_of(Disk { path: image, format: Some("qcow2"), ..Disk::default() });
     let guest = guest.net("cmtest0", "192.0.0.1/24").vhost(true).net("cmtest1", "192.0.1.1/24").net_queues(2);
-    let (running, mut typed) = follow(ctx, out, &with_tools(ctx, guest))?;
+    let (running, mut typed) = start(ctx, means, &with_tools(ctx, guest))?;
     running.wait_for_text("guest is ready", SOON * 2)?;
     typed.write_all(b"good day\n")?;
     running.wait_for_text("it read good day", SOON)?;
@@ -162,7 +198,7 @@ fn everything_emulated(ctx: &Ctx, out: &Path) -> Result<(), Failure> {
     }
     running.wait_for_text("all done", SOON)?;
     operate(ctx, &["power-off", name])?;
-    running.wait(SOON)?;
+    running.wait(SOON)?.success()?;
     echo.join().map_err(|_| Failure::new("the echo panicked"))??;
     Ok(())
 }
@@ -183,7 +219,7 @@ fn speak(socket: &Path) -> std::io::Result<String> {
 
 /// A drive by MSI-X, whose registers are there for its peers until it's turned off, and a card by INTx, in memory as the guest's file
 /// wants it; and a card that comes and goes.
-fn everything_assigned(ctx: &Ctx, out: &Path) -> Result<(), Failure> {
+fn everything_assigned(ctx: &Ctx, means: Means<'_>) -> Result<(), Failure> {
     let script = format!(
         "{WORDS}
         wait_for /sys/block/nvme0n1/size 131072
@@ -199,12 +235,12 @@ fn everything_assigned(ctx: &Ctx, out: &Path) -> Result<(), Failure> {
     let guest = guest.table("ram", "huge_pages = \"none\"\nprefault = true\nnuma_node = 0")?;
     let guest = guest.table("dma", "peer_to_peer = true")?;
     with_rtl8139(ctx, |ctx| {
-        let (running, _typed) = follow(ctx, out, &guest)?;
+        let (running, _typed) = start(ctx, means, &guest)?;
         running.wait_for_text("card used", SOON * 2)?;
         operate(ctx, &["attach", ctx.name(), "--device", devices::IGB])?;
         running.wait_for_text("another came", SOON)?;
         operate(ctx, &["detach", ctx.name(), "1", "--within", "50"])?;
-        running.wait(SOON * 2)?.printed("drive used")?.printed("it went")?;
+        running.wait(SOON * 2)?.success()?.printed("drive used")?.printed("it went")?;
         Ok(())
     })
 }

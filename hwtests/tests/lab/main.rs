@@ -177,6 +177,12 @@ const TESTS: &[LabTest] = &[
     LabTest::new("cell-has-no-idle-rules", filters::rules_are_used)
         .long("what threads call by chance, as for a lock that is held, differs from run to run")
         .deadline_seconds(600),
+    LabTest::new("filters-hold-a-debug-build", filters::a_debug_build_is_not_stopped)
+        .long("it has to be built")
+        .deadline_seconds(600),
+    LabTest::new("filters-hold-a-build-with-musl", filters::a_build_with_musl_is_not_stopped)
+        .long("it has to be built")
+        .deadline_seconds(600),
     // The documents
     LabTest::new("commands-in-the-documents-run", documents::commands_run).deadline_seconds(240),
 ];

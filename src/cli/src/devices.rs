@@ -87,7 +87,8 @@ pub(crate) fn devices(paths: &Paths, options: &Options, json: bool) -> Result<Ex
         Some(Command::Free { address }) => return free(paths, *address, json),
         None => {}
     }
-    let functions = host.functions()?;
+    let mut functions = host.functions()?;
+    host.name(&mut functions);
     let host_file = paths.read_host_file()?;
     let pools = Pools::new(&host, &functions, &host_file.pools)?;
     // Without root the ledger cannot be read; what is claimed then shows by its driver alone.

@@ -85,23 +85,41 @@ pub struct Bar {
 }
 
 impl Host {
-    /// All PCI functions, sorted by address, with names, serial numbers, and what each is used for.
+    /// All PCI functions, sorted by address, with serial numbers, details, and what each is used for; without
+    /// [names](Self::name).
     ///
     /// # Errors
     /// `host-no-pci` when there is no PCI in sysfs; `host-unreadable` when the tables that tell what is in use cannot
     /// be read: then nothing may be given away.
     pub fn functions(&self) -> Result<Vec<PciFunction>, Refusal> {
         let mut functions = self.survey()?;
-        self.name(&mut functions);
+        // Each once: a read of config space is slow, and a bridge is on the way to many functions.
+        let configs = self.configs(&functions);
         for function in &mut functions {
-            function.serials = self.serials(function.address);
-            function.details = self.details(function.address);
+            function.serials = self.serials(function.address, &configs);
+            function.details = self.details(function.address, &configs);
         }
         Ok(functions)
     }
 
-    /// The same without names and serial numbers.
+    /// The same without serial numbers and details: no device is touched.
     pub(crate) fn survey(&self) -> Result<Vec<PciFunction>, Refusal> {
+        let mut functions = self.outline()?;
+        let mut uses = self.uses(&functions)?;
+        for function in &mut functions {
+            function.uses = uses.remove(&function.address).unwrap_or_default();
+            function.uses.sort();
+            function.uses.dedup();
+        }
+        Ok(functions)
+    }
+
+    /// Which PCI functions there are, and in which groups, for whoever takes none of them: it isn't looked what they are used
+    /// for, so none may be given away by it.
+    ///
+    /// # Errors
+    /// `host-no-pci`.
+    pub fn outline(&self) -> Result<Vec<PciFunction>, Refusal> {
         let devices = self.path("sys/bus/pci/devices");
         if !devices.is_dir() {
             return Err(Refusal::new(
@@ -116,12 +134,6 @@ impl Host {
             addresses.filter_map(|address| self.function(address)).collect();
         functions.sort_by_key(|function| function.address);
         leave_out_resets_of_others(&mut functions);
-        let mut uses = self.uses(&functions)?;
-        for function in &mut functions {
-            function.uses = uses.remove(&function.address).unwrap_or_default();
-            function.uses.sort();
-            function.uses.dedup();
-        }
         Ok(functions)
     }
 
@@ -158,7 +170,8 @@ impl Host {
         })
     }
 
-    fn name(&self, functions: &mut [PciFunction]) {
+    /// Gives functions the names that this host's list of PCI ids has for them; to be shown only.
+    pub fn name(&self, functions: &mut [PciFunction]) {
         let wanted: HashSet<_> =
             functions.iter().map(|function| (function.vendor, function.device)).collect();
         let text = read_text(&self.path("usr/share/misc/pci.ids"), PCI_IDS_BYTES_MAX).unwrap_or_default();
@@ -304,6 +317,20 @@ mod tests {
         let port = functions.iter().find(|f| f.address == at("0000:00:01.0")).unwrap();
         assert!(port.is_bridge && port.reset_methods.is_empty());
         assert!(functions.is_sorted_by_key(|f| f.address));
+    }
+
+    /// Whoever wants no device has none looked at.
+    #[test]
+    fn an_outline_tells_groups_and_nothing_of_uses() {
+        let machine = Fixture::typical();
+        let (outline, all) = (machine.host().outline().unwrap(), machine.host().functions().unwrap());
+        let groups = |functions: &[PciFunction]| -> Vec<_> {
+            functions.iter().map(|f| (f.address, f.iommu_group, f.group_mates.clone())).collect()
+        };
+        assert_eq!(groups(&outline), groups(&all));
+        assert!(all.iter().any(|f| f.details != Details::default()));
+        assert!(outline.iter().all(|f| f.uses.is_empty() && f.details == Details::default()));
+        assert!(all.iter().all(|f| f.vendor_name.is_empty()), "names are for who shows them");
     }
 
     #[test]

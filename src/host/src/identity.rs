@@ -1,6 +1,6 @@
 //! Which device it is: what tells one card from another of its kind, and whether it is the one that was meant.
 
-use std::fmt::Write;
+use std::{collections::BTreeMap, fmt::Write};
 
 use casemate_spec::{DevicePin, PciAddress, PciId, Refusal};
 
@@ -17,21 +17,29 @@ impl Host {
     /// The serial numbers that a function tells: that of its Device Serial Number capability (PCI Express base 7.9.3), as
     /// lspci writes it, and an NVMe drive's own while the host's driver has it. Config space past the header is root's to
     /// read.
-    pub(crate) fn serials(&self, address: PciAddress) -> Vec<String> {
+    pub(crate) fn serials(&self, address: PciAddress, configs: &Configs) -> Vec<String> {
         let directory = self.pci(address);
-        let of_card = self.config(address).and_then(|config| config.serial_number()).map(dashed);
+        let config = configs.get(&address);
+        let of_card = config.and_then(|config| config.serial_number()).map(dashed);
         let drives = names(directory.join("nvme")).into_iter();
         let of_drive =
             drives.filter_map(|drive| attribute(directory.join("nvme").join(drive).join("serial")));
         of_card.into_iter().chain(of_drive).filter(|serial| is_serial(serial)).collect()
     }
 
-    /// A function's config space, as far as this process may read it.
-    pub(crate) fn config(&self, address: PciAddress) -> Option<ConfigSnapshot> {
+    /// The config spaces of these functions, as far as this process may read them.
+    pub(crate) fn configs(&self, functions: &[PciFunction]) -> Configs {
         let bytes_max = u64::try_from(CONFIG_BYTES_MAX).unwrap_or(u64::MAX);
-        ConfigSnapshot::new(read_bytes(&self.pci(address).join("config"), bytes_max).ok()?)
+        let read = |function: &PciFunction| {
+            let bytes = read_bytes(&self.pci(function.address).join("config"), bytes_max).ok()?;
+            Some((function.address, ConfigSnapshot::new(bytes)?))
+        };
+        functions.iter().filter_map(read).collect()
     }
 }
+
+/// Config spaces as they were read, by function.
+pub(crate) type Configs = BTreeMap<PciAddress, ConfigSnapshot>;
 
 /// A device says what it likes: what isn't short and printable is no serial number.
 fn is_serial(text: &str) -> bool {

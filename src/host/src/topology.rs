@@ -8,6 +8,7 @@ use serde::Serialize;
 use crate::{
     config::{ConfigSnapshot, PortType},
     host::{Host, attribute},
+    identity::Configs,
 };
 
 /// More bridges than any machine has on one path.
@@ -64,13 +65,12 @@ impl Details {
 
 impl Host {
     /// What is told of one function; empty where it can't be read. Config space past the header is root's to read.
-    pub(crate) fn details(&self, address: PciAddress) -> Details {
+    pub(crate) fn details(&self, address: PciAddress, configs: &Configs) -> Details {
         let directory = self.pci(address);
         let number = |name: &str| attribute(directory.join(name)).and_then(|text| text.parse().ok());
-        let config = self.config(address);
-        let config = config.as_ref();
+        let config = configs.get(&address);
         Details {
-            path: self.steps(address),
+            path: self.steps(address, configs),
             msix_vectors: config.map_or(0, ConfigSnapshot::msix_vectors),
             msi_vectors: config.map_or(0, ConfigSnapshot::msi_vectors),
             intx: config.is_some_and(ConfigSnapshot::has_intx),
@@ -82,38 +82,41 @@ impl Host {
     }
 
     /// From the root: sysfs nests what is behind a bridge in the bridge.
-    fn steps(&self, address: PciAddress) -> Vec<Step> {
+    fn steps(&self, address: PciAddress, configs: &Configs) -> Vec<Step> {
         let Ok(real) = fs::canonicalize(self.pci(address)) else { return Vec::new() };
         let names = real.components().filter_map(|part| part.as_os_str().to_str());
         let is_whole = |name: &&str| name.parse().is_ok_and(|at: PciAddress| at.to_string() == *name);
         let addresses = names.filter(is_whole).filter_map(|name| name.parse().ok());
-        addresses.take(STEPS_MAX).map(|address| self.step(address)).collect()
+        addresses.take(STEPS_MAX).map(|address| step(address, configs.get(&address))).collect()
     }
+}
 
-    fn step(&self, address: PciAddress) -> Step {
-        let config = self.config(address);
-        let port = config.as_ref().map_or(PortType::Unreadable, ConfigSnapshot::port_type);
-        let matters = match port {
-            PortType::RootPort
-            | PortType::DownstreamPort
-            | PortType::BridgeToPci
-            | PortType::Conventional => true,
-            // Functions of one device could reach each other inside it.
-            PortType::Endpoint | PortType::UpstreamPort => {
-                config.as_ref().is_some_and(ConfigSnapshot::is_multifunction)
-            }
-            PortType::Integrated | PortType::Other | PortType::Unreadable => false,
-        };
-        let on = config.as_ref().and_then(ConfigSnapshot::acs_control).unwrap_or(0);
-        let missing = ACS_WANTED.iter().filter(|(bit, _)| matters && on & bit == 0);
-        Step { address, kind: port.words(), acs_missing: missing.map(|(_, name)| *name).collect() }
-    }
+/// One function on the way.
+fn step(address: PciAddress, config: Option<&ConfigSnapshot>) -> Step {
+    let port = config.map_or(PortType::Unreadable, ConfigSnapshot::port_type);
+    let matters = match port {
+        PortType::RootPort | PortType::DownstreamPort | PortType::BridgeToPci | PortType::Conventional => {
+            true
+        }
+        // Functions of one device could reach each other inside it.
+        PortType::Endpoint | PortType::UpstreamPort => config.is_some_and(ConfigSnapshot::is_multifunction),
+        PortType::Integrated | PortType::Other | PortType::Unreadable => false,
+    };
+    let on = config.and_then(ConfigSnapshot::acs_control).unwrap_or(0);
+    let missing = ACS_WANTED.iter().filter(|(bit, _)| matters && on & bit == 0);
+    Step { address, kind: port.words(), acs_missing: missing.map(|(_, name)| *name).collect() }
 }
 
 #[cfg(test)]
 mod tests {
     use super::*;
     use crate::fixture::{Fixture, at};
+
+    fn told(machine: &Fixture, address: PciAddress) -> Details {
+        let host = machine.host();
+        let configs = host.configs(&host.outline().unwrap());
+        host.details(address, &configs)
+    }
 
     /// A function of this Express port type; with ACS whose control register reads `acs`.
     fn set(machine: &Fixture, address: &str, port: u8, acs: Option<u16>) {
@@ -139,7 +142,7 @@ mod tests {
         set(&machine, "0000:00:01.0", 4, Some(0x1d));
         set(&machine, "0000:07:00.0", 0, None);
 
-        let details = machine.host().details(at("0000:07:00.0"));
+        let details = told(&machine, at("0000:07:00.0"));
         let [port, endpoint] = details.path.as_slice() else { panic!("{details:?}") };
         assert_eq!((port.address, port.kind, &port.acs_missing), (at("0000:00:01.0"), "root port", &vec![]));
         assert_eq!((endpoint.kind, &endpoint.acs_missing), ("endpoint", &vec![]));
@@ -147,8 +150,7 @@ mod tests {
         assert_eq!((details.power_state.as_deref(), details.virtual_functions_most), (Some("D0"), Some(7)));
 
         set(&machine, "0000:00:01.0", 4, Some(0x18));
-        let missing =
-            |index: usize| machine.host().details(at("0000:07:00.0")).path.remove(index).acs_missing;
+        let missing = |index: usize| told(&machine, at("0000:07:00.0")).path.remove(index).acs_missing;
         assert_eq!(missing(0), ["source validation", "request redirect"]);
         set(&machine, "0000:00:01.0", 7, None);
         assert_eq!(missing(0).len(), 2, "a bridge to PCI has what it has");
@@ -161,6 +163,6 @@ mod tests {
 
     #[test]
     fn what_is_gone_has_no_details() {
-        assert_eq!(Fixture::typical().host().details(at("0000:1f:00.0")), Details::default());
+        assert_eq!(told(&Fixture::typical(), at("0000:1f:00.0")), Details::default());
     }
 }

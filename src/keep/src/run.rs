@@ -17,8 +17,8 @@ use casemate_host::{
 };
 use casemate_policy::Kind;
 use casemate_spec::{
-    CellPart, CellRules, ConsoleDevice, LIMITS, Located, PciAddress, Port, Refusal, ResourceBounds,
-    ScrubStep, Vsock, parse_guest,
+    CellPart, CellRules, ConsoleDevice, Guest, HostFile, LIMITS, Located, PciAddress, Port, Refusal,
+    ResourceBounds, ScrubStep, Vsock, parse_guest,
 };
 use signal_hook::consts::SIGUSR1;
 
@@ -111,7 +111,7 @@ pub fn run(
     }
     cell::sweep(paths);
     let mut images = Images::open(&located)?;
-    let functions = host.functions()?;
+    let functions = functions(&host, &located.guest, &host_file)?;
     // Virtual functions are made before they can be judged, and removed when nobody has them.
     let virtual_functions =
         make_virtual(&located, &host, &ledger, &Pools::new(&host, &functions, &host_file.pools)?)?;
@@ -224,8 +224,8 @@ pub fn try_guest(paths: &Paths, file: &Path, policy: &Path) -> Result<PolicyRepo
     let mut images = Images::open(&located)?;
     let host = Host::live();
     judge_placement(paths, &located, &host)?;
-    let functions = host.functions()?;
     let host_file = paths.read_host_file()?;
+    let functions = functions(&host, &located.guest, &host_file)?;
     let weakened = cell::weakened(paths, &located.guest, &images, &host_file.cell)?;
     let has_devices = !(located.guest.devices.is_empty() && located.guest.pooled.is_empty());
     // Only root can read the ledger; a guest without devices can be tried by anybody, and nothing is made for it.
@@ -453,6 +453,13 @@ fn judge_placement(paths: &Paths, located: &Located, host: &Host) -> Result<(), 
         };
         refusal.at(located.location(key))
     })
+}
+
+/// The host's PCI functions, as far as this guest makes anybody look: what a whole survey costs on a large host is for those who
+/// want devices, or where policies are told what pools have left.
+fn functions(host: &Host, guest: &Guest, host_file: &HostFile) -> Result<Vec<PciFunction>, Refusal> {
+    let looks = !(guest.devices.is_empty() && guest.pooled.is_empty() && host_file.pools.is_empty());
+    if looks { host.functions() } else { host.outline() }
 }
 
 fn judge_devices(
