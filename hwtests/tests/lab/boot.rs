@@ -153,7 +153,7 @@ pub(crate) fn vmm_is_small(ctx: &mut Ctx) -> Result<(), Failure> {
     let script = "dd if=/dev/vda of=/dev/null bs=64k
         head -c 4096 /dev/hwrng >/dev/null
         ip addr add 192.0.2.2/24 dev eth0; ip link set eth0 up; ping -c 2 192.0.2.1 && echo used-all
-        sleep 2";
+        sleep 12";
     let guest =
         ctx.guest(script)?.vcpus(1).memory("128 MiB").disk(&disk, false).net("cmtest0", "192.0.2.1/24");
     let run = ctx.run_guest(&guest)?;
@@ -174,8 +174,8 @@ pub(crate) fn vmm_is_small(ctx: &mut Ctx) -> Result<(), Failure> {
         path.as_os_str(),
     ])?;
     running.wait_for_text("tiny-guest-runs", SOON)?;
-    // For its memory to be looked at once more.
-    thread::sleep(Duration::from_secs(2));
+    // For its memory to be looked at once more, which takes a while here, and is done the less often for that.
+    thread::sleep(Duration::from_secs(12));
     let of_kernel = fs::read_to_string("/sys/fs/cgroup/casemate/tiny/memory.stat")?;
     running.signal(Signal::TERM)?;
     let run = running.wait(Duration::from_secs(30))?;

@@ -282,7 +282,11 @@ pub static ATTEMPTS: &[Attempt] = &[
     // The kernel's larger engines.
     with(out("io-uring", Beneath::Nothing, |_| calls::make_a_ring().map(drop)), through_while_building),
     out("io-uring-buffers", Beneath::Nothing, |_| calls::register_buffers_with_a_ring()),
-    out("io-uring-other-files", Beneath::Nothing, |_| calls::change_the_files_of_a_ring()),
+    // A filter of the first phase has what the narrow ones have: one of them names files to rings, and can make none.
+    with(
+        out("io-uring-other-files", Beneath::Nothing, |_| calls::change_the_files_of_a_ring()),
+        through_while_building,
+    ),
     out("bpf", Beneath::Capability, |_| calls::load_a_bpf_program()),
     out("perf-event", Beneath::Capability, |_| calls::count_events_of_a_processor()),
     out("userfaultfd", Beneath::Capability, |_| only(libc::SYS_userfaultfd, [0])),

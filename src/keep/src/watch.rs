@@ -27,8 +27,11 @@ use crate::{
     operator::{GuestState, Heard, Order, Orders},
 };
 
-/// How often the cell's memory is measured.
+/// How often the cell's memory is measured at most.
 const SAMPLE: Duration = Duration::from_millis(500);
+/// And how much longer than a measurement nothing is measured: the kernel walks the guest's page tables for it, which takes a while
+/// where they are of small pages, and the guest's own faults wait.
+const REST: u32 = 100;
 /// How often a console whose reader stalls is tried again.
 const RETRY: Duration = Duration::from_millis(20);
 /// A cell that was told to stop, or said that it ends, is killed after this.
@@ -416,11 +419,10 @@ impl Watch {
     }
 
     fn sample(&mut self, cell: &Cell, guest: &Guest) {
-        // Walking a guest's page tables is work for the host: not at every line that the guest prints.
-        if Instant::now() < self.next_sample {
+        let begun = Instant::now();
+        if begun < self.next_sample {
             return;
         }
-        self.next_sample = Instant::now() + SAMPLE;
         if self.running
             && self.ended.is_none()
             && let Ok(memory) = cell.memory(guest.memory.bytes())
@@ -429,6 +431,7 @@ impl Watch {
             let guest_bytes = memory.pss_bytes.saturating_sub(memory.pss_bytes_less_guest);
             self.orders.set_memory(memory.pss_bytes_less_guest, guest_bytes);
         }
+        self.next_sample = Instant::now() + SAMPLE.max(begun.elapsed() * REST);
     }
 
     fn seen(self, guest: &Guest, how: String, cpu: Option<Duration>) -> Result<Seen, Refusal> {
