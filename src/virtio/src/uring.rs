@@ -55,7 +55,7 @@ impl SpareRing {
     /// # Errors
     /// As for [`Ring::new`].
     pub fn new() -> io::Result<Self> {
-        let ring = bound(NO_FILE, ENTRIES, true)?;
+        let ring = bound(NO_FILE, true)?;
         let (home, stand) = mpsc::channel();
         // Both ends are here.
         let _ = home.send(ring);
@@ -69,7 +69,7 @@ impl SpareRing {
     pub(crate) fn lend<T>(&self, file: BorrowedFd<'_>) -> io::Result<Ring<T>> {
         let ring = self.stand.try_recv().map_err(|_| io::Error::from_raw_os_error(libc::EBUSY))?;
         // Dropped by an error, it is at home again.
-        let ring = Ring::of(ring, ENTRIES, Some(self.home.clone()));
+        let ring = Ring::of(ring, Some(self.home.clone()));
         ring.knows(file.as_raw_fd())?;
         Ok(ring)
     }
@@ -89,19 +89,19 @@ impl SpareRing {
 /// An empty place in a ring's table of files.
 const NO_FILE: i32 = -1;
 
-/// Operations at once. What is more waits in the guest's queues.
-pub(crate) const ENTRIES: u16 = 128;
+/// Operations at once, a power of two. What is more waits in the guest's queues.
+const ENTRIES: u16 = 128;
 
-/// A ring that works on `file` alone, and on at most `entries` operations (a power of two) at once; `may_change` says whether
+/// A ring that works on `file` alone, and on at most [`ENTRIES`] operations at once; `may_change` says whether
 /// it may be told of another file.
-fn bound(file: i32, entries: u16, may_change: bool) -> io::Result<IoUring> {
+fn bound(file: i32, may_change: bool) -> io::Result<IoUring> {
     /// io_uring_register(2), IORING_REGISTER_FILES_UPDATE.
     const FILES_UPDATE: u8 = 6;
     let ring = IoUring::builder()
         .setup_r_disabled()
         // Results are looked for after each call into the kernel anyway; no need to be interrupted for them.
         .setup_coop_taskrun()
-        .build(entries.into())?;
+        .build(ENTRIES.into())?;
     // Otherwise the kernel would read a list of parts after the call that names it.
     if !ring.params().is_feature_submit_stable() {
         return Err(io::ErrorKind::Unsupported.into());
@@ -137,17 +137,17 @@ pub(crate) struct Ring<T> {
 }
 
 impl<T> Ring<T> {
-    /// A ring that works on `file` alone, and on at most `entries` operations (a power of two) at once.
+    /// A ring that works on `file` alone, and on at most [`ENTRIES`] operations at once.
     ///
     /// # Errors
     /// What the kernel says: EPERM where `kernel.io_uring_disabled` forbids it, ENOSYS or EINVAL before Linux 5.19.
-    pub(crate) fn new(file: BorrowedFd<'_>, entries: u16) -> io::Result<Self> {
-        Ok(Self::of(bound(file.as_raw_fd(), entries, false)?, entries, None))
+    pub(crate) fn new(file: BorrowedFd<'_>) -> io::Result<Self> {
+        Ok(Self::of(bound(file.as_raw_fd(), false)?, None))
     }
 
-    fn of(ring: IoUring, entries: u16, home: Option<Sender<IoUring>>) -> Self {
-        let slots = std::iter::repeat_with(|| None).take(entries.into()).collect();
-        let free = (0..entries.into()).rev().collect();
+    fn of(ring: IoUring, home: Option<Sender<IoUring>>) -> Self {
+        let slots = std::iter::repeat_with(|| None).take(ENTRIES.into()).collect();
+        let free = (0..ENTRIES.into()).rev().collect();
         Self { ring: ManuallyDrop::new(ring), home, slots, free, pushed: 0 }
     }
 

@@ -19,7 +19,7 @@ use crate::{
     counters::Counters,
     device::{Fault, Progress},
     request::Request,
-    uring::{ENTRIES, Operation, Ring, SpareRing},
+    uring::{Operation, Ring, SpareRing},
     vectored::Transfer,
 };
 
@@ -52,7 +52,7 @@ impl RingEngine {
     /// # Errors
     /// As for [`Ring::new`].
     pub(super) fn new(file: BorrowedFd<'_>) -> io::Result<Self> {
-        Ok(Self { ring: Ring::new(file, ENTRIES)?, waiting: 0 })
+        Ok(Self { ring: Ring::new(file)?, waiting: 0 })
     }
 
     /// The ring that waits for such disks, on `file`.
