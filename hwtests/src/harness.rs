@@ -10,6 +10,7 @@ mod context;
 mod failure;
 mod guest;
 mod inside;
+mod lines;
 mod outside;
 mod process;
 mod protocol;
@@ -63,7 +64,7 @@ pub fn main(tests: &'static [LabTest]) -> ExitCode {
     let arguments: Vec<String> = std::env::args().skip(1).collect();
     let words: Vec<&str> = arguments.iter().map(String::as_str).collect();
     match words.as_slice() {
-        [protocol::ALL, names @ ..] => inside::run_all(tests, names),
+        [protocol::ALL] => inside::run_all(tests),
         [protocol::ONE, name] => inside::run_one(tests, name),
         _ => outside::run(tests),
     }

@@ -12,19 +12,22 @@ use std::{
 
 use super::{
     Ctx, Failure, LabTest, PATIENCE,
-    protocol::{EVENTS, Event, ONE, Outcome, SHARE},
+    lines::{Growing, add},
+    protocol::{EVENTS, Event, ONE, ORDERS, Order, Outcome, SHARE},
 };
 
 /// Where a test's own process leaves its outcome.
 const OUTCOME: &str = "/run/lab-outcome";
+/// How often it looks for what is to be done next.
+const ORDERS_EVERY: Duration = Duration::from_millis(50);
 /// How long processes that a test started may take to go after its end.
 const GRACE: Duration = Duration::from_secs(3);
 /// How much of the kernel's log goes into that of a failed test.
 const KERNEL_LINES_MAX: usize = 40;
 
-/// Runs the named tests one after another, each in a process of its own.
-pub(crate) fn run_all(tests: &[LabTest], names: &[&str]) -> ExitCode {
-    match try_run_all(tests, names) {
+/// Runs the tests that it is dealt, one after another, each in a process of its own.
+pub(crate) fn run_all(tests: &[LabTest]) -> ExitCode {
+    match try_run_all(tests) {
         Ok(()) => ExitCode::SUCCESS,
         Err(error) => {
             eprintln!("lab: the tests can't be run: {error}");
@@ -33,16 +36,23 @@ pub(crate) fn run_all(tests: &[LabTest], names: &[&str]) -> ExitCode {
     }
 }
 
-fn try_run_all(tests: &[LabTest], names: &[&str]) -> io::Result<()> {
-    let mut events = OpenOptions::new().create(true).append(true).open(Path::new(SHARE).join(EVENTS))?;
-    let mut tell = |event: &Event| -> io::Result<()> {
-        let mut line = serde_json::to_string(event)?;
-        line.push('\n');
-        events.write_all(line.as_bytes())
-    };
+fn try_run_all(tests: &[LabTest]) -> io::Result<()> {
+    let events = Path::new(SHARE).join(EVENTS);
+    let tell = |event: &Event| add(&events, event);
+    let mut orders = Growing::new(Path::new(SHARE).join(ORDERS));
     tell(&Event::Ready)?;
-    for name in names {
-        let Some(test) = tests.iter().find(|test| test.name == *name) else { continue };
+    loop {
+        let name = match orders.new_ones().pop() {
+            Some(Order::Run(name)) => name,
+            Some(Order::End) => return Ok(()),
+            None => {
+                thread::sleep(ORDERS_EVERY);
+                continue;
+            }
+        };
+        let Some(test) = tests.iter().find(|test| test.name == name) else {
+            return Err(io::Error::other(format!("there is no test {name}")));
+        };
         tell(&Event::Started { name: test.name.to_owned() })?;
         let start = Instant::now();
         let outcome = run_process(test).unwrap_or_else(|error| {
@@ -51,7 +61,6 @@ fn try_run_all(tests: &[LabTest], names: &[&str]) -> io::Result<()> {
         let milliseconds = u64::try_from(start.elapsed().as_millis()).unwrap_or(u64::MAX);
         tell(&Event::Ended { name: test.name.to_owned(), outcome, milliseconds })?;
     }
-    Ok(())
 }
 
 /// One test in a process and a cgroup of its own, with its output in its log.

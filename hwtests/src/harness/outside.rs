@@ -1,9 +1,8 @@
 //! The half of the test program that runs outside: the ordinary test runner, and the labs it starts.
 
 use std::{
-    collections::HashMap,
+    collections::{HashMap, VecDeque},
     fs,
-    io::{Read, Seek, SeekFrom},
     path::{Path, PathBuf},
     process::ExitCode,
     sync::{Arc, Condvar, Mutex, PoisonError},
@@ -15,7 +14,8 @@ use libtest_mimic::{Arguments, Completion, Failed, Trial};
 
 use super::{
     LabTest, PATIENCE,
-    protocol::{ALL, EVENTS, Event, LONG, Outcome, PROGRAMS},
+    lines::{Growing, add},
+    protocol::{ALL, EVENTS, Event, LONG, ORDERS, Order, Outcome, PROGRAMS},
 };
 use crate::{Lab, LabEnd, LabError, Layout, RunningLab, prepare};
 
@@ -27,6 +27,8 @@ const SLACK: Duration = Duration::from_secs(60);
 const LABS_MAX: usize = 2;
 /// So many tests are worth another lab, which takes a while to start.
 const LAB_PAYS_FROM: usize = 4;
+/// Of how many tests it is told how long they took.
+const LONGEST_TOLD: usize = 20;
 /// How many labs may die before the rest of the tests are given up.
 const DEATHS_MAX: u32 = 4;
 
@@ -55,8 +57,10 @@ pub(crate) fn run(tests: &'static [LabTest]) -> ExitCode {
         trials.push(trial);
     }
     let start = Instant::now();
-    let sessions = share_out(&wanted).into_iter().enumerate().map(|(number, wanted)| {
-        let session = Session::new(Layout::of_workspace(), number, wanted, Arc::clone(&board));
+    let (count, labs) = (wanted.len(), labs_for(wanted.len()));
+    let left = Arc::new(Mutex::new(VecDeque::from(wanted)));
+    let sessions = (0..labs).map(|number| {
+        let session = Session::new(Layout::of_workspace(), number, Arc::clone(&left), Arc::clone(&board));
         thread::spawn(move || session.run())
     });
     let sessions: Vec<_> = sessions.collect();
@@ -64,22 +68,26 @@ pub(crate) fn run(tests: &'static [LabTest]) -> ExitCode {
     let sessions: Vec<Session> = sessions.into_iter().filter_map(|session| session.join().ok()).collect();
     if !sessions.is_empty() {
         println!(
-            "lab: {} tests in {} lab runs ({} froze), {:.0} s; logs in {}\n",
-            wanted.len(),
+            "lab: {count} tests in {} lab runs ({} froze), {:.0} s; logs in {}",
             sessions.iter().map(|session| session.labs).sum::<u32>(),
             sessions.iter().map(|session| session.frozen.len()).sum::<usize>(),
             start.elapsed().as_secs_f64(),
             Layout::of_workspace().logs().display()
         );
+        let mut took: Vec<_> = sessions.iter().flat_map(|session| &session.took).collect();
+        took.sort_by_key(|(_, milliseconds)| std::cmp::Reverse(*milliseconds));
+        let longest = took.iter().take(LONGEST_TOLD);
+        let longest: Vec<_> =
+            longest.map(|(name, milliseconds)| format!("{name} {} s", milliseconds / 1000)).collect();
+        println!("lab: the longest: {}\n", longest.join(", "));
     }
     conclusion.exit_code()
 }
 
-/// Deals the tests out to as many labs as this machine has processors for: a lab keeps one busy.
-fn share_out(wanted: &[LabTest]) -> Vec<Vec<LabTest>> {
+/// As many labs as this machine has processors for: a lab keeps one busy.
+fn labs_for(tests: usize) -> usize {
     let processors = thread::available_parallelism().map_or(1, usize::from);
-    let labs = processors.min(LABS_MAX).min(wanted.len().div_ceil(LAB_PAYS_FROM));
-    (0..labs).map(|first| wanted.iter().skip(first).step_by(labs).copied().collect()).collect()
+    processors.min(LABS_MAX).min(tests.div_ceil(LAB_PAYS_FROM))
 }
 
 /// What became of the tests, told by the labs and waited for by the runner.
@@ -119,14 +127,18 @@ fn completion(outcome: Outcome) -> Result<Completion, Failed> {
 /// Why a lab was killed that told nothing for too long.
 const FROZEN: &str = "the lab told nothing for too long and was killed";
 
-/// A share of the tests, and the labs that run it, one at a time.
+/// One lab after the other, each running tests of those that are left until it dies.
 struct Session {
     layout: Layout,
     /// Which of the sessions of this run of the test program.
     number: usize,
     board: Arc<Board>,
-    wanted: Vec<LabTest>,
-    outcomes: HashMap<String, Outcome>,
+    /// What no session has taken yet.
+    left: Arc<Mutex<VecDeque<LabTest>>>,
+    /// What this one has taken, until its outcome is known.
+    current: Option<LabTest>,
+    /// How long tests took, in milliseconds.
+    took: Vec<(&'static str, u64)>,
     lab: Option<LiveLab>,
     /// Set when no (further) lab is to be started.
     given_up: Option<String>,
@@ -139,20 +151,23 @@ struct Session {
 /// A lab that is under way.
 struct LiveLab {
     machine: RunningLab,
-    events: EventFile,
+    events: Growing,
+    /// Whether it was told of the session's test.
+    told: bool,
     running: Option<String>,
     /// When the lab counts as hung, unless it tells something before.
     patience: Instant,
 }
 
 impl Session {
-    fn new(layout: Layout, number: usize, wanted: Vec<LabTest>, board: Arc<Board>) -> Self {
+    fn new(layout: Layout, number: usize, left: Arc<Mutex<VecDeque<LabTest>>>, board: Arc<Board>) -> Self {
         Self {
             layout,
             number,
             board,
-            wanted,
-            outcomes: HashMap::new(),
+            left,
+            current: None,
+            took: Vec::new(),
             lab: None,
             given_up: None,
             labs: 0,
@@ -161,12 +176,11 @@ impl Session {
         }
     }
 
-    /// Starts and watches labs until it is known how each test ended.
+    /// Starts and watches labs until no test is left.
     fn run(mut self) -> Self {
-        while let Some(test) = self.wanted.iter().find(|test| !self.outcomes.contains_key(test.name)) {
-            let name = test.name;
+        while let Some(test) = self.take_test() {
             if let Some(reason) = self.given_up.clone() {
-                self.tell(name, Outcome::Failed(reason));
+                self.tell(test.name, Outcome::Failed(reason));
                 continue;
             }
             match self.lab.take() {
@@ -174,19 +188,33 @@ impl Session {
                     Ok(lab) => self.lab = Some(lab),
                     Err(error) => self.given_up = Some(error.to_string()),
                 },
+                Some(mut lab) if !lab.told => {
+                    lab.told = true;
+                    order(&lab, &Order::Run(test.name.to_owned()));
+                    lab.patience = Instant::now() + BOOT_LIMIT;
+                    self.lab = Some(lab);
+                }
                 Some(lab) => self.watch(lab),
             }
         }
         if let Some(mut lab) = self.lab.take() {
+            order(&lab, &Order::End);
             let end = lab.machine.wait(SLACK);
             self.bury(lab, &end);
         }
         self
     }
 
+    /// The test that is under way, or the next one.
+    fn take_test(&mut self) -> Option<LabTest> {
+        let next = || self.left.lock().unwrap_or_else(PoisonError::into_inner).pop_front();
+        self.current = self.current.or_else(next);
+        self.current
+    }
+
     fn tell(&mut self, name: &str, outcome: Outcome) {
         self.board.tell(name, &outcome);
-        self.outcomes.insert(name.to_owned(), outcome);
+        self.current = self.current.filter(|test| test.name != name);
     }
 
     fn start_lab(&mut self) -> Result<LiveLab, LabError> {
@@ -194,15 +222,13 @@ impl Session {
         let this = std::env::current_exe().map_err(|error| {
             LabError::new(format_args!("cannot tell this program's path: {error}"), "report this")
         })?;
-        let left = self.wanted.iter().map(|test| test.name).filter(|name| !self.outcomes.contains_key(*name));
-        let words = [this.display().to_string(), ALL.to_owned()];
-        let program = words.into_iter().chain(left.map(str::to_owned));
+        let program = [this.display().to_string(), ALL.to_owned()];
         let mut lab = Lab::new(&self.layout, program).environment(PROGRAMS, programs_of(&this));
         lab = lab.environment("CASEMATE_LAB_DIR", self.layout.root());
         let machine = lab.environment("RUST_BACKTRACE", "1").start()?;
         self.labs += 1;
-        let events = EventFile::new(machine.share().join(EVENTS));
-        Ok(LiveLab { machine, events, running: None, patience: Instant::now() + BOOT_LIMIT })
+        let events = Growing::new(machine.share().join(EVENTS));
+        Ok(LiveLab { machine, events, told: false, running: None, patience: Instant::now() + BOOT_LIMIT })
     }
 
     /// Takes in what the lab has told, and its end or hang; keeps it while it lives.
@@ -230,17 +256,14 @@ impl Session {
         let limit = match event {
             Event::Ready => SLACK,
             Event::Started { name } => {
-                let deadline = self
-                    .wanted
-                    .iter()
-                    .find(|test| test.name == name)
-                    .map_or(SLACK, |test| test.deadline * PATIENCE);
+                let deadline = self.current.map_or(SLACK, |test| test.deadline * PATIENCE);
                 lab.running = Some(name);
                 deadline + SLACK
             }
             Event::Ended { name, outcome, milliseconds } => {
-                lab.running = None;
+                (lab.running, lab.told) = (None, false);
                 let log = self.keep_log(lab, &name);
+                self.took.extend(self.current.map(|test| (test.name, milliseconds)));
                 let outcome = match outcome {
                     Outcome::Failed(message) => {
                         let tail = tail_of(&log, 25);
@@ -263,15 +286,13 @@ impl Session {
     fn bury(&mut self, lab: LiveLab, end: &LabEnd) {
         let console = self.layout.logs().join(format!("console-{}-{}.log", self.number + 1, self.labs));
         let _ = fs::copy(lab.machine.console_log(), &console);
-        let _ = fs::remove_file(&lab.events.path);
         let why = match end {
             LabEnd::Program(0) => None,
             LabEnd::Program(code) => Some(format!("the harness inside the lab ended with {code}")),
             LabEnd::Machine(why) => Some(why.clone()),
             LabEnd::Deadline(limit) => Some(format!("killed after {} s", limit.as_secs())),
         };
-        let all_told = self.wanted.iter().all(|test| self.outcomes.contains_key(test.name));
-        let why = match (panic_in(&console).or(why), all_told) {
+        let why = match (panic_in(&console).or(why), self.current.is_none()) {
             (_, true) => return,
             (Some(why), false) => why,
             (None, false) => "the harness inside ended before all tests were run".to_owned(),
@@ -317,29 +338,10 @@ fn programs_of(this: &Path) -> PathBuf {
     }
 }
 
-/// The file of events on the share, read as it grows.
-struct EventFile {
-    path: PathBuf,
-    /// How much of it was taken in; always at a line's start.
-    taken: u64,
-}
-
-impl EventFile {
-    fn new(path: PathBuf) -> Self {
-        Self { path, taken: 0 }
-    }
-
-    fn new_ones(&mut self) -> Vec<Event> {
-        let mut text = String::new();
-        let read = fs::File::open(&self.path).and_then(|mut file| {
-            file.seek(SeekFrom::Start(self.taken))?;
-            file.read_to_string(&mut text)
-        });
-        // A line that is not complete yet is taken next time.
-        let (Ok(_), Some(end)) = (read, text.rfind('\n')) else { return Vec::new() };
-        text.truncate(end + 1);
-        self.taken += text.len() as u64;
-        text.lines().filter_map(|line| serde_json::from_str(line).ok()).collect()
+/// Tells a lab what is to be done next. One that can't be told ends by its patience.
+fn order(lab: &LiveLab, order: &Order) {
+    if let Err(error) = add(&lab.machine.share().join(ORDERS), order) {
+        eprintln!("lab: {order:?} can't be told: {error}");
     }
 }
 
@@ -355,26 +357,4 @@ fn tail_of(path: &Path, lines: usize) -> String {
     let text = String::from_utf8_lossy(&text);
     let all: Vec<&str> = text.lines().collect();
     all.get(all.len().saturating_sub(lines)..).unwrap_or_default().join("\n")
-}
-
-#[cfg(test)]
-mod tests {
-    use super::*;
-    use std::io::Write;
-
-    #[test]
-    fn events_are_taken_once_and_whole() {
-        let directory = tempfile::tempdir().unwrap();
-        let path = directory.path().join("events");
-        let mut events = EventFile::new(path.clone());
-        assert_eq!(events.new_ones(), vec![]);
-        let started = serde_json::to_string(&Event::Started { name: "a".into() }).unwrap();
-        let (front, back) = started.split_at(5);
-        let mut file = fs::File::create(&path).unwrap();
-        write!(file, "\"Ready\"\n{front}").unwrap();
-        assert_eq!(events.new_ones(), vec![Event::Ready]);
-        assert_eq!(events.new_ones(), vec![]);
-        writeln!(file, "{back}").unwrap();
-        assert_eq!(events.new_ones(), vec![Event::Started { name: "a".into() }]);
-    }
 }

@@ -2,7 +2,7 @@
 
 use serde::{Deserialize, Serialize};
 
-/// First argument inside the lab: run the tests named by the other arguments.
+/// First argument inside the lab: run the tests that are dealt to it.
 pub(crate) const ALL: &str = "--inside-lab";
 /// First argument in a test's own process: run this one.
 pub(crate) const ONE: &str = "--one-test";
@@ -10,6 +10,8 @@ pub(crate) const ONE: &str = "--one-test";
 pub(crate) const SHARE: &str = "/lab/out";
 /// On the share: one [`Event`] a line.
 pub(crate) const EVENTS: &str = "events";
+/// On the share: what the lab is to do, one [`Order`] a line.
+pub(crate) const ORDERS: &str = "orders";
 /// Where the programs under test lie; set outside, read inside.
 pub(crate) const PROGRAMS: &str = "CASEMATE_PROGRAMS";
 /// Set to 1, long tests run too.
@@ -21,6 +23,15 @@ pub(crate) enum Outcome {
     Passed,
     Failed(String),
     Skipped(String),
+}
+
+/// What the outside wants next. A lab gets one at a time, so that none is idle while another has tests left.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+pub(crate) enum Order {
+    /// The test of this name.
+    Run(String),
+    /// Nothing more.
+    End,
 }
 
 /// What the inside tells.

@@ -13,7 +13,7 @@ use casemate_hwtests::{
 use crate::{
     SOON,
     disk::{Counters, counters},
-    guest,
+    guest, in_turn,
     peers::{Guest, Peer},
 };
 
@@ -60,12 +60,7 @@ fn measure(
 ) -> Result<(Vec<Peer>, Vec<Vec<Run>>), Failure> {
     let mut peers = Peer::found(ctx)?;
     peers.retain(|peer| peer.can(guest));
-    let mut measured = vec![Vec::new(); peers.len()];
-    for _ in 0..3 {
-        for (peer, runs) in peers.iter().zip(&mut measured) {
-            runs.push(run(peer)?);
-        }
-    }
+    let measured = in_turn(&peers, 3, run)?;
     Ok((peers, measured))
 }
 

@@ -9,7 +9,7 @@ use std::{
 use casemate_hwtests::harness::{Ctx, Failure, Running};
 
 use crate::{
-    SOON, guest,
+    SOON, guest, in_turn,
     peers::{Guest, Peer},
 };
 
@@ -51,14 +51,12 @@ pub(crate) fn disk(ctx: &mut Ctx) -> Result<(), Failure> {
     }
     let guest: Guest = guest(ctx, &script, vec![(image, false)])?;
     let peers = Peer::found(ctx)?;
-    let mut measured = vec![Vec::new(); peers.len()];
-    for _ in 0..3 {
-        for (peer, parts) in peers.iter().zip(&mut measured) {
-            let running = peer.start(ctx, &guest)?;
-            parts.push(parts_of(peer, &running, &PARTS.map(|(name, _)| name))?);
-            peer.end(running, SOON)?;
-        }
-    }
+    let measured = in_turn(&peers, 3, |peer| {
+        let running = peer.start(ctx, &guest)?;
+        let parts = parts_of(peer, &running, &PARTS.map(|(name, _)| name))?;
+        peer.end(running, SOON)?;
+        Ok(parts)
+    })?;
     let of = |index: usize, value: &dyn Fn(Part) -> f64| -> Vec<Vec<f64>> {
         let runs = |runs: &Vec<Vec<Part>>| {
             runs.iter().map(|parts| parts.get(index).map_or(f64::NAN, |part| value(*part))).collect()

@@ -11,7 +11,7 @@ use casemate_hwtests::harness::{Ctx, Failure, tiny_kernel_that_ends};
 use serde_json::Value;
 
 use crate::{
-    SOON,
+    SOON, in_turn,
     peers::{Guest, Peer},
 };
 
@@ -23,16 +23,11 @@ pub(crate) fn exec(ctx: &mut Ctx) -> Result<(), Failure> {
     fs::write(&kernel, tiny_kernel_that_ends())?;
     let guest = Guest { kernel, initrd: None, memory_mib: 128, disks: Vec::new(), net: None, device: None };
     let peers = Peer::found(ctx)?;
-    let mut measured = vec![Vec::new(); peers.len()];
     // The first run compiles policies, and reads all programs.
     for peer in &peers {
         times_ms(ctx, peer, &guest)?;
     }
-    for _ in 0..RUNS {
-        for (peer, runs) in peers.iter().zip(&mut measured) {
-            runs.push(times_ms(ctx, peer, &guest)?);
-        }
-    }
+    let measured = in_turn(&peers, RUNS, |peer| times_ms(ctx, peer, &guest))?;
     for (index, what) in ["from the command to its end", "processor time of the VMM", "processor time of all"]
         .iter()
         .enumerate()

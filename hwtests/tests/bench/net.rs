@@ -5,7 +5,7 @@ use std::time::Duration;
 use casemate_hwtests::harness::{Ctx, Failure, Running, WITH_TOOLS};
 
 use crate::{
-    SOON, guest,
+    SOON, guest, in_turn,
     peers::{Guest, Net, Peer},
 };
 
@@ -35,12 +35,7 @@ pub(crate) fn net(ctx: &mut Ctx) -> Result<(), Failure> {
         guest.net = Some(Net { tap: TAP, host_address: "192.0.2.1/24", vhost });
         let mut peers = Peer::found(ctx)?;
         peers.retain(|peer| peer.can(&guest));
-        let mut measured = vec![Vec::new(); peers.len()];
-        for _ in 0..3 {
-            for (peer, times) in peers.iter().zip(&mut measured) {
-                times.push(run(ctx, peer, &guest)?);
-            }
-        }
+        let measured = in_turn(&peers, 3, |peer| run(ctx, peer, &guest))?;
         let of = |index: usize| -> Vec<Vec<f64>> {
             let runs =
                 |runs: &Vec<Times>| runs.iter().filter_map(|times| times.get(index).copied()).collect();

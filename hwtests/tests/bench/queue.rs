@@ -6,7 +6,7 @@ use casemate_hwtests::harness::{Ctx, Failure, WITH_TOOLS};
 
 use crate::{
     disk::{Part, parts_of},
-    guest,
+    guest, in_turn,
     peers::{Guest, Peer},
 };
 
@@ -40,15 +40,13 @@ pub(crate) fn queue(ctx: &mut Ctx) -> Result<(), Failure> {
     let disks = vec![(image, false), (ctx.layout().guest_tools(), true)];
     let guest: Guest = guest(ctx, &script, disks)?;
     let peers = Peer::found(ctx)?;
-    let mut measured = vec![Vec::new(); peers.len()];
     let parts: Vec<&str> = names.iter().map(|(name, _)| name.as_str()).collect();
-    for _ in 0..3 {
-        for (peer, runs) in peers.iter().zip(&mut measured) {
-            let running = peer.start(ctx, &guest)?;
-            runs.push(parts_of(peer, &running, &parts)?);
-            peer.end(running, crate::SOON)?;
-        }
-    }
+    let measured = in_turn(&peers, 3, |peer| {
+        let running = peer.start(ctx, &guest)?;
+        let parts = parts_of(peer, &running, &parts)?;
+        peer.end(running, crate::SOON)?;
+        Ok(parts)
+    })?;
     let requests = f64::from(REQUESTS);
     for (index, (_, name)) in names.iter().enumerate() {
         let of = |value: &dyn Fn(&Part) -> f64| -> Vec<Vec<f64>> {
