@@ -3,10 +3,13 @@
 //! The rights are asked of the kernel bit by bit rather than read from a table by ABI, so what a newer kernel adds is
 //! handled without a change here (Linux `include/uapi/linux/landlock.h`; rights are numbered from bit 0 without gaps).
 
-use std::{fmt, os::fd::OwnedFd};
+use std::{
+    fmt,
+    os::fd::{AsRawFd, OwnedFd},
+};
 
 use casemate_spec::{CellPart, Refusal};
-use rustix::io::Errno;
+use rustix::{fs::OFlags, io::Errno};
 
 use crate::{
     lacking::Lack,
@@ -73,6 +76,31 @@ pub(crate) fn ruleset() -> Result<Ruleset, Refusal> {
     let ruleset =
         sys::landlock_ruleset(&LandlockAttributes { filesystem, network, scopes }).map_err(refuse)?;
     Ok(Ruleset { ruleset, flags: flags(abi), handled })
+}
+
+/// From now on the calling thread, and those that it starts, may read files and folders by path, as far as their user may, and do nothing else
+/// that Landlock governs: not write, make, remove or execute, not reach the network or abstract sockets, not signal others. What is open
+/// already stays as it is. False where the kernel has no Landlock. The thread has to have `no_new_privs`.
+///
+/// # Errors
+/// `cell-landlock`.
+pub fn read_only() -> Result<bool, Refusal> {
+    const READ_FILE: u64 = 1 << 2;
+    const READ_DIR: u64 = 1 << 3;
+    if lack().is_some() {
+        return Ok(false);
+    }
+    let refuse = |error: Errno| {
+        let cause = format_args!("this process can't be held to reading: {error}");
+        Refusal::new("cell-landlock", "Landlock", cause, "see the kernel's log: dmesg")
+    };
+    let ruleset = ruleset()?;
+    let flags = OFlags::PATH | OFlags::DIRECTORY | OFlags::CLOEXEC;
+    let root = rustix::fs::open("/", flags, rustix::fs::Mode::empty()).map_err(refuse)?;
+    let allowed = (READ_FILE | READ_DIR) & ruleset.handled.filesystem;
+    sys::landlock_allow_beneath(&ruleset.ruleset, &root, allowed).map_err(refuse)?;
+    sys::landlock_restrict_self(ruleset.ruleset.as_raw_fd(), ruleset.flags).map_err(refuse)?;
+    Ok(true)
 }
 
 /// All rights that the kernel knows, by asking for one after the other.

@@ -38,7 +38,7 @@ pub use bpf::{ARCH_X86_64, Answer, Call, Filter};
 pub use cell::{Cell, End};
 pub use inspect::{Capabilities, CellView, Descriptor, Namespace, ThreadView, inspect};
 pub use lacking::{Lack, lacking};
-pub use landlock::Landlock;
+pub use landlock::{Landlock, read_only};
 pub use limits::{LimitsView, limits};
 pub use memory::MemoryUse;
 pub use plan::{CellPlan, CgroupPlan, IoPlan, Rlimits};

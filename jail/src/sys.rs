@@ -57,6 +57,31 @@ pub(crate) fn landlock_ruleset(attributes: &LandlockAttributes) -> Result<OwnedF
     Ok(unsafe { OwnedFd::from_raw_fd(RawFd::try_from(descriptor).map_err(|_| Errno::BADF)?) })
 }
 
+/// `struct landlock_path_beneath_attr`, which is packed.
+#[repr(C, packed)]
+struct LandlockBeneath {
+    allowed: u64,
+    parent: RawFd,
+}
+
+/// Has a ruleset allow these of its rights below a directory.
+pub(crate) fn landlock_allow_beneath(ruleset: &OwnedFd, parent: &OwnedFd, allowed: u64) -> Result<()> {
+    const LANDLOCK_RULE_PATH_BENEATH: c_int = 1;
+    let rule = LandlockBeneath { allowed, parent: parent.as_raw_fd() };
+    // SAFETY: the kernel reads the struct, which has its layout and lives through the call; both descriptors are open as long as
+    // they are borrowed.
+    checked(unsafe {
+        libc::syscall(
+            libc::SYS_landlock_add_rule,
+            ruleset.as_raw_fd(),
+            LANDLOCK_RULE_PATH_BENEATH,
+            ptr::from_ref(&rule),
+            0u32,
+        )
+    })
+    .map(drop)
+}
+
 /// Puts a ruleset on the calling thread.
 pub(crate) fn landlock_restrict_self(ruleset: RawFd, flags: u32) -> Result<()> {
     // SAFETY: takes numbers only.

@@ -12,7 +12,7 @@ use serde::Deserialize;
 
 use crate::{
     lab,
-    steps::{build_programs, cargo, programs},
+    steps::{Tests, build_programs, cargo, programs},
 };
 
 /// What lines of a bench's log begin with that tell a row.
@@ -43,7 +43,7 @@ pub(crate) fn run(name: Option<&str>, json: bool) -> Result<ExitCode, LabError> 
     } else {
         lab::prepare()?;
     }
-    for mut build in build_programs() {
+    for mut build in build_programs(Tests::No) {
         if !build.status().is_ok_and(|status| status.success()) {
             return Ok(ExitCode::FAILURE);
         }

@@ -5,11 +5,11 @@ use std::{
     process::{Command, ExitCode, Stdio},
 };
 
-use casemate_hwtests::LabError;
+use casemate_hwtests::{LabError, harness::NO_LABS};
 
 use crate::{
     deny, fuzz, lab,
-    steps::{Counts, Part, Parts, build_programs, cargo, other_vmms, programs},
+    steps::{Counts, Part, Parts, Tests, build_programs, cargo, other_vmms, programs},
     tidy,
 };
 
@@ -35,7 +35,7 @@ pub(crate) fn run(long: bool, filter: Option<&str>) -> Result<ExitCode, LabError
         }
     });
     // Before the unit tests: those of the policies ask the compiler.
-    let built = parts.run("release programs", build_programs());
+    let built = parts.run("release programs", build_programs(Tests::Too));
     if long {
         parts.run("other builds of the VMM", other_vmms());
     }
@@ -59,18 +59,17 @@ pub(crate) fn run(long: bool, filter: Option<&str>) -> Result<ExitCode, LabError
     Ok(if complaint.is_none() { ExitCode::SUCCESS } else { ExitCode::FAILURE })
 }
 
-fn unit_tests(long: bool, filter: Option<&str>) -> [Command; 2] {
-    let all = ["test", "--release", "--workspace", "--exclude", "casemate-hwtests", "--no-fail-fast"];
-    let lab = ["test", "--release", "--package", "casemate-hwtests", "--lib"];
-    [all.as_slice(), &lab].map(|arguments| {
-        let mut command = with_choice(cargo(arguments), long, filter);
-        command.env("CASEMATE_POLICY_COMPILER", programs().join("casemate-policy-compiler"));
-        command
-    })
+/// All but the lab's. Of the whole workspace, as it was built: cargo builds what is shared anew for another choice of packages.
+fn unit_tests(long: bool, filter: Option<&str>) -> [Command; 1] {
+    let mut command =
+        with_choice(cargo(&["test", "--release", "--workspace", "--no-fail-fast"]), long, filter);
+    command.env("CASEMATE_POLICY_COMPILER", programs().join("casemate-policy-compiler"));
+    command.env(NO_LABS, "1");
+    [command]
 }
 
 fn lab_tests(long: bool, filter: Option<&str>) -> Vec<Command> {
-    let test = |name: &str| cargo(&["test", "--release", "--package", "casemate-hwtests", "--test", name]);
+    let test = |name: &str| cargo(&["test", "--release", "--workspace", "--test", name]);
     let mut commands = vec![with_choice(test("lab"), long, filter)];
     if filter.is_none() {
         commands.push(test("harness"));

@@ -16,7 +16,7 @@ use clap::Args;
 
 use crate::{
     lab, progress,
-    steps::{Parts, build_programs, programs, target_directory, workspace},
+    steps::{Parts, Tests, build_programs, programs, target_directory, workspace},
 };
 
 /// Set in the lab: the devices there are nobody's, and may be taken unasked.
@@ -96,7 +96,7 @@ fn built() -> Result<Layout, LabError> {
     println!("== the lab (installs packages the first time)");
     let layout = lab::prepare()?;
     let mut parts = Parts::default();
-    if !parts.run("builds casemate (some minutes the first time)", build_programs()) {
+    if !parts.run("builds casemate (some minutes the first time)", build_programs(Tests::No)) {
         return Err(LabError::new("the build failed", "see the compiler's messages above"));
     }
     let files = Files::of(&layout);

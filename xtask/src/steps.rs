@@ -141,11 +141,23 @@ pub(crate) fn cargo(arguments: &[&str]) -> Command {
 
 /// The commands that build every program a user runs. The policy compiler is a workspace of its own: in one with the
 /// others, cargo would give them its code generator too. It goes beside them all the same.
-pub(crate) fn build_programs() -> [Command; 2] {
+pub(crate) fn build_programs(tests: Tests) -> [Command; 2] {
     let mut compiler =
         cargo(&["build", "--release", "--locked", "--manifest-path", "src/policy-compiler/Cargo.toml"]);
     compiler.env("CARGO_TARGET_DIR", target_directory());
-    [cargo(&["build", "--release", "--workspace", "--bins", "--exclude", "xtask"]), compiler]
+    let mut programs = vec!["build", "--release", "--workspace", "--bins"];
+    match tests {
+        Tests::Too => programs.push("--tests"),
+        Tests::No => programs.extend(["--exclude", "xtask"]),
+    }
+    [cargo(&programs), compiler]
+}
+
+/// Whether tests are built together with the programs, so that both share what they are made of.
+#[derive(Clone, Copy, PartialEq, Eq)]
+pub(crate) enum Tests {
+    Too,
+    No,
 }
 
 /// The target for which the VMM is linked with musl.

@@ -17,6 +17,9 @@ pub(crate) const PROGRAMS: &str = "CASEMATE_PROGRAMS";
 /// Set to 1, long tests run too.
 pub(crate) const LONG: &str = "CASEMATE_LONG";
 
+/// Set to 1, tests that need a lab are not run: whoever runs all of the workspace's runs these by themselves.
+pub const NO_LABS: &str = "CASEMATE_NO_LABS";
+
 /// How a test ended.
 #[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
 pub(crate) enum Outcome {

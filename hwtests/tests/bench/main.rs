@@ -76,7 +76,8 @@ fn tell(name: &str, unit: &str, peers: &[Peer], measured: &[Vec<f64>]) {
     let Some((ours, others)) = measured.split_first() else { return };
     for (peer, theirs) in peers.iter().skip(1).zip(others) {
         let (own, other) = (median(ours), median(theirs));
-        let ratio = other / own;
+        // Of what there is none at all, nobody has a part.
+        let ratio = (own > 0.0).then(|| other / own);
         let row = json!({
             "name": name, "unit": unit, "ours": own, "peer": peer.name(), "theirs": other,
             "peer_version": peer.version(), "ratio": ratio, "runs": ours.len(),

@@ -274,6 +274,7 @@ pub(crate) fn keep_bears_a_captured_vmm(ctx: &mut Ctx) -> Result<(), Failure> {
     fs::create_dir_all(&programs)?;
     for (from, to) in [
         ("casemate", "casemate"),
+        ("casemate-broker", "casemate-broker"),
         ("casemate-liar", "casemate-vmm"),
         ("casemate-policy-compiler", "casemate-policy-compiler"),
         ("casemate-policy-engine", "casemate-policy-engine"),

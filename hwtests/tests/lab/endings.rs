@@ -40,7 +40,8 @@ fn lasting_guest(ctx: &Ctx) -> Result<GuestFile, Failure> {
     Ok(ctx.guest("sleep 1000")?.vcpus(1).net("cmtest0", "192.0.2.1/24").device(devices::NVME))
 }
 
-fn is_gone(pid: u32) -> bool {
+/// Whether a process has ended.
+pub(crate) fn is_gone(pid: u32) -> bool {
     !Path::new("/proc").join(pid.to_string()).exists()
 }
 
@@ -66,7 +67,7 @@ pub(crate) fn killed_vmm_is_told_and_undone(ctx: &mut Ctx) -> Result<(), Failure
 pub(crate) fn recover_undoes_a_killed_run(ctx: &mut Ctx) -> Result<(), Failure> {
     let guest = lasting_guest(ctx)?;
     let before = HostState::now();
-    kill_run(ctx, &guest)?;
+    kill_run(ctx, &guest, true)?;
     expect!(claims().len() == 1, "the ledger should tell what is left to undo: {:?}", claims());
     expect!(ctx.driver_of(devices::NVME).as_deref() == Some("vfio-pci"), "nobody had the drive");
     let recovered = ctx.run(["casemate", "recover"])?;
@@ -81,7 +82,9 @@ pub(crate) fn recover_undoes_a_killed_run(ctx: &mut Ctx) -> Result<(), Failure> 
 pub(crate) fn next_run_undoes_a_killed_run(ctx: &mut Ctx) -> Result<(), Failure> {
     let guest = lasting_guest(ctx)?;
     let before = HostState::now();
-    kill_run(ctx, &guest)?;
+    // A keep whose broker was killed tells that its guest has died, and can give nothing back.
+    let run = kill_run(ctx, &guest, false)?;
+    expect!(run.status.code() == Some(3), "the exit code is {:?}, not 3", run.status.code());
     let next = ctx.guest("cat /sys/block/nvme0n1/size")?.vcpus(1).device(devices::NVME);
     let run = ctx.run_guest(&next)?;
     run.success()?.printed("131072")?;
@@ -90,14 +93,46 @@ pub(crate) fn next_run_undoes_a_killed_run(ctx: &mut Ctx) -> Result<(), Failure>
     before.expect_unchanged()
 }
 
-/// Starts the guest and kills `casemate run`; returns when its cell has died with it.
-fn kill_run(ctx: &Ctx, guest: &GuestFile) -> Result<(), Failure> {
+/// Starts the guest and kills its broker, or that and `casemate run`; returns when its cell has died with it.
+fn kill_run(ctx: &Ctx, guest: &GuestFile, keep_too: bool) -> Result<Finished, Failure> {
     let running = ctx.start_guest(guest)?;
     let (cell, _) = cell_of(&running)?;
     running.wait_for_text("CASEMATE-INIT", SOON)?;
+    send_signal(broker_of(&running)?, Signal::KILL)?;
+    if keep_too {
+        running.signal(Signal::KILL)?;
+    }
+    let run = running.wait(SOON)?;
+    wait_until("the cell dies with its broker", Duration::from_secs(10), || is_gone(cell))?;
+    Ok(run)
+}
+
+/// The process that is root for a run.
+pub(crate) fn broker_of(running: &Running) -> Result<u32, Failure> {
+    let pid = running.pid();
+    let children = fs::read_to_string(format!("/proc/{pid}/task/{pid}/children"))?;
+    let is_broker = |child: &u32| {
+        fs::read_to_string(format!("/proc/{child}/comm")).is_ok_and(|name| name.trim() == "casemate-broker")
+    };
+    let broker = children.split_whitespace().filter_map(|child| child.parse().ok()).find(is_broker);
+    broker.ok_or_else(|| Failure::new(format_args!("process {pid} has no broker: {children:?}")))
+}
+
+/// A keep that dies alone: its broker ends the guest and gives back what it had, before anybody else comes.
+pub(crate) fn broker_undoes_a_killed_keep(ctx: &mut Ctx) -> Result<(), Failure> {
+    let guest = lasting_guest(ctx)?;
+    let before = HostState::now();
+    let running = ctx.start_guest(&guest)?;
+    let (cell, _) = cell_of(&running)?;
+    running.wait_for_text("CASEMATE-INIT", SOON)?;
+    let broker = broker_of(&running)?;
     running.signal(Signal::KILL)?;
     running.wait(SOON)?;
-    wait_until("the cell dies with its keep", Duration::from_secs(10), || is_gone(cell))
+    wait_until("the broker ends", SOON, || is_gone(broker))?;
+    expect!(is_gone(cell), "the cell has outlived its broker");
+    expect!(claims().is_empty(), "the ledger tells of {:?}", claims());
+    expect!(ctx.driver_of(devices::NVME).as_deref() == Some("nvme"), "nvme does not have its drive");
+    before.expect_unchanged()
 }
 
 pub(crate) fn run_killed_while_claiming_is_undone(ctx: &mut Ctx) -> Result<(), Failure> {
@@ -107,9 +142,10 @@ pub(crate) fn run_killed_while_claiming_is_undone(ctx: &mut Ctx) -> Result<(), F
     running.wait_for_step("claiming", SOON)?;
     let has_left = || ctx.driver_of(devices::NVME).as_deref() != Some("nvme");
     wait_until("the drive leaves its driver", SOON, has_left)?;
+    let broker = broker_of(&running)?;
     running.signal(Signal::KILL)?;
     running.wait(SOON)?;
-    ctx.run(["casemate", "recover"])?.success()?;
+    wait_until("the broker gives back what it had begun to take", SOON, || is_gone(broker))?;
     before.expect_unchanged()
 }
 

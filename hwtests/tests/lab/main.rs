@@ -19,6 +19,7 @@ mod filters;
 mod governors;
 mod host_state;
 mod hotplug;
+mod keep;
 mod lab;
 mod network;
 mod notices;
@@ -110,7 +111,9 @@ const TESTS: &[LabTest] = &[
     LabTest::new("policy-signature-is-asked-for", admission::only_what_the_hosts_key_signed_decides),
     LabTest::new("policy-judges-a-drive", admission::a_policy_judges_a_drive),
     LabTest::new("governors-act-and-tell", governors::act_within_bounds_and_tell).deadline_seconds(400),
-    LabTest::new("governors-share-fairly", governors::fair_share_and_balloon).deadline_seconds(400),
+    LabTest::new("governors-share-fairly", governors::fair_share_and_balloon)
+        .long("two guests under load are watched for a while")
+        .deadline_seconds(400),
     // Bad input
     LabTest::new("refuses-wrong-values", refusals::wrong_values),
     LabTest::new("refuses-wrong-images", refusals::wrong_images),
@@ -158,6 +161,7 @@ const TESTS: &[LabTest] = &[
     LabTest::new("killed-vmm-is-told-and-undone", endings::killed_vmm_is_told_and_undone),
     LabTest::new("recover-undoes-a-killed-run", endings::recover_undoes_a_killed_run),
     LabTest::new("next-run-undoes-a-killed-run", endings::next_run_undoes_a_killed_run),
+    LabTest::new("broker-undoes-a-killed-keep", endings::broker_undoes_a_killed_keep),
     LabTest::new("run-killed-while-claiming-is-undone", endings::run_killed_while_claiming_is_undone),
     LabTest::new("signals-stop-in-order", endings::signals_stop_in_order),
     LabTest::new("signal-while-claiming-stops-in-order", endings::signal_while_claiming_stops_in_order),
@@ -166,6 +170,7 @@ const TESTS: &[LabTest] = &[
     LabTest::new("drive-not-erased-goes-to-nobody", scrub::drive_that_cannot_be_erased_goes_to_nobody),
     LabTest::new("missing-vmm-takes-nothing", endings::vmm_that_is_missing_takes_nothing),
     // The cell
+    LabTest::new("cell-stops-its-victims", cell::stops_its_victims).deadline_seconds(450),
     LabTest::new("cell-is-closed-around-a-guest", cell::is_closed_around_a_running_guest),
     LabTest::new("audit-tells-what-a-cell-is", audit::tells_what_a_cell_is),
     LabTest::new("cell-cannot-confuse-its-keep", cell::keep_bears_a_captured_vmm),
@@ -173,7 +178,8 @@ const TESTS: &[LabTest] = &[
     LabTest::new("cell-is-closed-around-the-compiler", cell::is_closed_around_the_policy_compiler),
     LabTest::new("policies-run-in-a-cell", engine::is_in_a_cell_of_its_own),
     LabTest::new("cell-hears-its-keep-alone", cell::hears_its_keep_alone),
-    LabTest::new("cell-stops-its-victims", cell::stops_its_victims).deadline_seconds(450),
+    LabTest::new("keep-is-not-root", keep::is_not_root),
+    LabTest::new("captured-keep-gets-nothing", keep::captured_one_gets_nothing),
     LabTest::new("cell-has-no-idle-rules", filters::rules_are_used)
         .long("what threads call by chance, as for a lock that is held, differs from run to run")
         .deadline_seconds(600),

@@ -11,7 +11,7 @@ use serde_json::Value;
 
 use crate::{
     devices::{give_back, start},
-    endings::{SOON, ending},
+    endings::{SOON, broker_of, ending},
     host_state::HostState,
     passthrough::{came_back, have_drive},
 };
@@ -78,11 +78,12 @@ pub(crate) fn failed_device_stops_its_guest(ctx: &mut Ctx) -> Result<(), Failure
     before.expect_unchanged()
 }
 
-/// The keep's eventfd for the errors of its one device: of its epoll set with three members (its requests, its errors, and the
+/// The broker's eventfd for the errors of its one device: of its epoll set with three members (its requests, its errors, and the
 /// kernel's log), that with the number 1.
 fn error_trigger(keep: &Running) -> Result<OwnedFd, Failure> {
-    let missing = || Failure::new("the keep listens to no device's errors");
-    for entry in fs::read_dir(format!("/proc/{}/fdinfo", keep.pid()))?.flatten() {
+    let missing = || Failure::new("nobody listens to the device's errors");
+    let broker = broker_of(keep)?;
+    for entry in fs::read_dir(format!("/proc/{broker}/fdinfo"))?.flatten() {
         let text = fs::read_to_string(entry.path()).unwrap_or_default();
         let members: Vec<Vec<&str>> = text
             .lines()
@@ -92,7 +93,7 @@ fn error_trigger(keep: &Running) -> Result<OwnedFd, Failure> {
         let number = |member: &&Vec<&str>, number: &str| member.get(5) == Some(&number);
         let Some(trigger) = members.iter().find(|member| number(member, "1")) else { continue };
         if members.len() == 3 {
-            return descriptor_of(keep.pid(), trigger.get(1).ok_or_else(missing)?.parse()?);
+            return descriptor_of(broker, trigger.get(1).ok_or_else(missing)?.parse()?);
         }
     }
     Err(missing())

@@ -8,7 +8,7 @@ use casemate_hwtests::{
 };
 use rustix::process::Signal;
 
-use crate::{host_state::HostState, passthrough::have_drive};
+use crate::{endings::broker_of, host_state::HostState, passthrough::have_drive};
 
 /// What a refused guest's line must say.
 struct Refused<'a> {
@@ -195,7 +195,7 @@ fn beside_a_running_guest(ctx: &Ctx, guest: &GuestFile, running: &Running) -> Re
         ctx,
         devices::NVME,
         "device-claimed",
-        &["guest first has it", &running.pid().to_string()],
+        &["guest first has it", &broker_of(running)?.to_string()],
     )?;
     let disk = ctx.directory().join("disk.img");
     let text = second().disk(&disk, true).to_toml()?;

@@ -54,6 +54,9 @@ struct Arguments {
     /// The program that runs in a cell [default: casemate-vmm beside this program].
     #[arg(long, global = true, env = "CASEMATE_VMM", hide_env_values = true, value_name = "PROGRAM")]
     vmm: Option<PathBuf>,
+    /// The program that is root for a run [default: casemate-broker beside this program].
+    #[arg(long, global = true, env = "CASEMATE_BROKER", hide_env_values = true, value_name = "PROGRAM")]
+    broker: Option<PathBuf>,
     /// The program that compiles plugins [default: casemate-policy-compiler beside this program].
     #[arg(
         long,
@@ -188,6 +191,7 @@ fn paths(arguments: &Arguments) -> Result<Paths, Failure> {
         (&arguments.state, &mut paths.state),
         (&arguments.host_config, &mut paths.host_file),
         (&arguments.vmm, &mut paths.vmm),
+        (&arguments.broker, &mut paths.broker),
         (&arguments.policy_compiler, &mut paths.policy_compiler),
         (&arguments.policy_engine, &mut paths.policy_engine),
     ];

@@ -98,6 +98,10 @@ pub(crate) struct BundleChoice {
 }
 
 pub(crate) fn policy(paths: &Paths, command: &Command, as_json: bool) -> Result<ExitCode, Failure> {
+    // What reads bundles, plugins and questions isn't root. The others write into a folder of the user's, have a broker by themselves,
+    // or ask a keep.
+    let stays = matches!(command, Command::New { .. } | Command::Try { .. } | Command::Reload { .. });
+    let _stepped_down = if stays { None } else { casemate_keep::step_down(paths)? };
     match command {
         Command::Check { bundle } => check(paths, bundle, as_json),
         Command::Install { plugin } => show(paths, plugin, as_json),

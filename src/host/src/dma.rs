@@ -9,6 +9,7 @@ use std::{
 
 use casemate_spec::{PciAddress, Refusal};
 use rustix::process::{Resource, getrlimit};
+use serde::{Deserialize, Serialize};
 use vfio_bindings::bindings::vfio::{
     VFIO_IOMMU_INFO_CAPS, VFIO_IOMMU_TYPE1_INFO_CAP_IOVA_RANGE, VFIO_IOMMU_TYPE1_INFO_DMA_AVAIL,
     vfio_info_cap_header, vfio_iommu_type1_info, vfio_iommu_type1_info_cap_iova_range,
@@ -32,7 +33,7 @@ const PAGE_BYTES: u64 = 4096;
 const REGIONS_MAX: usize = 256;
 
 /// What a guest with devices asks of the host's IOMMU and kernel.
-#[derive(Clone, Debug, PartialEq, Eq)]
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
 pub struct DmaNeeds {
     /// Where its memory lies, as its devices say it; a mapping each.
     pub ram: Vec<Range<u64>>,
@@ -196,7 +197,7 @@ impl fmt::Display for Shown<'_> {
 }
 
 /// What the container of a claim can map, as the kernel says it.
-#[derive(Clone, Debug, Default, PartialEq, Eq)]
+#[derive(Clone, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
 pub struct IommuLimits {
     /// The addresses that devices can use, ascending. Empty when the kernel doesn't say (before 5.4).
     pub ranges: Vec<RangeInclusive<u64>>,

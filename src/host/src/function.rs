@@ -3,7 +3,7 @@
 use std::collections::{BTreeMap, HashSet};
 
 use casemate_spec::{PciAddress, Refusal};
-use serde::Serialize;
+use serde::{Deserialize, Serialize};
 
 use crate::{
     Details, Use, block,
@@ -15,7 +15,7 @@ use crate::{
 const PCI_IDS_BYTES_MAX: u64 = 16 << 20;
 
 /// One PCI function, as the host sees it.
-#[derive(Clone, Debug, PartialEq, Eq, Serialize)]
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
 pub struct PciFunction {
     /// Where it sits.
     pub address: PciAddress,
@@ -60,7 +60,7 @@ pub struct PciFunction {
 }
 
 /// What a base address register decodes.
-#[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize)]
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
 #[serde(rename_all = "kebab-case")]
 pub enum BarKind {
     /// I/O ports.
@@ -72,7 +72,7 @@ pub enum BarKind {
 }
 
 /// One base address register.
-#[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize)]
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
 pub struct Bar {
     /// Its number, 0 to 5.
     pub index: u8,

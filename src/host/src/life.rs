@@ -103,7 +103,7 @@ impl DeviceState {
 }
 
 /// What the ledger tells of one device.
-#[derive(Clone, Debug, PartialEq, Eq, Serialize)]
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
 pub struct Life {
     /// Where in its life it is.
     pub state: DeviceState,

@@ -18,6 +18,7 @@ use rustix::{
     fs::inotify,
     io::Errno,
 };
+use serde::{Deserialize, Serialize};
 
 use crate::{
     Host,
@@ -33,7 +34,7 @@ const LINES: usize = 64;
 const NOW: Timespec = Timespec { tv_sec: 0, tv_nsec: 0 };
 
 /// Something that the kernel told of a device.
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
 pub enum Notice {
     /// Somebody unbinds it from VFIO's driver, or removes it: the request interrupt (`VFIO_PCI_REQ_IRQ_INDEX`).
     Wanted(PciAddress),

@@ -3,7 +3,7 @@
 use std::time::Duration;
 
 use casemate_spec::Refusal;
-use serde::Serialize;
+use serde::{Deserialize, Serialize};
 
 use crate::{
     Host, Returned,
@@ -20,7 +20,7 @@ use crate::{
 const KILL_MAX: Duration = Duration::from_secs(10);
 
 /// What was done about one claim of a process that died.
-#[derive(Clone, Debug, PartialEq, Eq, Serialize)]
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
 pub struct Recovered {
     /// Whose it was.
     pub owner: Owner,

@@ -3,6 +3,7 @@
 use std::{io, net::IpAddr, os::fd::OwnedFd};
 
 use casemate_spec::Refusal;
+use serde::{Deserialize, Serialize};
 
 use crate::sys::tun;
 
@@ -10,7 +11,7 @@ use crate::sys::tun;
 const VNET_HEADER_BYTES: i32 = 12;
 
 /// A tap to be made.
-#[derive(Clone, Debug, PartialEq, Eq)]
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
 pub struct TapRequest {
     /// Name of the interface, 1 to 15 bytes.
     pub name: String,

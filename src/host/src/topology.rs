@@ -1,9 +1,9 @@
 //! What lies between a function and the root, and what else an operator asks of it: vectors, power, virtual functions.
 
-use std::fs;
+use std::{borrow::Cow, fs};
 
 use casemate_spec::PciAddress;
-use serde::Serialize;
+use serde::{Deserialize, Serialize};
 
 use crate::{
     config::{ConfigSnapshot, PortType},
@@ -24,7 +24,7 @@ const ACS_WANTED: [(u16, &str); 4] = [
 ];
 
 /// What is told of a function beside what a claim needs.
-#[derive(Clone, Debug, Default, PartialEq, Eq, Serialize)]
+#[derive(Clone, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
 pub struct Details {
     /// From the root to the function, which is the last.
     pub path: Vec<Step>,
@@ -45,15 +45,15 @@ pub struct Details {
 }
 
 /// One function on the way.
-#[derive(Clone, Debug, PartialEq, Eq, Serialize)]
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
 pub struct Step {
     /// Where it sits.
     pub address: PciAddress,
     /// What it is: `root port`, `endpoint`...; `conventional PCI` without PCI Express.
-    pub kind: &'static str,
+    pub kind: Cow<'static, str>,
     /// What of access control is off or absent where it matters. What is beside the function, or behind this bridge,
     /// can then be reached past the IOMMU, and Linux puts it into one group.
-    pub acs_missing: Vec<&'static str>,
+    pub acs_missing: Vec<Cow<'static, str>>,
 }
 
 impl Details {
@@ -104,7 +104,11 @@ fn step(address: PciAddress, config: Option<&ConfigSnapshot>) -> Step {
     };
     let on = config.and_then(ConfigSnapshot::acs_control).unwrap_or(0);
     let missing = ACS_WANTED.iter().filter(|(bit, _)| matters && on & bit == 0);
-    Step { address, kind: port.words(), acs_missing: missing.map(|(_, name)| *name).collect() }
+    Step {
+        address,
+        kind: port.words().into(),
+        acs_missing: missing.map(|(_, name)| (*name).into()).collect(),
+    }
 }
 
 #[cfg(test)]
@@ -144,8 +148,11 @@ mod tests {
 
         let details = told(&machine, at("0000:07:00.0"));
         let [port, endpoint] = details.path.as_slice() else { panic!("{details:?}") };
-        assert_eq!((port.address, port.kind, &port.acs_missing), (at("0000:00:01.0"), "root port", &vec![]));
-        assert_eq!((endpoint.kind, &endpoint.acs_missing), ("endpoint", &vec![]));
+        assert_eq!(
+            (port.address, &*port.kind, &port.acs_missing),
+            (at("0000:00:01.0"), "root port", &vec![])
+        );
+        assert_eq!((&*endpoint.kind, &endpoint.acs_missing), ("endpoint", &vec![]));
         assert_eq!((details.msix_vectors, details.msi_vectors, details.intx), (5, 1, true));
         assert_eq!((details.power_state.as_deref(), details.virtual_functions_most), (Some("D0"), Some(7)));
 

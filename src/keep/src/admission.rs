@@ -5,25 +5,33 @@ use std::{
     fs,
     path::{Path, PathBuf},
     sync::Arc,
-    time::{Instant, SystemTime, UNIX_EPOCH},
+    time::{SystemTime, UNIX_EPOCH},
 };
 
-use casemate_host::{DeviceState, Image, Ledger, PciFunction, Pools};
+use casemate_broker::hands;
+use casemate_host::{DeviceState, Image, PciFunction, Pools};
 use casemate_policy::{
     Attrs, Change, Device, Disk, Field, File, GuestSpec, HostState, Needs, Neighbour, Net, Operation,
     Outcome, Record, Request, Signers, Tenant, Value, Verdict,
 };
-use casemate_spec::{ByteSize, CellPart, DiskFormat, Guest, Located, Location, Refusal};
+use casemate_spec::{ByteSize, CellPart, DiskFormat, Guest, HostFile, Located, Location, Refusal};
 
 use crate::{
-    Decisions, Paths, PolicyReport, Refusals, admitted::Admitted, beside, digest, digest::Known, facts,
-    images::Images, policies::Policies,
+    Decisions, Paths, PolicyReport, Refusals,
+    admitted::Admitted,
+    beside, digest,
+    digest::Known,
+    facts,
+    images::Images,
+    policies::{Opened, Policies},
 };
 
 /// Who asks, and what for.
 pub(crate) struct Question<'a> {
     pub(crate) paths: &'a Paths,
     pub(crate) bundle: &'a Path,
+    /// Who is asked.
+    pub(crate) opened: Opened,
     pub(crate) override_why: Option<&'a str>,
     /// The guest. What policies change is changed here.
     pub(crate) located: &'a mut Located,
@@ -32,23 +40,23 @@ pub(crate) struct Question<'a> {
     pub(crate) inventory: Inventory<'a>,
     /// What its cell will be without.
     pub(crate) weakened: &'a [CellPart],
+    /// What the operator says of this host.
+    pub(crate) host_file: &'a HostFile,
 }
 
 /// What the host has of devices.
 #[derive(Clone, Copy)]
 pub(crate) struct Inventory<'a> {
-    pub(crate) functions: &'a [PciFunction],
-    /// None where nobody looked: no device is asked for.
-    pub(crate) pools: Option<&'a Pools<'a>>,
-    pub(crate) ledger: Option<&'a Ledger>,
+    pub(crate) host: &'a hands::Inventory<'a>,
+    pub(crate) pools: &'a Pools<'a>,
 }
 
 impl Inventory<'_> {
     /// The pools and the lives of all devices, for the host's attrs.
     pub(crate) fn tell(&self, attrs: &mut Attrs) -> Result<(), Refusal> {
-        let Some(ledger) = self.ledger else { return Ok(()) };
-        let functions: Vec<_> = self.functions.iter().filter(|function| !function.is_bridge).collect();
-        let lives = ledger.lives(functions.iter().map(|function| function.address))?;
+        let functions: Vec<_> = self.host.functions.iter().filter(|function| !function.is_bridge).collect();
+        let addresses = functions.iter().map(|function| function.address).collect();
+        let Some(lives) = self.host.lives(addresses)? else { return Ok(()) };
         let mut pools: BTreeMap<&str, (u32, u32)> = BTreeMap::new();
         let mut taken = Vec::new();
         for (function, life) in functions.iter().zip(lives) {
@@ -56,7 +64,7 @@ impl Inventory<'_> {
             if !free {
                 taken.push(format!("{}={}", function.address, life.state));
             }
-            if let Some(pool) = self.pools.and_then(|pools| pools.pool_of(function)) {
+            if let Some(pool) = self.pools.pool_of(function) {
                 let (has, all) = pools.entry(pool.name.as_str()).or_default();
                 *has += u32::from(free);
                 *all += 1;
@@ -75,11 +83,11 @@ impl Inventory<'_> {
     pub(crate) fn tell_devices(&self, beside: &mut [Neighbour]) {
         for guest in beside {
             let functions: Vec<_> =
-                self.functions.iter().filter(|function| guest.devices.contains(&function.address)).collect();
+                self.host.functions.iter().filter(|f| guest.devices.contains(&f.address)).collect();
             let groups: BTreeSet<u32> =
                 functions.iter().filter_map(|function| function.iommu_group).collect();
             let mut pools = BTreeMap::<_, usize>::new();
-            for pool in functions.iter().filter_map(|function| self.pools?.pool_of(function)) {
+            for pool in functions.iter().filter_map(|function| self.pools.pool_of(function)) {
                 *pools.entry(pool.name.to_string()).or_default() += 1;
             }
             let groups: Vec<_> = groups.iter().map(ToString::to_string).collect();
@@ -94,12 +102,11 @@ impl Inventory<'_> {
 
     pub(crate) fn describe(&self, function: &PciFunction) -> Device {
         let mut attrs = facts::device(function);
-        if let Some(pool) = self.pools.and_then(|pools| pools.pool_of(function)) {
+        if let Some(pool) = self.pools.pool_of(function) {
             attrs.insert("pool".into(), pool.name.to_string());
             attrs.insert("trusted".into(), pool.trusted.to_string());
         }
-        if let Some(ledger) = self.ledger
-            && let Ok(lives) = ledger.lives([function.address])
+        if let Ok(Some(lives)) = self.host.lives(vec![function.address])
             && let Some(life) = lives.first()
         {
             attrs.insert("life".into(), life.state.to_string());
@@ -143,12 +150,11 @@ fn decide(
     question: Question<'_>,
     keep: &mut dyn FnMut(&Record) -> Result<(), Refusal>,
 ) -> Result<(PolicyReport, Admitted), Refusals> {
-    let Question { paths, bundle, override_why, located, images, inventory, weakened } = question;
+    let Question { paths, bundle, opened, override_why, located, images, inventory, weakened, host_file } =
+        question;
     let override_why = override_why.map(checked_reason).transpose()?;
-    let started = Instant::now();
-    let policies = Policies::open(paths, bundle);
+    let (policies, load) = opened;
     let engine = policies.as_ref().map(Policies::current).map_err(Clone::clone);
-    let load = started.elapsed();
     let digests = match &engine {
         Ok(engine) => Digests::of(paths, engine.needs(), located, images)?,
         Err(_) => Digests::default(),
@@ -165,7 +171,7 @@ fn decide(
     let record = Record {
         id: new_id(now)?,
         time_seconds: now,
-        uid: rustix::process::getuid().as_raw(),
+        uid: hands::operator_uid(),
         bundle: text(std::path::absolute(bundle).unwrap_or(bundle.to_owned())),
         bundle_sha256: engine.as_ref().ok().map(|engine| engine.bundle_digest().to_owned()),
         override_why: override_why.map(str::to_owned),
@@ -197,7 +203,7 @@ fn decide(
             question.guest.vcpus = located.guest.vcpus.into();
             question.guest.memory_bytes = located.guest.memory.bytes();
             question.guest.command_line.clone_from(&located.guest.boot.command_line);
-            Ok((report, Admitted::new(paths, bundle, Arc::new(policies), question)))
+            Ok((report, Admitted::new(paths, bundle, Arc::new(policies), host_file, question)))
         }
         Verdict::Deny { reasons } => {
             let locations = reasons.iter().map(|reason| location(located, reason.field.as_deref()?));
@@ -346,7 +352,7 @@ fn request(
         .collect(),
     });
     let devices = guest.devices.iter().filter_map(|device| {
-        let function = inventory.functions.iter().find(|function| function.address == device.address);
+        let function = inventory.host.functions.iter().find(|function| function.address == device.address);
         let rom = device.rom.as_ref().map(|rom| ("rom-sha256".to_owned(), rom.sha256.clone()));
         function.map(|function| {
             let mut described = inventory.describe(function);

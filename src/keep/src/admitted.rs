@@ -5,8 +5,9 @@ use std::{
     sync::{Arc, Mutex, PoisonError},
 };
 
+use casemate_broker::hands;
 use casemate_policy::{GuestSpec, Operation, Outcome, Record, Request, Verdict};
-use casemate_spec::Refusal;
+use casemate_spec::{HostFile, Refusal};
 
 use crate::{
     Decisions, Paths, PolicyReport, Refusals,
@@ -21,16 +22,25 @@ pub(crate) struct Admitted {
     paths: Paths,
     bundle: PathBuf,
     policies: Arc<Policies>,
+    /// What it says was told to the broker as well, and is not read again.
+    host_file: HostFile,
     /// The question that was answered with yes last, with the guest as it is.
     question: Mutex<Request>,
 }
 
 impl Admitted {
-    pub(crate) fn new(paths: &Paths, bundle: &Path, policies: Arc<Policies>, question: Request) -> Self {
+    pub(crate) fn new(
+        paths: &Paths,
+        bundle: &Path,
+        policies: Arc<Policies>,
+        host_file: &HostFile,
+        question: Request,
+    ) -> Self {
         Self {
             paths: paths.clone(),
             bundle: std::path::absolute(bundle).unwrap_or(bundle.to_owned()),
             policies,
+            host_file: host_file.clone(),
             question: Mutex::new(question),
         }
     }
@@ -42,6 +52,11 @@ impl Admitted {
 
     pub(crate) fn paths(&self) -> &Paths {
         &self.paths
+    }
+
+    /// What the operator says of this host, as it was when the guest started.
+    pub(crate) fn host_file(&self) -> &HostFile {
+        &self.host_file
     }
 
     /// The guest as it is.
@@ -92,7 +107,7 @@ impl Admitted {
         let record = Record {
             id: admission::new_id(now)?,
             time_seconds: now,
-            uid: rustix::process::getuid().as_raw(),
+            uid: hands::operator_uid(),
             bundle: self.bundle.to_string_lossy().into_owned(),
             bundle_sha256: Some(engine.bundle_digest().to_owned()),
             override_why: None,

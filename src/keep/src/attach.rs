@@ -10,18 +10,18 @@ use std::{
         fd::{AsFd, OwnedFd},
         unix::net::UnixStream,
     },
-    path::{Path, PathBuf},
+    path::Path,
     sync::{Arc, Mutex, MutexGuard, PoisonError, RwLock},
     thread,
     time::Duration,
 };
 
-use casemate_host::{Image, Notice, Notices, Tap, TapRequest, open_image};
+use casemate_broker::{Attachment, Broker, Notices, What, hands};
+use casemate_host::{Image, Notice, Tap, TapRequest};
 use casemate_policy::{Disk, GuestSpec, Net, Operation, Signers};
-use casemate_spec::{Guest, PciAddress, Refusal};
+use casemate_spec::{Guest, Refusal};
 use casemate_wire::{Answer, Ask, Card, Slot};
 use rustix::event::{PollFd, PollFlags, poll};
-use serde::{Deserialize, Serialize};
 use serde_json::{Value, json};
 
 use self::devices::{Devices, Plugged, Wanted};
@@ -52,36 +52,6 @@ pub(crate) const JUDGE_PATIENCE: Duration = Duration::from_secs(60);
 pub(crate) const REMOVE_MARGIN: Duration = Duration::from_secs(15);
 /// How long a guest may take at most to let a card go.
 pub(crate) const WITHIN_MOST: Duration = Duration::from_secs(600);
-
-/// Something to be put into a slot.
-#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
-#[serde(rename_all = "kebab-case", deny_unknown_fields)]
-pub enum Attachment {
-    /// A disk.
-    Disk {
-        /// A raw image or block device: an absolute path.
-        path: PathBuf,
-        /// Whether the guest may only read it.
-        #[serde(default)]
-        read_only: bool,
-    },
-    /// A network card on a tap of its own.
-    Net {
-        /// Name of the tap.
-        tap: String,
-        /// The host's address on it and the length of its prefix.
-        host_address: Option<(Ipv4Addr, u8)>,
-    },
-    /// Devices of the host's, which become the functions of one card.
-    Devices {
-        /// By their addresses, in the order of their numbers.
-        #[serde(default)]
-        addresses: Vec<PciAddress>,
-        /// And one of this pool.
-        #[serde(default)]
-        pool: Option<String>,
-    },
-}
 
 /// A guest's slots, and who is asked what may go into them.
 pub(crate) struct Attaching {
@@ -123,8 +93,13 @@ struct Opened {
 
 impl Attaching {
     /// A guest that starts.
-    pub(crate) fn new(paths: &Paths, guest: &Guest, admitted: Arc<Admitted>) -> Self {
-        let devices = Devices::new(paths, guest, Arc::clone(&admitted));
+    pub(crate) fn new(
+        paths: &Paths,
+        broker: &'static Broker,
+        guest: &Guest,
+        admitted: Arc<Admitted>,
+    ) -> Self {
+        let devices = Devices::new(paths, broker, guest, Arc::clone(&admitted));
         Self {
             paths: paths.clone(),
             guest: guest.clone(),
@@ -447,7 +422,7 @@ impl Attaching {
             let cause = "this is no absolute path";
             return Err(Refusal::new("bad-path", path.display(), cause, "name the disk from / on"));
         }
-        let image = open_image(path, read_only)?;
+        let image = hands::open(What::Raw { read_only }, path)?;
         let fd = image.fd.try_clone().map_err(|error| {
             Refusal::new("keep-failed", path.display(), format_args!("its descriptor: {error}"), "try again")
         })?;
@@ -481,7 +456,7 @@ impl Attaching {
         let net = Net { tap: tap.to_owned(), mac: None, attrs };
         self.judge(&format!("add net {tap}"), |spec| spec.nets.push(net))?;
         let host_address = host_address.map(|(address, length)| (address.into(), length));
-        match Tap::create(&TapRequest { name: tap.to_owned(), host_address, bridge: None, queues: 1 })
+        match hands::tap(&TapRequest { name: tap.to_owned(), host_address, bridge: None, queues: 1 })
             .and_then(Tap::only)
         {
             Ok(queue) => Ok(queue),

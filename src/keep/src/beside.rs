@@ -3,21 +3,15 @@
 //! A keep writes its own account before it reads those of others. So of two that start at once at least one sees the
 //! other: together they can't take what only one may have, though both may be refused.
 
-use std::{
-    fs::{self, File},
-    io::{self, Read},
-    path::{Path, PathBuf},
-};
+use std::{fs, io, path::Path};
 
+use casemate_broker::{Kept, hands};
 use casemate_host::{Host, Process};
 use casemate_policy::{Amounts, Attrs, Neighbour};
 use casemate_spec::{Guest, PciAddress};
 use serde::{Deserialize, Serialize};
 
 use crate::facts;
-
-/// An account is some hundred bytes.
-const MOST_BYTES: u64 = 64 << 10;
 
 /// What a running guest has.
 #[derive(Debug, Serialize, Deserialize)]
@@ -34,11 +28,6 @@ struct Account {
     keep: Process,
 }
 
-/// Where a guest's account is.
-pub(crate) fn account_of(runtime: &Path, guest: &Guest) -> PathBuf {
-    runtime.join(format!("{}.account", guest.name))
-}
-
 /// Writes a guest's account, whose name lock is held.
 pub(crate) fn write(runtime: &Path, guest: &Guest) -> io::Result<()> {
     let keep = Process::with_pid(&Host::live(), std::process::id())
@@ -52,24 +41,15 @@ pub(crate) fn write(runtime: &Path, guest: &Guest) -> io::Result<()> {
         attrs: facts::guest(guest),
         keep,
     };
-    // Whoever reads it sees the one or the other, never half of one.
-    let (path, new) = (account_of(runtime, guest), runtime.join(format!("{}.account-new", guest.name)));
-    fs::write(&new, serde_json::to_vec(&account)?)?;
-    fs::rename(new, path)
+    hands::put(runtime, &guest.name, Kept::Account, &serde_json::to_string(&account)?)
 }
 
 /// The guests that run on this host, but for the one of this name.
 pub(crate) fn read(runtime: &Path, but: &str) -> Vec<Neighbour> {
     let host = Host::live();
-    let Ok(files) = fs::read_dir(runtime) else { return Vec::new() };
-    let accounts = files.filter_map(|file| Some(file.ok()?.path()));
-    let mut found: Vec<_> = accounts
-        .filter(|path| path.extension().is_some_and(|extension| extension == "account"))
-        .filter_map(|path| {
-            let mut text = Vec::new();
-            File::open(path).ok()?.take(MOST_BYTES).read_to_end(&mut text).ok()?;
-            serde_json::from_slice::<Account>(&text).ok()
-        })
+    let mut found: Vec<_> = hands::read_all(runtime, Kept::Account)
+        .into_iter()
+        .filter_map(|seen| serde_json::from_str::<Account>(&seen.text).ok())
         .filter(|account| account.guest != but && account.keep.is_alive(&host))
         .map(|account| Neighbour {
             name: account.guest,
@@ -108,6 +88,7 @@ mod tests {
 
     use super::*;
     use casemate_spec::parse_guest;
+    use std::fs::File;
 
     fn guest(name: &str) -> Guest {
         let text = format!(

@@ -1,37 +1,32 @@
 //! From descriptors to a closed cell with a running machine in it.
 
 use std::{
-    fs::{self, File},
+    fs::File,
     os::{
         fd::{AsFd, AsRawFd, BorrowedFd, OwnedFd},
         unix::fs::OpenOptionsExt,
     },
-    path::{Path, PathBuf},
+    path::PathBuf,
 };
 
-use casemate_host::{Claim, DmaNeeds, Host, Image, Tap};
-use casemate_jail::{Cell, CellPlan, CgroupPlan, IoPlan, Program, Rlimits};
+use casemate_broker::{Broker, Cell, CellWanted, Claim, Kept, Node, hands};
+use casemate_host::{DmaNeeds, Host, Image, Tap};
+use casemate_jail::{CgroupPlan, IoPlan, Rlimits};
 use casemate_spec::{
     CellPart, CellRules, ConsoleDevice, CpuList, CpuModel, DiskFormat, Guest, IoLimits, LIMITS,
-    NET_QUEUES_MAX, Pages, PciAddress, Ram, Refusal,
+    NET_QUEUES_MAX, Name, Pages, PciAddress, Ram, Refusal,
 };
 use casemate_wire::{
     self as wire, Assigned, Below, Channel, Cpu, CpuRange, DeviceKind, Disk, Format, FromCell, Hotplug,
     Limited, Machine, Model, Net, Port, RomFile, Slot, Terminal, ToCell, VERSION, Vsock,
 };
 use rustix::{
-    fs::{FlockOperation, OFlags, flock},
-    io::Errno,
-    net::{AddressFamily, SocketAddrUnix, SocketFlags, SocketType, bind, connect, listen, socket_with},
+    fs::OFlags,
     pipe::{PipeFlags, pipe_with},
 };
 
 use crate::{Paths, beside, images::Images, record};
 
-/// uids and gids of cells begin here, above those of users, containers and systemd's dynamic users.
-const FIRST_UID: u32 = 0x4361_0000;
-/// Guests on a host at most.
-const UIDS: u32 = 4096;
 /// What the VMM and the kernel need beside the guest's memory.
 const OVERHEAD_BYTES: u64 = 64 << 20;
 /// What is locked beside a guest's memory.
@@ -43,125 +38,34 @@ const VECTORS_MOST: u32 = 65;
 /// The kernel's page tables for a guest's memory take at most this share of it (two levels of paging, 4 KiB pages).
 const PAGE_TABLE_SHARE: u64 = 128;
 
-/// A guest's name and user, reserved while this lives.
+/// A guest's name and user, reserved until this process's broker ends.
 pub(crate) struct Identity {
     /// The uid and gid.
     pub(crate) uid: u32,
-    _uid_lock: File,
-    _name_lock: File,
     runtime: PathBuf,
-    account: PathBuf,
-    socket: PathBuf,
+    guest: Name,
 }
 
 impl Identity {
-    /// Reserves the guest's name, and a uid that no other cell has; tells others what the guest has.
-    pub(crate) fn reserve(paths: &Paths, guest: &Guest) -> Result<Self, Refusal> {
-        paths.make_runtime()?;
-        let name = paths.runtime.join(format!("{}.lock", guest.name));
-        let name_lock = try_lock(&name)?.ok_or_else(|| {
-            let remedy = "stop it first, or give this guest another name";
-            Refusal::new("guest-runs", &guest.name, "a guest of this name runs already", remedy)
-        })?;
-        tell_account(&paths.runtime, guest)?;
-        let (uid, uid_lock) = reserve_uid(paths, guest.name.as_str())?;
-        let socket = paths.runtime.join(format!("{}.socket", guest.name));
-        let (runtime, account) = (paths.runtime.clone(), beside::account_of(&paths.runtime, guest));
-        Ok(Self { uid, _uid_lock: uid_lock, _name_lock: name_lock, runtime, account, socket })
+    /// Reserves the guest's name, and a uid that no other cell has.
+    pub(crate) fn reserve(paths: &Paths, broker: &Broker, guest: &Guest) -> Result<Self, Refusal> {
+        let uid = broker.reserve(&guest.name)?;
+        Ok(Self { uid, runtime: paths.runtime.clone(), guest: guest.name.clone() })
     }
 
-    /// Tells others what the guest has now: a policy may have changed it.
+    /// Tells others what the guest has now.
     pub(crate) fn tell(&self, guest: &Guest) -> Result<(), Refusal> {
-        tell_account(&self.runtime, guest)
+        beside::write(&self.runtime, guest).map_err(|error| {
+            let cause = format_args!("its account cannot be written: {error}");
+            Refusal::new("host-folder", &guest.name, cause, "run as root, with space in /run")
+        })
     }
-}
-
-fn tell_account(runtime: &Path, guest: &Guest) -> Result<(), Refusal> {
-    beside::write(runtime, guest).map_err(|error| {
-        let cause = format_args!("its account cannot be written: {error}");
-        Refusal::new("host-folder", &guest.name, cause, "run as root, with space in /run")
-    })
-}
-
-/// A uid that no other cell has, for as long as the lock is held. No guest's name begins with a sign, so its lock is never
-/// taken for one of these.
-pub(crate) fn reserve_uid(paths: &Paths, whose: &str) -> Result<(u32, File), Refusal> {
-    for number in 0..UIDS {
-        if let Some(lock) = try_lock(&paths.runtime.join(format!("+uid-{number}.lock")))? {
-            return Ok((FIRST_UID + number, lock));
-        }
-    }
-    let cause = format!("{UIDS} guests run already");
-    Err(Refusal::new("host-full", whose, cause, "wait until one has ended"))
 }
 
 impl Drop for Identity {
     fn drop(&mut self) {
-        // Its account; one that stays is nobody's once this process is gone.
-        let _ = fs::remove_file(&self.account);
-        let _ = fs::remove_file(&self.socket);
-    }
-}
-
-/// Removes what keeps that were killed left behind of their guests: accounts, records, sockets, and cgroups that are empty
-/// by now.
-pub(crate) fn sweep(paths: &Paths) {
-    sweep_programs(&paths.cgroup);
-    let Ok(entries) = fs::read_dir(&paths.runtime) else { return };
-    let left = |path: &PathBuf| {
-        let extension = path.extension().and_then(|extension| extension.to_str());
-        matches!(
-            extension,
-            Some("account" | "account-new" | "json" | "operator" | "sample" | "sample-new" | "socket")
-        )
-    };
-    for path in entries.flatten().map(|entry| entry.path()).filter(left) {
-        let Some(guest) = path.file_stem() else { continue };
-        // Whoever has the lock watches over the guest.
-        let Ok(Some(_lock)) = try_lock(&path.with_extension("lock")) else { continue };
-        // A cgroup with processes in it stays, and so does the socket, which is the way to them.
-        let cgroup = paths.cgroup.join(guest);
-        let empty = fs::remove_dir(&cgroup).is_ok() || !cgroup.exists();
-        if empty || path.extension().is_none_or(|extension| extension != "socket") {
-            let _ = fs::remove_file(&path);
-        }
-    }
-}
-
-/// Removes the empty cgroups of killed keeps' other programs: `-engine-PID-N`, where no keep of this id runs.
-fn sweep_programs(cgroup: &Path) {
-    for entry in fs::read_dir(cgroup).into_iter().flatten().flatten() {
-        let name = entry.file_name();
-        let Some(rest) = name.to_str().and_then(|name| name.strip_prefix('-')) else { continue };
-        let Some(pid) = rest.split('-').nth(1).and_then(|pid| pid.parse::<u32>().ok()) else { continue };
-        if !Path::new("/proc").join(pid.to_string()).exists() {
-            // One with processes in it stays.
-            let _ = fs::remove_dir(entry.path());
-        }
-    }
-}
-
-fn try_lock(path: &PathBuf) -> Result<Option<File>, Refusal> {
-    let refuse = |error: &dyn std::fmt::Display| {
-        Refusal::new(
-            "host-folder",
-            path.display(),
-            format_args!("it cannot be locked: {error}"),
-            "run as root",
-        )
-    };
-    let file = File::options()
-        .create(true)
-        .truncate(false)
-        .write(true)
-        // A lock can be held by whoever can open the file.
-        .mode(0o600)
-        .open(path)
-        .map_err(|error| refuse(&error))?;
-    match flock(&file, FlockOperation::NonBlockingLockExclusive) {
-        Ok(()) => Ok(Some(file)),
-        Err(Errno::WOULDBLOCK) => Ok(None),
-        Err(error) => Err(refuse(&error)),
+        // One that stays is nobody's once this process is gone.
+        hands::remove(&self.runtime, &self.guest, Kept::Account);
     }
 }
 
@@ -241,8 +145,8 @@ fn io(images: &[Image], rules: &CellRules) -> IoPlan {
 /// Starts the VMM in a closed cell and hands it the machine.
 pub(crate) fn start(
     paths: &Paths,
+    broker: &'static Broker,
     guest: &Guest,
-    identity: &Identity,
     resources: &Resources<'_>,
 ) -> Result<Started, Refusal> {
     let failed = |what: &str, error: &dyn std::fmt::Display| {
@@ -253,13 +157,7 @@ pub(crate) fn start(
             "see the message of the kernel above",
         )
     };
-    let program = File::open(&paths.vmm).map_err(|error| {
-        let remedy = "put casemate-vmm beside casemate; `cargo build --release` builds both";
-        Refusal::new("vmm-missing", paths.vmm.display(), format_args!("it cannot be opened: {error}"), remedy)
-    })?;
-    let program = Program::seal(program)?;
-    let (control, peer) =
-        control_socket(&identity.socket).map_err(|error| failed("the control socket", &error))?;
+    let nodes = Nodes::open(broker, guest)?;
     let pipe = || pipe_with(PipeFlags::CLOEXEC).map_err(|error| failed("a pipe", &error));
     let (log, log_write) = pipe()?;
     let (console, console_write) = pipe()?;
@@ -274,21 +172,22 @@ pub(crate) fn start(
             Some((output, input.map_err(|error| failed("a pipe", &error))?))
         }
     };
-    let cell = casemate_jail::start(CellPlan {
-        guest: guest.name.to_string(),
-        uid: identity.uid,
-        gid: identity.uid,
-        program,
-        arguments: Vec::new(),
-        input: None,
-        output: None,
-        control: Some(control),
-        log: log_write,
-        rlimits,
-        cgroup: cgroup.clone(),
-        may_lack: resources.rules.may_lack.clone(),
-        tied_to_parent: true,
-    })?;
+    let wanted = CellWanted {
+        rlimits: [
+            rlimits.memlock_bytes,
+            rlimits.descriptors_max,
+            rlimits.threads_max,
+            rlimits.file_size_bytes_max,
+        ],
+        memory_bytes_max: cgroup.memory_bytes_max,
+        pids_max: cgroup.pids_max,
+        cpus_max: cgroup.cpus_max,
+        io: cgroup.io.rules,
+        disks: cgroup.io.disks.clone(),
+        without_device: cgroup.io.without_device.clone(),
+        guest_memory_bytes: guest.memory.bytes(),
+    };
+    let (cell, peer) = broker.close_cell(wanted, log_write.as_fd())?;
     let channel = Channel::new(peer);
     let ends = ConsoleEnds {
         output: console_write.as_fd(),
@@ -296,8 +195,26 @@ pub(crate) fn start(
         input: input_read.as_ref().filter(|_| terminal.is_none()).map(AsFd::as_fd),
         terminal: terminal.as_ref().map(|(output, input)| (output.as_fd(), input.as_ref().map(AsFd::as_fd))),
     };
-    send_machine(&channel, guest, resources, ends)?;
+    send_machine(&channel, guest, resources, &nodes, ends)?;
     Ok(Started { cell, channel, console, console_input, log, rlimits, cgroup })
+}
+
+/// The device nodes that the guest's VMM uses.
+struct Nodes {
+    kvm: OwnedFd,
+    /// The kernel's side of each card, where it is to serve the card's queues: one a pair.
+    vhosts: Vec<Vec<OwnedFd>>,
+}
+
+impl Nodes {
+    fn open(broker: &Broker, guest: &Guest) -> Result<Self, Refusal> {
+        let of = |net: &casemate_spec::Net| {
+            let count = if net.vhost { net.queues } else { 0 };
+            (0..count).map(|_| broker.open_node(Node::VhostNet)).collect::<Result<Vec<_>, _>>()
+        };
+        let vhosts = guest.nets.iter().map(of).collect::<Result<_, _>>()?;
+        Ok(Self { kvm: broker.open_node(Node::Kvm)?, vhosts })
+    }
 }
 
 /// The same pipe once more, with a state of its own: nobody waits who uses it by this descriptor.
@@ -305,19 +222,6 @@ fn without_blocking(pipe: &OwnedFd, writes: bool) -> std::io::Result<OwnedFd> {
     let flags = (OFlags::NONBLOCK | OFlags::CLOEXEC).bits().cast_signed();
     let path = format!("/proc/self/fd/{}", pipe.as_raw_fd());
     File::options().read(!writes).write(writes).custom_flags(flags).open(path).map(OwnedFd::from)
-}
-
-/// A listening socket for the cell, and the keep's connection to it.
-fn control_socket(path: &PathBuf) -> Result<(OwnedFd, OwnedFd), Errno> {
-    let _ = fs::remove_file(path);
-    let make = || socket_with(AddressFamily::UNIX, SocketType::SEQPACKET, SocketFlags::CLOEXEC, None);
-    let address = SocketAddrUnix::new(path)?;
-    let listener = make()?;
-    bind(&listener, &address)?;
-    listen(&listener, 1)?;
-    let peer = make()?;
-    connect(&peer, &address)?;
-    Ok((listener, peer))
 }
 
 /// Queues of a disk: as its file says, or one a virtual processor, up to 4.
@@ -421,14 +325,9 @@ fn send_machine(
     channel: &Channel,
     guest: &Guest,
     resources: &Resources<'_>,
+    nodes: &Nodes,
     console: ConsoleEnds<'_>,
 ) -> Result<(), Refusal> {
-    let kvm = File::options().read(true).write(true).open("/dev/kvm").map_err(|error| {
-        let remedy =
-            "load kvm_amd or kvm_intel, or turn virtualisation on in the firmware; see `casemate doctor`";
-        Refusal::new("kvm-missing", "/dev/kvm", format_args!("it cannot be opened: {error}"), remedy)
-    })?;
-    let vhosts = guest.nets.iter().map(open_vhosts).collect::<Result<Vec<_>, _>>()?;
     let mut fds = Descriptors::default();
     let claim = resources.claim;
     let addresses: Vec<_> =
@@ -439,7 +338,7 @@ fn send_machine(
         memory_bytes: guest.memory.bytes(),
         ram: ram(guest),
         command_line: guest.boot.command_line.clone(),
-        kvm: fds.add(kvm.as_fd()),
+        kvm: fds.add(nodes.kvm.as_fd()),
         kernel: fds.add(resources.images.kernel.fd.as_fd()),
         initrd: resources.images.initrd.as_ref().map(|image| fds.add(image.fd.as_fd())),
         console: fds.add(console.output),
@@ -448,7 +347,13 @@ fn send_machine(
         nets: (guest.nets.iter().zip(resources.taps).enumerate())
             .map(|(number, (net, tap))| Net {
                 taps: tap.queues.iter().map(|queue| fds.add(queue.as_fd())).collect(),
-                vhosts: vhosts.get(number).into_iter().flatten().map(|file| fds.add(file.as_fd())).collect(),
+                vhosts: nodes
+                    .vhosts
+                    .get(number)
+                    .into_iter()
+                    .flatten()
+                    .map(|node| fds.add(node.as_fd()))
+                    .collect(),
                 mac: net.mac.unwrap_or_else(|| mac(guest.name.as_str(), number)),
             })
             .collect(),
@@ -465,7 +370,7 @@ fn send_machine(
             .map(|(port, stream)| Port { name: port.name.clone(), stream: fds.add(stream.as_fd()) })
             .collect(),
         container: claim.map(|claim| fds.add(claim.container.as_fd())),
-        groups: claim.iter().flat_map(|claim| &claim.groups).map(|group| fds.add(group.fd.as_fd())).collect(),
+        groups: claim.iter().flat_map(|claim| &claim.groups).map(|group| fds.add(group.as_fd())).collect(),
         devices: (claim.iter().flat_map(|claim| &claim.devices).zip(seats(&addresses)))
             .map(|(device, (card, function))| Assigned {
                 device: fds.add(device.fd.as_fd()),
@@ -566,16 +471,6 @@ fn ram(guest: &Guest) -> wire::Ram {
         Pages::Huge1Gib => wire::Pages::Huge1Gib,
     };
     wire::Ram { pages, prefault, numa_node }
-}
-
-/// The kernel's side of a card, when it is to serve the card's queues: one a pair.
-fn open_vhosts(net: &casemate_spec::Net) -> Result<Vec<File>, Refusal> {
-    let open = |_| File::options().read(true).write(true).open("/dev/vhost-net");
-    let count = if net.vhost { net.queues } else { 0 };
-    (0..count).map(open).collect::<Result<_, _>>().map_err(|error| {
-        let cause = format_args!("it cannot be opened for {}: {error}", net.tap);
-        Refusal::new("vhost-missing", "/dev/vhost-net", cause, "modprobe vhost_net, or take vhost = true out")
-    })
 }
 
 fn disks<'a>(guest: &Guest, images: &'a Images, fds: &mut Descriptors<'a>) -> Vec<Disk> {

@@ -7,12 +7,9 @@
 
 use std::{fmt::Display, path::Path};
 
+use casemate_broker::{Journal, Log, hands};
 use casemate_policy::{Outcome, Record};
 use casemate_spec::Refusal;
-
-use crate::journal::{Bounds, Journal};
-
-const BOUNDS: Bounds = Bounds { file_bytes: 16 << 20, older_files: 8, line_bytes: 1 << 20 };
 
 /// The log in a folder. Holds nothing open.
 #[derive(Clone, Debug)]
@@ -30,7 +27,7 @@ pub struct Reading {
 impl Decisions {
     /// The log below a folder for state.
     pub fn below(state: &Path) -> Self {
-        Self(Journal { folder: state.join("decisions"), name: "decisions", bounds: BOUNDS, synced: true })
+        Self(Log::Decisions.below(state))
     }
 
     /// Adds a record. When this returns, it's on the disk.
@@ -39,7 +36,7 @@ impl Decisions {
     /// `decisions-unusable`.
     pub fn append(&self, record: &Record) -> Result<(), Refusal> {
         let line = self.line(record).map_err(|error| self.unusable(&error))?;
-        self.0.write(&line).map_err(|error| self.unusable(&error))
+        hands::append(&self.0, &line).map_err(|error| self.unusable(&error))
     }
 
     fn line(&self, record: &Record) -> Result<Vec<u8>, String> {
@@ -124,7 +121,10 @@ mod tests {
     use std::{fs, io::Write};
 
     use super::*;
+    use casemate_broker::Bounds;
     use casemate_policy::Request;
+
+    const BOUNDS: Bounds = Bounds { file_bytes: 16 << 20, older_files: 8, line_bytes: 1 << 20 };
 
     fn record(id: &str, time_seconds: u64) -> Record {
         let request: Request =

@@ -12,13 +12,11 @@ use std::{
     time::{Duration, SystemTime, UNIX_EPOCH},
 };
 
+use casemate_broker::{Journal, Log, hands};
 use casemate_policy::Action;
 use casemate_spec::Refusal;
 use serde::{Deserialize, Serialize};
 
-use crate::journal::{Bounds, Journal};
-
-const BOUNDS: Bounds = Bounds { file_bytes: 4 << 20, older_files: 4, line_bytes: 64 << 10 };
 /// How often a reader that follows looks.
 const LOOK: Duration = Duration::from_millis(200);
 
@@ -222,7 +220,7 @@ pub struct Events(Journal);
 impl Events {
     /// The log.
     pub fn below(state: &Path) -> Self {
-        Self(Journal { folder: state.join("events"), name: "events", bounds: BOUNDS, synced: false })
+        Self(Log::Events.below(state))
     }
 
     /// Adds an event of now. One that can't be kept holds nothing up.
@@ -232,7 +230,7 @@ impl Events {
         let event = LoggedEvent { time_ms, guest: guest.into(), tenant: tenant.into(), what };
         let written = serde_json::to_vec(&event).map_err(io::Error::from).and_then(|mut line| {
             line.push(b'\n');
-            self.0.write(&line)
+            hands::append(&self.0, &line)
         });
         if let Err(error) = written {
             tracing::warn!(%error, "an event could not be kept");

@@ -2,7 +2,8 @@
 
 use std::path::Path;
 
-use casemate_host::{Image, open_image, open_initrd, open_kernel, open_qcow2, open_rom};
+use casemate_broker::{What, hands};
+use casemate_host::Image;
 use casemate_spec::{Backing, DiskFormat, Located, PciAddress, Refusal};
 
 use crate::digest;
@@ -26,12 +27,11 @@ impl Images {
     pub(crate) fn open(located: &Located) -> Result<Self, Refusal> {
         let guest = &located.guest;
         let at = |key: &str| located.location(key);
-        let kernel = open_kernel(&located.resolve(&guest.boot.kernel))
+        let kernel = hands::open(What::Kernel, &located.resolve(&guest.boot.kernel))
             .map_err(|refusal| refusal.at(at("boot.kernel")))?;
-        let initrd =
-            guest.boot.initrd.as_deref().map(|path| {
-                open_initrd(&located.resolve(path)).map_err(|refusal| refusal.at(at("boot.initrd")))
-            });
+        let initrd = guest.boot.initrd.as_deref().map(|path| {
+            hands::open(What::Initrd, &located.resolve(path)).map_err(|refusal| refusal.at(at("boot.initrd")))
+        });
         let disks = guest.disks.iter().enumerate().map(|(index, disk)| {
             open_disk(located, &disk.path, disk.format, disk.read_only)
                 .map_err(|refusal| refusal.at(at(&format!("disk[{index}].path"))))
@@ -49,7 +49,7 @@ impl Images {
         let roms = guest.devices.iter().filter_map(|device| Some((device, device.rom.as_ref()?)));
         let roms = roms.map(|(device, rom)| {
             let open = || {
-                let mut image = open_rom(&located.resolve(&rom.path))?;
+                let mut image = hands::open(What::Rom, &located.resolve(&rom.path))?;
                 digest::seal_rom(&mut image, &rom.sha256)?;
                 Ok((device.address, image))
             };
@@ -63,7 +63,7 @@ impl Images {
 fn open_disk(located: &Located, path: &Path, format: DiskFormat, read_only: bool) -> Result<Image, Refusal> {
     let path = located.resolve(path);
     match format {
-        DiskFormat::Raw => open_image(&path, read_only),
-        DiskFormat::Qcow2 => open_qcow2(&path, read_only),
+        DiskFormat::Raw => hands::open(What::Raw { read_only }, &path),
+        DiskFormat::Qcow2 => hands::open(What::Qcow2 { read_only }, &path),
     }
 }

@@ -24,6 +24,7 @@ use std::{
     time::Duration,
 };
 
+use casemate_broker::{Attachment, Operators, broker, hands};
 use casemate_policy::{GuestSpec, Operation};
 use casemate_spec::{Rate, Refusal};
 use casemate_wire::{Answer, Ask, DeviceKind, Limits, Statistics};
@@ -33,7 +34,7 @@ use serde_json::{Value, json};
 use crate::{
     DeviceName, Paths, Refusals,
     admitted::Admitted,
-    attach::{self, Attaching, Attachment},
+    attach::{self, Attaching},
     disks::Disks,
     operator::{GuestState, Operator, Order},
 };
@@ -167,8 +168,34 @@ pub(crate) struct Reach {
 /// The socket; gone when this is dropped.
 pub(crate) struct OperatorSocket {
     path: PathBuf,
-    listener: Arc<UnixListener>,
+    /// None where the broker listens.
+    listener: Option<Arc<UnixListener>>,
     thread: Option<JoinHandle<()>>,
+}
+
+/// Where operators come from.
+enum Door {
+    Own(Arc<UnixListener>),
+    /// By way of the broker, which has read what they want.
+    Broker(Operators),
+}
+
+impl Door {
+    /// The next operator; none once the socket is gone.
+    fn next(&self) -> Option<UnixStream> {
+        let listener = match self {
+            Self::Broker(operators) => return operators.next(),
+            Self::Own(listener) => listener,
+        };
+        loop {
+            match listener.accept() {
+                Ok((stream, _)) => return Some(stream),
+                Err(error) if error.kind() == io::ErrorKind::InvalidInput => return None,
+                // Out of descriptors, or one that left again: others may have more luck in a while.
+                Err(_) => thread::sleep(Duration::from_millis(50)),
+            }
+        }
+    }
 }
 
 impl OperatorSocket {
@@ -179,12 +206,20 @@ impl OperatorSocket {
             let cause = format_args!("the operator's socket cannot be made: {error}");
             Refusal::new("host-folder", path.display(), cause, "run as root, with space in /run")
         };
-        let _ = fs::remove_file(&path);
-        let listener = Arc::new(UnixListener::bind(&path).map_err(failed)?);
-        let ours = Arc::clone(&listener);
+        let (path, listener, door) = match broker() {
+            Some(broker) => {
+                let (path, operators) = broker.listen_to_operators()?;
+                (path, None, Door::Broker(operators))
+            }
+            None => {
+                let _ = fs::remove_file(&path);
+                let listener = Arc::new(UnixListener::bind(&path).map_err(failed)?);
+                (path.clone(), Some(Arc::clone(&listener)), Door::Own(listener))
+            }
+        };
         let Reach { disks, attaching, admitted } = reach;
         let asked = Asked { paths: paths.clone(), operator, disks: Arc::new(disks), attaching, admitted };
-        let serve = move || accept(&ours, &asked);
+        let serve = move || accept(&door, &asked);
         let thread = thread::Builder::new().name("operator".into()).spawn(serve).map_err(failed)?;
         Ok(Self { path, listener, thread: Some(thread) })
     }
@@ -192,10 +227,12 @@ impl OperatorSocket {
 
 impl Drop for OperatorSocket {
     fn drop(&mut self) {
-        let _ = fs::remove_file(&self.path);
+        hands::unlisten(&self.path);
         // Wakes the thread that accepts, which then ends; those that serve a connection end with it, or with the process.
-        let woken = rustix::net::shutdown(&*self.listener, rustix::net::Shutdown::Both);
-        if let Some(thread) = self.thread.take().filter(|_| woken.is_ok()) {
+        let shut =
+            |listener: &Arc<UnixListener>| rustix::net::shutdown(listener, rustix::net::Shutdown::Both);
+        let woken = self.listener.as_ref().is_none_or(|listener| shut(listener).is_ok());
+        if let Some(thread) = self.thread.take().filter(|_| woken) {
             let _ = thread.join();
         }
     }
@@ -242,18 +279,9 @@ impl Asked {
     }
 }
 
-fn accept(listener: &UnixListener, asked: &Asked) {
+fn accept(door: &Door, asked: &Asked) {
     let taken = Arc::new(AtomicUsize::new(0));
-    loop {
-        let stream = match listener.accept() {
-            Ok((stream, _)) => stream,
-            Err(error) if error.kind() == io::ErrorKind::InvalidInput => return,
-            // Out of descriptors, or one that left again: others may have more luck in a while.
-            Err(_) => {
-                thread::sleep(Duration::from_millis(50));
-                continue;
-            }
-        };
+    while let Some(stream) = door.next() {
         let busy = |stream: &UnixStream| {
             let cause = format_args!("{CONNECTIONS_MOST} connections are open already");
             let refusal = Refusal::new("guest-busy", asked.operator.guest(), cause, "try again");

@@ -2,12 +2,14 @@
 
 use std::{
     env,
-    fs::{self, File},
+    fs::File,
     io::{self, Read},
-    os::unix::fs::{DirBuilderExt, PermissionsExt},
     path::{Path, PathBuf},
+    sync::Arc,
 };
 
+use casemate_broker::{ByBroker, InCells, Places, broker};
+use casemate_policy::{Launch, Plain, Programs};
 use casemate_spec::{HostFile, Refusal, parse_host};
 
 /// Where the host file is by default.
@@ -30,6 +32,8 @@ pub struct Paths {
     pub host_file: PathBuf,
     /// The program that runs in a cell.
     pub vmm: PathBuf,
+    /// The program that is root for a keep.
+    pub broker: PathBuf,
     /// The program that compiles policies.
     pub policy_compiler: PathBuf,
     /// The program that runs them.
@@ -60,6 +64,7 @@ impl Paths {
             cgroup: "/sys/fs/cgroup/casemate".into(),
             host_file: HOST_FILE.into(),
             vmm: beside.join("casemate-vmm"),
+            broker: beside.join("casemate-broker"),
             policy_compiler: beside.join("casemate-policy-compiler"),
             policy_engine: beside.join("casemate-policy-engine"),
             policy_key: "/etc/casemate/policy.pub".into(),
@@ -95,18 +100,32 @@ impl Paths {
         self.policy_key.try_exists().unwrap_or(true).then_some(self.policy_key.as_path())
     }
 
-    /// Makes the folder for sockets and locks, for this user alone.
-    pub(crate) fn make_runtime(&self) -> Result<(), Refusal> {
-        let private = fs::Permissions::from_mode(0o700);
-        let made = fs::DirBuilder::new().recursive(true).mode(0o700).create(&self.runtime);
-        made.and_then(|()| fs::set_permissions(&self.runtime, private)).map_err(|error| {
-            let remedy = "run as root on a host with /run";
-            Refusal::new(
-                "host-folder",
-                self.runtime.display(),
-                format_args!("it cannot be made: {error}"),
-                remedy,
-            )
-        })
+    /// What a broker has to know of them. It has a working directory of its own.
+    pub(crate) fn places(&self) -> Places {
+        let absolute = |path: &PathBuf| std::path::absolute(path).unwrap_or(path.clone());
+        Places {
+            state: absolute(&self.state),
+            cache: absolute(&self.cache),
+            runtime: absolute(&self.runtime),
+            cgroup: absolute(&self.cgroup),
+            vmm: absolute(&self.vmm),
+            policy_compiler: absolute(&self.policy_compiler),
+            policy_engine: absolute(&self.policy_engine),
+        }
+    }
+
+    /// The programs for policies as this process runs them: by its broker; as root in cells; anybody else as processes of their own,
+    /// which still confine themselves.
+    pub fn programs(&self) -> Programs {
+        let launch: Arc<dyn Launch> = match broker() {
+            Some(broker) => Arc::new(ByBroker(broker)),
+            None if rustix::process::geteuid().is_root() => {
+                // Where the host file can't be read, nothing may be lacking.
+                let may_lack = self.read_host_file().map(|file| file.cell.may_lack).unwrap_or_default();
+                Arc::new(InCells { places: self.places(), may_lack })
+            }
+            None => Arc::new(Plain::DEFAULT),
+        };
+        Programs { compiler: self.policy_compiler.clone(), engine: self.policy_engine.clone(), launch }
     }
 }

@@ -1,15 +1,18 @@
 //! The bundle as a keep holds it while its guest runs: read anew when its file has changed or somebody asks, as a whole or not at all.
 
 use std::{
+    io,
     os::unix::fs::MetadataExt,
     path::{Path, PathBuf},
     sync::{
         Arc, Mutex, MutexGuard, PoisonError,
         atomic::{AtomicBool, Ordering},
     },
+    thread::{Builder, JoinHandle},
+    time::{Duration, Instant},
 };
 
-use casemate_policy::{Config, Engine, PolicyError};
+use casemate_policy::{Config, Engine, Fault, PolicyError};
 
 use crate::{Happening, Paths};
 
@@ -25,9 +28,45 @@ pub(crate) struct Policies {
     asked: Arc<AtomicBool>,
 }
 
+/// A bundle that is being read. Dropped, it is read to its end all the same: its engine then ends with this process's leave.
+pub(crate) struct Opening(Option<JoinHandle<Opened>>);
+
+/// A bundle that was read, or why it was not; and how long that took.
+pub(crate) type Opened = (Result<Policies, PolicyError>, Duration);
+
+impl Opening {
+    /// Reads a bundle on a thread of its own: an engine takes as long to start as the rest of what is read.
+    pub(crate) fn begin(paths: &Paths, bundle: &Path) -> io::Result<Self> {
+        let (paths, bundle) = (paths.clone(), bundle.to_owned());
+        let open = move || Policies::open_and_time(&paths, &bundle);
+        Builder::new().name("policies".into()).spawn(open).map(|thread| Self(Some(thread)))
+    }
+
+    /// Waits for it.
+    pub(crate) fn end(mut self) -> Opened {
+        let opened = self.0.take().and_then(|thread| thread.join().ok());
+        opened.unwrap_or_else(|| {
+            let error = PolicyError::new(Fault::Engine, "policies", "the thread that read them was lost");
+            (Err(error), Duration::ZERO)
+        })
+    }
+}
+
+impl Drop for Opening {
+    fn drop(&mut self) {
+        drop(self.0.take().map(JoinHandle::join));
+    }
+}
+
 impl Policies {
+    /// Reads the bundle, and tells how long that took.
+    pub(crate) fn open_and_time(paths: &Paths, bundle: &Path) -> Opened {
+        let started = Instant::now();
+        (Self::open(paths, bundle), started.elapsed())
+    }
+
     /// Reads the bundle.
-    pub(crate) fn open(paths: &Paths, bundle: &Path) -> Result<Self, PolicyError> {
+    fn open(paths: &Paths, bundle: &Path) -> Result<Self, PolicyError> {
         let stamp = Mutex::new(stamps(bundle));
         let engine = Mutex::new(Arc::new(open(paths, bundle)?));
         let bundle = bundle.to_owned();

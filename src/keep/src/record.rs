@@ -1,21 +1,17 @@
 //! What a keep writes down of a guest that runs, for `casemate ps` and `casemate audit`: what it was given, not what is.
 
 use std::{
-    fs::{self, File},
-    io::{self, Read, Write},
-    os::{
-        fd::{AsFd, AsRawFd, BorrowedFd},
-        unix::fs::OpenOptionsExt,
-    },
-    path::{Path, PathBuf},
+    fs, io,
+    os::fd::{AsFd, AsRawFd, BorrowedFd},
+    path::PathBuf,
     sync::{Mutex, PoisonError},
     time::{SystemTime, UNIX_EPOCH},
 };
 
-use casemate_host::{ClaimedDevice, Host, Owner, Process};
+use casemate_broker::{ClaimedDevice, Kept, Limit, Seen, broker, hands};
+use casemate_host::{Host, Owner, Process};
 use casemate_jail::Landlock;
-use casemate_spec::{Located, PciAddress, Refusal};
-use rustix::process::{Pid, Resource, Rlimit, prlimit};
+use casemate_spec::{Located, Name, PciAddress, Refusal};
 use serde::{Deserialize, Serialize};
 use sha2::{Digest, Sha256};
 
@@ -26,12 +22,8 @@ use crate::{
 
 /// Counts up when the form changes.
 const VERSION: u32 = 1;
-/// A record has some KB.
-const BYTES_MAX: u64 = 256 << 10;
 /// Descriptors of an assigned function: an event for each vector, up to 2048, here and at control.
 pub(crate) const DEVICE_DESCRIPTORS: u64 = 4096;
-/// Guests on a host, and some that died badly.
-const RECORDS_MAX: usize = 8192;
 
 /// A guest that runs.
 #[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
@@ -134,12 +126,15 @@ pub struct GivenLandlock {
 
 /// A record on disk; removed when this is dropped.
 #[derive(Debug)]
-pub(crate) struct Recorded(PathBuf);
+pub(crate) struct Recorded {
+    runtime: PathBuf,
+    guest: Name,
+}
 
 impl Drop for Recorded {
     fn drop(&mut self) {
         // One that stays names a process that is gone, and is passed over.
-        let _ = fs::remove_file(&self.0);
+        hands::remove(&self.runtime, &self.guest, Kept::Record);
     }
 }
 
@@ -162,12 +157,11 @@ pub(crate) fn sha256(bytes: &[u8]) -> String {
 pub(crate) fn write(paths: &Paths, facts: &Facts<'_>) -> Result<Option<Recorded>, Refusal> {
     let Some(cell) = Process::with_pid(&Host::live(), facts.started.cell.pid()) else { return Ok(None) };
     let record = GuestRecord::new(facts, cell)?;
-    let path = path_of(paths, &record.guest);
-    put(&path, &record).map_err(|error| {
+    put(paths, &record).map_err(|error| {
         let cause = format_args!("the guest cannot be written down: {error}");
-        Refusal::new("host-folder", path.display(), cause, "see that /run has room")
+        Refusal::new("host-folder", paths.runtime.display(), cause, "see that /run has room")
     })?;
-    Ok(Some(Recorded(path)))
+    Ok(Some(Recorded { runtime: paths.runtime.clone(), guest: facts.located.guest.name.clone() }))
 }
 
 /// Lets a running guest's cell write files of this size, if it may not yet, and notes it: an auditor compares.
@@ -180,24 +174,16 @@ pub(crate) fn allow_file_size(paths: &Paths, guest: &str, size_bytes: u64) -> Re
 
 fn allow(record: &mut GuestRecord, size_bytes: u64) -> Result<(), Refusal> {
     if size_bytes > record.limits.file_size_bytes_max {
-        limit(record, Resource::Fsize, size_bytes)?;
+        limit(record, Limit::FileSize, size_bytes)?;
         record.limits.file_size_bytes_max = size_bytes;
     }
     Ok(())
 }
 
-fn path_of(paths: &Paths, guest: &str) -> PathBuf {
-    paths.runtime.join(format!("{guest}.json"))
-}
-
 /// Puts a record in its place, whole. The name is this keep's: it holds the lock of the guest's name.
-fn put(path: &Path, record: &GuestRecord) -> io::Result<()> {
-    let text = serde_json::to_vec(record)?;
-    let beside = path.with_extension("json.new");
-    let _ = fs::remove_file(&beside);
-    let mut file = File::options().write(true).create_new(true).mode(0o600).open(&beside)?;
-    file.write_all(&text)?;
-    fs::rename(&beside, path)
+fn put(paths: &Paths, record: &GuestRecord) -> io::Result<()> {
+    let guest = Name::new(&record.guest).ok_or(io::ErrorKind::InvalidInput)?;
+    hands::put(&paths.runtime, &guest, Kept::Record, &serde_json::to_string(record)?)
 }
 
 impl GuestRecord {
@@ -300,30 +286,21 @@ pub(crate) fn take_devices(paths: &Paths, guest: &str, slot: u8) -> Result<(), R
     })
 }
 
-/// The process of a guest's cell; `None` when there is no record of it.
-pub(crate) fn cell_of(paths: &Paths, guest: &str) -> Option<Process> {
-    read(&path_of(paths, guest)).map(|record| record.cell)
-}
-
 fn relimit(record: &mut GuestRecord, memlock_bytes: u64, descriptors_max: u64) -> Result<(), Refusal> {
-    limit(record, Resource::Memlock, memlock_bytes)?;
-    limit(record, Resource::Nofile, descriptors_max)?;
+    limit(record, Limit::LockedMemory, memlock_bytes)?;
+    limit(record, Limit::Descriptors, descriptors_max)?;
     record.limits.memlock_bytes = memlock_bytes;
     record.limits.descriptors_max = descriptors_max;
     Ok(())
 }
 
 /// Sets a limit of a guest's cell.
-fn limit(record: &GuestRecord, resource: Resource, most: u64) -> Result<(), Refusal> {
-    let failed = |error: &dyn std::fmt::Display| {
-        let cause = format_args!("its cell's limit {resource:?} cannot be set: {error}");
+fn limit(record: &GuestRecord, limit: Limit, most: u64) -> Result<(), Refusal> {
+    let set = broker().map_or_else(|| Err("there is no broker".into()), |broker| broker.limit(limit, most));
+    set.map_err(|error| {
+        let cause = format_args!("its cell's limit {limit:?} cannot be set: {error}");
         Refusal::new("keep-failed", &record.guest, cause, "try again")
-    };
-    let pid = i32::try_from(record.cell.pid).ok().and_then(Pid::from_raw);
-    // Without a number it would be this process's own limit.
-    let pid = pid.ok_or_else(|| failed(&"its record names no process"))?;
-    let limit = Rlimit { current: Some(most), maximum: Some(most) };
-    prlimit(Some(pid), resource, limit).map(drop).map_err(|error| failed(&error))
+    })
 }
 
 /// Held while a record is changed: operators' requests come on several threads.
@@ -335,15 +312,14 @@ fn change(
     guest: &str,
     make: impl FnOnce(&mut GuestRecord) -> Result<(), Refusal>,
 ) -> Result<(), Refusal> {
-    let path = path_of(paths, guest);
     let failed = |error: &dyn std::fmt::Display| {
         let cause = format_args!("the guest's record cannot be changed: {error}");
-        Refusal::new("host-folder", path.display(), cause, "run as root, with space in /run")
+        Refusal::new("host-folder", guest, cause, "run as root, with space in /run")
     };
     let _changing = CHANGING.lock().unwrap_or_else(PoisonError::into_inner);
-    let mut record = read(&path).ok_or_else(|| failed(&"it cannot be read"))?;
+    let mut record = own(paths, guest).ok_or_else(|| failed(&"it cannot be read"))?;
     make(&mut record)?;
-    put(&path, &record).map_err(|error| failed(&error))
+    put(paths, &record).map_err(|error| failed(&error))
 }
 
 pub(crate) fn now_seconds() -> u64 {
@@ -358,35 +334,27 @@ fn name_of(fd: &impl AsFd) -> Option<PathBuf> {
 /// The guests that run on this host, by name.
 ///
 /// # Errors
-/// `not-root`; `host-folder` when the folder of records can't be read.
+/// `not-root`.
 pub fn running(paths: &Paths) -> Result<Vec<GuestRecord>, Refusal> {
     crate::run::require_root()?;
-    let entries = match fs::read_dir(&paths.runtime) {
-        Err(error) if error.kind() == std::io::ErrorKind::NotFound => return Ok(Vec::new()),
-        entries => entries.map_err(|error| {
-            let cause = format_args!("it cannot be read: {error}");
-            Refusal::new("host-folder", paths.runtime.display(), cause, "run as root")
-        })?,
-    };
     let host = Host::live();
-    let files = entries.flatten().map(|entry| entry.path()).filter(|path| is_record(path)).take(RECORDS_MAX);
+    let seen = hands::read_all(&paths.runtime, Kept::Record);
     let mut records: Vec<_> =
-        files.filter_map(|path| read(&path)).filter(|record| record.cell.is_alive(&host)).collect();
+        seen.iter().filter_map(read).filter(|record| record.cell.is_alive(&host)).collect();
     records.sort_by(|one, other| one.guest.cmp(&other.guest));
     Ok(records)
 }
 
-fn is_record(path: &Path) -> bool {
-    path.extension().is_some_and(|extension| extension == "json")
+/// The record of this guest.
+fn own(paths: &Paths, guest: &str) -> Option<GuestRecord> {
+    let seen = hands::read_all(&paths.runtime, Kept::Record);
+    seen.iter().find(|seen| seen.guest == guest).and_then(read)
 }
 
 /// `None` for what is no record of this form: one of a later Casemate, or one that was cut off.
-fn read(path: &Path) -> Option<GuestRecord> {
-    let mut text = Vec::new();
-    File::open(path).ok()?.take(BYTES_MAX).read_to_end(&mut text).ok()?;
-    let record: GuestRecord = serde_json::from_slice(&text).ok()?;
-    (record.version == VERSION && path.file_stem().is_some_and(|stem| stem == record.guest.as_str()))
-        .then_some(record)
+fn read(seen: &Seen) -> Option<GuestRecord> {
+    let record: GuestRecord = serde_json::from_str(&seen.text).ok()?;
+    (record.version == VERSION && seen.guest == record.guest).then_some(record)
 }
 
 #[cfg(test)]
@@ -432,17 +400,20 @@ pub(crate) mod tests {
     #[test]
     fn only_whole_records_under_their_own_name_are_read() {
         let folder = tempfile::tempdir().unwrap();
+        let mut paths = Paths::standard().unwrap();
+        paths.runtime = folder.path().into();
         let path = folder.path().join("web.json");
         let text = serde_json::to_string(&record("web")).unwrap();
         fs::write(&path, &text).unwrap();
-        assert_eq!(read(&path), Some(record("web")));
+        let read = |guest: &str| own(&paths, guest);
+        assert_eq!(read("web"), Some(record("web")));
         fs::write(&path, text.get(..text.len() / 2).unwrap()).unwrap();
-        assert_eq!(read(&path), None);
+        assert_eq!(read("web"), None);
         fs::write(&path, text.replace("\"version\":1", "\"version\":2")).unwrap();
-        assert_eq!(read(&path), None);
+        assert_eq!(read("web"), None);
         let other = folder.path().join("other.json");
         fs::write(&other, &text).unwrap();
-        assert_eq!(read(&other), None);
+        assert_eq!(read("other"), None);
     }
 
     #[test]
@@ -451,10 +422,10 @@ pub(crate) mod tests {
         let mut paths = Paths::standard().unwrap();
         paths.runtime = folder.path().into();
         assert_eq!(allow_file_size(&paths, "web", 1).unwrap_err().code, "host-folder");
-        put(&path_of(&paths, "web"), &record("web")).unwrap();
+        put(&paths, &record("web")).unwrap();
         let most = record("web").limits.file_size_bytes_max;
         allow_file_size(&paths, "web", most).unwrap();
-        assert_eq!(read(&path_of(&paths, "web")), Some(record("web")));
+        assert_eq!(own(&paths, "web"), Some(record("web")));
     }
 
     #[test]

@@ -10,15 +10,13 @@ use std::{
     time::Duration,
 };
 
+use casemate_broker::{Broker, Claim, Claiming, ConsoleLog, Failed, hands};
 use casemate_filters::{Role, calls_of};
-use casemate_host::{
-    Choice, Claim, ClaimRequest, Host, Ledger, Owner, PciFunction, Pools, Tap, TapRequest, assignable, claim,
-    judge_dma, placeable,
-};
+use casemate_host::{Host, Ledger, Tap, TapRequest, placeable};
 use casemate_policy::Kind;
 use casemate_spec::{
     CellPart, CellRules, ConsoleDevice, Guest, HostFile, LIMITS, Located, PciAddress, Port, Refusal,
-    ResourceBounds, ScrubStep, Vsock, parse_guest,
+    ResourceBounds, Vsock, parse_guest,
 };
 use signal_hook::consts::SIGUSR1;
 
@@ -28,16 +26,15 @@ use crate::{
     admitted::Admitted,
     attach::Attaching,
     cell::{self, Identity, Resources, Started},
-    console_log::{ConsoleLog, Rotating, Tee},
     disks::Disks,
     govern::{Charge, Governing},
     images::Images,
     input, operator,
     operator_socket::{OperatorSocket, Reach},
+    policies::{Opening, Policies},
     ports,
     record::{self, Facts},
     releasing::Releasing,
-    virtual_functions::{Virtual, set_networks},
     vsock::GuestSocket,
     watch::{self, StopSignals, Watching},
 };
@@ -95,56 +92,79 @@ pub fn run(
     console: Box<dyn Write + Send>,
     tell: &mut dyn FnMut(Step),
 ) -> Result<Report, Refusals> {
+    require_root()?;
+    // From here on this process is not root.
+    let broker = casemate_broker::begin(&paths.broker, paths.places())?;
+    let outcome = run_with(broker, paths, options, console, tell);
+    // What it says at its end is told, and what it keeps is on the disk, before this process ends.
+    broker.end();
+    outcome
+}
+
+fn run_with(
+    broker: &'static Broker,
+    paths: &Paths,
+    options: RunOptions<'_>,
+    console: Box<dyn Write + Send>,
+    tell: &mut dyn FnMut(Step),
+) -> Result<Report, Refusals> {
     // Read.
     let text = read_guest_file(options.file)?;
     let mut located = parse_guest(options.file, &text)?;
-    require_root()?;
-    let console: Box<dyn Write + Send> = match options.console_log {
-        Some(log) => Box::new(Tee { out: console, log: Rotating::open(log)? }),
-        None => console,
+    let failed = |error: std::io::Error| {
+        Refusal::new("keep-failed", &located.guest.name, format_args!("no thread: {error}"), "try again")
     };
     let host_file = paths.read_host_file()?;
-    let host = Host::live();
-    let ledger = Ledger::open(&paths.state)?;
-    for recovered in casemate_host::recover(&host, &ledger)? {
+    broker.set_rules(&host_file.pools, &host_file.cell.may_lack)?;
+    let opening = Opening::begin(paths, options.policy).map_err(failed)?;
+    let console: Box<dyn Write + Send> = match options.console_log {
+        Some(log) => Box::new(Tee { out: console, log: Some(broker.keep_console(log)?) }),
+        None => console,
+    };
+    for recovered in broker.recover()? {
         tell(recovered.into());
     }
-    cell::sweep(paths);
     let mut images = Images::open(&located)?;
-    let functions = functions(&host, &located.guest, &host_file)?;
+    let whole = looks_at_devices(&located.guest, &host_file);
+    let mut host = hands::Inventory::new(whole, None, &host_file.pools)?;
+    // The name is reserved before, so that of two guests that start at once one sees the other.
+    let identity = Identity::reserve(paths, broker, &located.guest)
+        .map_err(|refusal| refusal.at(located.location("name")))?;
     // Virtual functions are made before they can be judged, and removed when nobody has them.
-    let virtual_functions =
-        make_virtual(&located, &host, &ledger, &Pools::new(&host, &functions, &host_file.pools)?)?;
-    let functions = if virtual_functions.is_some() { host.functions()? } else { functions };
+    host.pools()?;
+    let _virtual_functions = make_virtual(broker, &located)?;
+    if _virtual_functions.is_some() {
+        host = hands::Inventory::new(whole, None, &host_file.pools)?;
+    }
 
     // Judge.
-    judge_placement(paths, &located, &host)?;
-    judge_devices(&located, &host, &functions, &ledger)?;
-    let pools = Pools::new(&host, &functions, &host_file.pools)?;
-    let choosing = (!located.guest.pooled.is_empty()).then(|| ledger.choosing()).transpose()?;
-    choose_devices(&mut located, &pools, &ledger)?;
-    let addresses = judge_devices(&located, &host, &functions, &ledger)?;
-    let (unchecked, digests) = (pools.unchecked(&addresses), pools.digested(&addresses));
-    let scrub = pools.scrubbed(&addresses);
-
+    judge_placement(paths, &located)?;
+    judge_devices(&located, &host)?;
+    let pools = host.pools()?;
+    let choosing = (!located.guest.pooled.is_empty()).then(|| broker.begin_choosing()).transpose()?;
+    choose_devices(&mut located, &host)?;
+    let addresses = judge_devices(&located, &host)?;
     let weakened = cell::weakened(paths, &located.guest, &images, &host_file.cell)?;
 
-    // Authorise. The name is reserved before, so that of two guests that start at once one sees the other.
-    let identity =
-        Identity::reserve(paths, &located.guest).map_err(|refusal| refusal.at(located.location("name")))?;
+    // Authorise.
+    identity.tell(&located.guest)?;
     let (policy, admitted) = admission::ask(Question {
         paths,
         bundle: options.policy,
+        opened: opening.end(),
         override_why: options.override_why,
         located: &mut located,
         images: &mut images,
-        inventory: Inventory { functions: &functions, pools: Some(&pools), ledger: Some(&ledger) },
+        inventory: Inventory { host: &host, pools: &pools },
         weakened: &weakened,
+        host_file: &host_file,
     })?;
     // Of the guest as the policies have made it: they may change its memory.
-    judge_needs(&located, &host, &functions, &addresses)?;
+    judge_needs(&located, &host, &addresses)?;
     identity.tell(&located.guest)?;
     tell(Step::Admitted { policy: policy.clone() });
+    // All that only its operator may read was read.
+    broker.close_the_door()?;
 
     // Act.
     // From here on no signal ends this process before all that it took is given back.
@@ -156,23 +176,18 @@ pub fn run(
     })?;
     let policies = admitted.policies();
     let judged = policies.current().has(Kind::Device);
-    let given = functions.iter().filter(|function| addresses.contains(&function.address));
+    let given = host.functions.iter().filter(|function| addresses.contains(&function.address));
     let given: Vec<_> = given
         .map(|function| (function.clone(), pools.pool_of(function).map(|pool| pool.name.to_string())))
         .collect();
-    let wanted = Wanted { addresses, unchecked, digests, scrub, judged };
-    let claim = take_devices(&located, &host, &ledger, wanted, tell)?;
+    let claim = take_devices(broker, &located, addresses, judged, tell)?;
     drop(choosing);
-    if let Some(Err(refusal)) = claim.as_ref().map(|claim| set_networks(&located, &host, &pools, claim)) {
-        let devices = claim.map(|claim| claim.release(&host, &ledger, &mut |_| None)).unwrap_or_default();
-        tell(Step::Returned { devices: devices.into_iter().map(DeviceReport::from).collect() });
-        return Err(refusal.into());
-    }
     let admitted = Arc::new(admitted);
     let attaching = (located.guest.hotplug.slots > 0)
-        .then(|| Arc::new(Attaching::new(paths, &located.guest, Arc::clone(&admitted))));
+        .then(|| Arc::new(Attaching::new(paths, broker, &located.guest, Arc::clone(&admitted))));
     let prepared = Prepared {
         paths,
+        broker,
         options,
         located: &located,
         text: &text,
@@ -190,7 +205,7 @@ pub fn run(
         ),
         interval_ms: host_file.resources.interval_ms,
     };
-    let outcome = prepared.run(claim.as_ref(), &ledger, console, tell);
+    let outcome = prepared.run(claim.as_ref(), console, tell);
 
     // Give back, whatever happened. By the bundle as it is now: it may have been read anew.
     let releasing = Releasing {
@@ -199,13 +214,13 @@ pub fn run(
         functions: given,
         events: Events::below(&paths.state),
     };
-    let scrubbed = claim.as_ref().map(Claim::to_be_scrubbed).filter(|devices| !devices.is_empty());
+    let scrubbed = claim.as_ref().map(|claim| claim.scrubbed.clone()).filter(|devices| !devices.is_empty());
     if let Some(devices) = scrubbed {
         tell(Step::Scrubbing { devices });
     }
     let from_slots = attaching.map(|attaching| attaching.end()).unwrap_or_default();
     let devices = claim
-        .map(|claim| claim.release(&host, &ledger, &mut |returned| releasing.judge(returned)))
+        .map(|claim| claim.release(&mut |returned| releasing.judge(returned)))
         .map(|returned| returned.into_iter().map(DeviceReport::from).collect::<Vec<_>>())
         .unwrap_or_default();
     let devices: Vec<DeviceReport> = devices.into_iter().chain(from_slots).collect();
@@ -215,42 +230,94 @@ pub fn run(
     outcome.map(|report| Report { devices, ..report }).map_err(Refusals::from)
 }
 
+/// Writes to the first, and to the second as long as that goes.
+struct Tee {
+    out: Box<dyn Write + Send>,
+    log: Option<File>,
+}
+
+impl Write for Tee {
+    fn write(&mut self, bytes: &[u8]) -> std::io::Result<usize> {
+        if self.log.as_mut().is_some_and(|log| log.write_all(bytes).is_err()) {
+            self.log = None;
+        }
+        // A reader that went away is none that the log waits for.
+        let _ = self.out.write_all(bytes);
+        Ok(bytes.len())
+    }
+
+    fn flush(&mut self) -> std::io::Result<()> {
+        let _ = self.out.flush();
+        Ok(())
+    }
+}
+
 /// What would happen to this guest now, up to the policies' verdict. Nothing is changed or recorded.
 ///
 /// # Errors
 /// Why it would be refused.
 pub fn try_guest(paths: &Paths, file: &Path, policy: &Path) -> Result<PolicyReport, Refusals> {
+    let stepped_down = step_down(paths)?;
     let mut located = parse_guest(file, &read_guest_file(file)?)?;
     let mut images = Images::open(&located)?;
-    let host = Host::live();
-    judge_placement(paths, &located, &host)?;
+    judge_placement(paths, &located)?;
     let host_file = paths.read_host_file()?;
-    let functions = functions(&host, &located.guest, &host_file)?;
     let weakened = cell::weakened(paths, &located.guest, &images, &host_file.cell)?;
     let has_devices = !(located.guest.devices.is_empty() && located.guest.pooled.is_empty());
     // Only root can read the ledger; a guest without devices can be tried by anybody, and nothing is made for it.
     let ledger = match has_devices {
+        // The broker reads its own.
+        _ if stepped_down.is_some() => None,
         true => Some(Ledger::open(&paths.state)?),
         false => paths.state.is_dir().then(|| Ledger::open(&paths.state).ok()).flatten(),
     };
-    let pools = Pools::new(&host, &functions, &host_file.pools)?;
+    let whole = looks_at_devices(&located.guest, &host_file);
+    let host = hands::Inventory::new(whole, ledger, &host_file.pools)?;
+    let pools = host.pools()?;
     let mut addresses = Vec::new();
-    if has_devices && let Some(ledger) = &ledger {
-        judge_devices(&located, &host, &functions, ledger)?;
-        choose_devices(&mut located, &pools, ledger)?;
-        addresses = judge_devices(&located, &host, &functions, ledger)?;
+    if has_devices {
+        judge_devices(&located, &host)?;
+        choose_devices(&mut located, &host)?;
+        addresses = judge_devices(&located, &host)?;
     }
     let report = admission::rehearse(Question {
         paths,
         bundle: policy,
+        opened: Policies::open_and_time(paths, policy),
         override_why: None,
         located: &mut located,
         images: &mut images,
-        inventory: Inventory { functions: &functions, pools: Some(&pools), ledger: ledger.as_ref() },
+        inventory: Inventory { host: &host, pools: &pools },
         weakened: &weakened,
+        host_file: &host_file,
     })?;
-    judge_needs(&located, &host, &functions, &addresses)?;
+    judge_needs(&located, &host, &addresses)?;
     Ok(report)
+}
+
+/// That this process, which was root's, is root no longer: what it needs of root its broker does, which ends when this is dropped.
+#[must_use = "dropped, it ends the broker"]
+pub struct SteppedDown(&'static Broker);
+
+impl Drop for SteppedDown {
+    fn drop(&mut self) {
+        self.0.end();
+    }
+}
+
+/// For root: starts a broker, and goes on as a user of its own, who can read what root can. For others nothing is done. To be called
+/// while the process has one thread.
+///
+/// # Errors
+/// `broker-gone`; what the host file is refused for.
+pub fn step_down(paths: &Paths) -> Result<Option<SteppedDown>, Refusal> {
+    if !rustix::process::geteuid().is_root() {
+        return Ok(None);
+    }
+    let stepped_down = SteppedDown(casemate_broker::begin(&paths.broker, paths.places())?);
+    let host_file = paths.read_host_file()?;
+    stepped_down.0.set_rules(&host_file.pools, &host_file.cell.may_lack)?;
+    Ok(Some(stepped_down))
 }
 
 /// Gives back what a keep that was killed left behind.
@@ -259,15 +326,16 @@ pub fn try_guest(paths: &Paths, file: &Path, policy: &Path) -> Result<PolicyRepo
 /// When the ledger cannot be read.
 pub fn recover(paths: &Paths) -> Result<Vec<Step>, Refusal> {
     require_root()?;
-    let ledger = Ledger::open(&paths.state)?;
-    let recovered = casemate_host::recover(&Host::live(), &ledger)?;
-    cell::sweep(paths);
-    Ok(recovered.into_iter().map(Step::from).collect())
+    let broker = casemate_broker::begin(&paths.broker, paths.places())?;
+    let recovered = broker.recover();
+    broker.end();
+    Ok(recovered?.into_iter().map(Step::from).collect())
 }
 
 /// A guest that may run, with all it needs.
 struct Prepared<'a> {
     paths: &'a Paths,
+    broker: &'static Broker,
     options: RunOptions<'a>,
     located: &'a Located,
     text: &'a str,
@@ -288,7 +356,6 @@ impl Prepared<'_> {
     fn run(
         self,
         claim: Option<&Claim>,
-        ledger: &Ledger,
         console: Box<dyn Write + Send>,
         tell: &mut dyn FnMut(Step),
     ) -> Result<Report, Refusal> {
@@ -305,14 +372,7 @@ impl Prepared<'_> {
             input: self.options.input != Input::None,
             rules: self.rules,
         };
-        let started = cell::start(self.paths, guest, self.identity, &resources)?;
-        if claim.is_some() {
-            match ledger.note_cell(&Owner::this_process(guest.name.as_str())?, started.cell.pid()) {
-                // It has ended already; why is for it to say, below.
-                Err(refusal) if refusal.code == "ledger-no-process" => {}
-                noted => noted?,
-            }
-        }
+        let started = cell::start(self.paths, self.broker, guest, &resources)?;
         tell(Step::CellClosed {
             pid: started.cell.pid(),
             uid: self.identity.uid,
@@ -443,8 +503,8 @@ pub(crate) fn require_root() -> Result<(), Refusal> {
     Err(Refusal::new("not-root", "casemate", cause, "run it with sudo"))
 }
 
-fn judge_placement(paths: &Paths, located: &Located, host: &Host) -> Result<(), Refusal> {
-    placeable(host, &paths.cgroup, &located.guest).map_err(|refusal| {
+fn judge_placement(paths: &Paths, located: &Located) -> Result<(), Refusal> {
+    placeable(&Host::live(), &paths.cgroup, &located.guest).map_err(|refusal| {
         let key = match refusal.code {
             "node-missing" => "ram.numa_node",
             "huge-pages-missing" => "ram.huge_pages",
@@ -455,27 +515,21 @@ fn judge_placement(paths: &Paths, located: &Located, host: &Host) -> Result<(), 
     })
 }
 
-/// The host's PCI functions, as far as this guest makes anybody look: what a whole survey costs on a large host is for those who
-/// want devices, or where policies are told what pools have left.
-fn functions(host: &Host, guest: &Guest, host_file: &HostFile) -> Result<Vec<PciFunction>, Refusal> {
-    let looks = !(guest.devices.is_empty() && guest.pooled.is_empty() && host_file.pools.is_empty());
-    if looks { host.functions() } else { host.outline() }
+/// Whether this guest makes anybody look at the host's PCI functions: what a whole survey costs on a large host is for those who want
+/// devices, or where policies are told what pools have left.
+fn looks_at_devices(guest: &Guest, host_file: &HostFile) -> bool {
+    !(guest.devices.is_empty() && guest.pooled.is_empty() && host_file.pools.is_empty())
 }
 
-fn judge_devices(
-    located: &Located,
-    host: &Host,
-    functions: &[PciFunction],
-    ledger: &Ledger,
-) -> Result<Vec<PciAddress>, Refusal> {
+fn judge_devices(located: &Located, host: &hands::Inventory<'_>) -> Result<Vec<PciAddress>, Refusal> {
     let devices = &located.guest.devices;
     let addresses: Vec<PciAddress> = devices.iter().map(|device| device.address).collect();
     if addresses.is_empty() {
         return Ok(addresses);
     }
-    assignable(host, functions, Some(ledger), &addresses).map_err(|refusal| at_device(located, refusal))?;
+    host.assignable(&addresses).map_err(|refusal| at_device(located, refusal))?;
     for device in devices {
-        if let Some(function) = functions.iter().find(|function| function.address == device.address) {
+        if let Some(function) = host.functions.iter().find(|function| function.address == device.address) {
             function
                 .is_the_one(&device.pin)
                 .map_err(|refusal| refusal.at(located.device_location(device.table)))?;
@@ -487,27 +541,26 @@ fn judge_devices(
 /// What the guest's devices ask of this host's memory, IOMMU and interrupts, as far as it can be told before they are taken.
 fn judge_needs(
     located: &Located,
-    host: &Host,
-    functions: &[PciFunction],
+    host: &hands::Inventory<'_>,
     addresses: &[PciAddress],
 ) -> Result<(), Refusal> {
     if addresses.is_empty() {
         return Ok(());
     }
-    judge_dma(host, functions, addresses, &cell::dma_needs(&located.guest)).map_err(|refusal| {
-        match refusal.code {
-            "dma-memlock" | "dma-memory" => refusal.at(located.location("memory")),
-            _ => at_device(located, refusal),
-        }
+    host.judge_dma(addresses, &cell::dma_needs(&located.guest)).map_err(|refusal| match refusal.code {
+        "dma-memlock" | "dma-memory" => refusal.at(located.location("memory")),
+        _ => at_device(located, refusal),
     })
 }
 
 /// Takes the place of each pool that the guest names by a device of it.
-fn choose_devices(located: &mut Located, pools: &Pools<'_>, ledger: &Ledger) -> Result<(), Refusal> {
+fn choose_devices(located: &mut Located, host: &hands::Inventory<'_>) -> Result<(), Refusal> {
     let guest = &located.guest;
     let named: Vec<PciAddress> = guest.devices.iter().map(|device| device.address).collect();
-    let choice = Choice { tenant: guest.tenant.as_str(), named: &named, pooled: &guest.pooled };
-    let chosen = pools.choose(ledger, &choice).map_err(|refusal| {
+    if named.is_empty() && guest.pooled.is_empty() {
+        return Ok(());
+    }
+    let chosen = host.choose(&guest.tenant, &named, &guest.pooled).map_err(|refusal| {
         let pool = guest.pooled.iter().find(|pooled| pooled.pool.as_str() == refusal.subject);
         match pool {
             Some(pooled) => refusal.at(located.device_location(pooled.table)),
@@ -527,46 +580,35 @@ pub(crate) fn at_device(located: &Located, refusal: Refusal) -> Refusal {
     refusal.at(located.device_location(table))
 }
 
-/// What a guest is to get.
-struct Wanted {
-    addresses: Vec<PciAddress>,
-    /// Those of which nobody checks the firmware.
-    unchecked: Vec<PciAddress>,
-    /// Those whose option ROM is compared before and after.
-    digests: Vec<PciAddress>,
-    /// Those that are scrubbed when they come back, and how.
-    scrub: Vec<(PciAddress, Vec<ScrubStep>)>,
-    /// Whether policies judge what comes back.
-    judged: bool,
-}
-
 fn take_devices(
+    broker: &'static Broker,
     located: &Located,
-    host: &Host,
-    ledger: &Ledger,
-    wanted: Wanted,
+    addresses: Vec<PciAddress>,
+    judged: bool,
     tell: &mut dyn FnMut(Step),
 ) -> Result<Option<Claim>, Refusal> {
-    let Wanted { addresses, unchecked, digests, scrub, judged } = wanted;
     if addresses.is_empty() {
         return Ok(None);
     }
     tell(Step::Claiming { devices: addresses.clone() });
-    let first = addresses.first().copied();
-    let owner = Owner::this_process(located.guest.name.as_str())?;
-    let request = ClaimRequest { owner: owner.clone(), addresses, digests, scrub, judged };
-    let claim = claim(host, ledger, request).map_err(|refusal| at_device(located, refusal))?;
-    let needs = cell::dma_needs(&located.guest);
-    let fits = first
-        .map_or(Ok(()), |first| claim.limits.judge(first, &needs))
-        .map_err(|refusal| at_device(located, refusal));
-    if let Err(refusal) = fits.and_then(|()| ledger.attach(&owner, located.guest.tenant.as_str(), &unchecked))
-    {
-        let returned = claim.release(host, ledger, &mut |_| None);
-        let devices = returned.into_iter().map(DeviceReport::from).collect();
-        tell(Step::Returned { devices });
-        return Err(refusal);
-    }
+    let guest = &located.guest;
+    // Numbered behind its emulated cards.
+    let macs = (0..addresses.len()).map(|number| cell::mac(guest.name.as_str(), guest.nets.len() + number));
+    let claiming = Claiming {
+        slot: None,
+        tenant: guest.tenant.clone(),
+        addresses,
+        judged,
+        needs: cell::dma_needs(guest),
+        macs: macs.collect(),
+    };
+    let claim = broker.claim(claiming).map_err(|Failed { refusal, returned }| {
+        let devices: Vec<_> = returned.into_iter().map(DeviceReport::from).collect();
+        if !devices.is_empty() {
+            tell(Step::Returned { devices });
+        }
+        at_device(located, refusal)
+    })?;
     let devices = claim.devices.iter();
     tell(Step::Claimed {
         devices: devices
@@ -576,17 +618,21 @@ fn take_devices(
     Ok(Some(claim))
 }
 
+/// Virtual functions that a guest uses. Dropped, after its devices were given back, they go when nobody else uses them.
+struct Virtual(&'static Broker);
+
+impl Drop for Virtual {
+    fn drop(&mut self) {
+        self.0.leave_virtual(None);
+    }
+}
+
 /// Has the virtual functions made that the guest's pools are of.
-fn make_virtual<'a>(
-    located: &Located,
-    host: &'a Host,
-    ledger: &'a Ledger,
-    pools: &Pools<'_>,
-) -> Result<Option<Virtual<'a>>, Refusal> {
-    let owner = Owner::this_process(located.guest.name.as_str())?;
+fn make_virtual(broker: &'static Broker, located: &Located) -> Result<Option<Virtual>, Refusal> {
     let first = located.guest.pooled.first().map_or(0, |pooled| pooled.table);
-    Virtual::make(host, ledger, &owner, &located.guest.pooled, pools)
-        .map_err(|refusal| refusal.at(located.device_location(first)))
+    let made = broker.make_virtual(None, &located.guest.pooled);
+    let made = made.map_err(|refusal| refusal.at(located.device_location(first)))?;
+    Ok(made.then_some(Virtual(broker)))
 }
 
 fn make_taps(located: &Located) -> Result<Vec<Tap>, Refusal> {
@@ -594,7 +640,7 @@ fn make_taps(located: &Located) -> Result<Vec<Tap>, Refusal> {
     nets.map(|(index, net)| {
         let host_address = net.host_address.map(|(address, length)| (address.into(), length));
         let request = TapRequest { name: net.tap.clone(), host_address, bridge: None, queues: net.queues };
-        Tap::create(&request).map_err(|refusal| refusal.at(located.location(&format!("net[{index}].tap"))))
+        hands::tap(&request).map_err(|refusal| refusal.at(located.location(&format!("net[{index}].tap"))))
     })
     .collect()
 }

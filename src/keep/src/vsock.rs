@@ -8,21 +8,19 @@ use std::{
     io::{self, Read},
     os::{
         fd::{AsFd, OwnedFd},
-        unix::{
-            fs::{FileTypeExt, PermissionsExt},
-            net::{UnixListener, UnixStream},
-        },
+        unix::net::{UnixListener, UnixStream},
     },
     path::{Path, PathBuf},
     thread,
     time::{Duration, Instant},
 };
 
+use casemate_broker::hands;
 use casemate_spec::Refusal;
 use casemate_wire::{Channel, FromVsock, Slot, ToVsock, WireError};
 use rustix::{
     event::{PollFd, PollFlags, Timespec, poll},
-    net::{AddressFamily, SocketAddrUnix, SocketFlags, SocketType, connect, socket_with, socketpair},
+    net::{AddressFamily, SocketFlags, SocketType, socketpair},
 };
 
 /// Who has connected and has not yet said where to; more wait in the kernel's queue.
@@ -39,7 +37,7 @@ pub(crate) struct GuestSocket {
 
 impl Drop for GuestSocket {
     fn drop(&mut self) {
-        let _ = std::fs::remove_file(&self.path);
+        hands::unlisten(&self.path);
     }
 }
 
@@ -66,8 +64,12 @@ impl GuestSocket {
         let (socket, listener) = listen(path, "vsock-socket")?;
         let failed = |error: &dyn std::fmt::Display| refuse(path, "vsock-socket", error);
         let (keep, cell) = make_way().map_err(|error| failed(&error))?;
-        let service =
-            Service { path: path.to_owned(), listener, channel: Channel::new(keep), visitors: Vec::new() };
+        let service = Service {
+            path: socket.path.clone(),
+            listener,
+            channel: Channel::new(keep),
+            visitors: Vec::new(),
+        };
         let thread = thread::Builder::new().name("vsock".into());
         thread.spawn(move || service.run()).map_err(|error| failed(&error))?;
         Ok((socket, cell))
@@ -79,15 +81,9 @@ impl GuestSocket {
 /// # Errors
 /// A refusal of this code.
 pub(crate) fn listen(path: &Path, code: &'static str) -> Result<(GuestSocket, UnixListener), Refusal> {
-    let failed = |error: io::Error| refuse(path, code, &error);
-    if is_left_over(path) {
-        let _ = std::fs::remove_file(path);
-    }
-    let listener = UnixListener::bind(path).map_err(failed)?;
-    let socket = GuestSocket { path: path.to_owned() };
-    std::fs::set_permissions(path, std::fs::Permissions::from_mode(0o600)).map_err(failed)?;
-    listener.set_nonblocking(true).map_err(failed)?;
-    Ok((socket, listener))
+    let path = std::path::absolute(path).unwrap_or(path.to_owned());
+    let listener = hands::listen(&path, code)?;
+    Ok((GuestSocket { path }, listener))
 }
 
 fn refuse(path: &Path, code: &'static str, error: &dyn std::fmt::Display) -> Refusal {
@@ -100,13 +96,6 @@ fn make_way() -> io::Result<(OwnedFd, OwnedFd)> {
     let (keep, cell) = socketpair(AddressFamily::UNIX, SocketType::SEQPACKET, SocketFlags::CLOEXEC, None)?;
     rustix::io::ioctl_fionbio(&cell, true)?;
     Ok((keep, cell))
-}
-
-/// Whether a socket is there that nobody listens at any more: its keep was killed.
-fn is_left_over(path: &Path) -> bool {
-    let is_socket = std::fs::symlink_metadata(path).is_ok_and(|found| found.file_type().is_socket());
-    is_socket
-        && UnixStream::connect(path).is_err_and(|error| error.kind() == io::ErrorKind::ConnectionRefused)
 }
 
 impl Service {
@@ -183,13 +172,7 @@ impl Service {
     }
 
     fn connect(&self, port: u32) -> io::Result<OwnedFd> {
-        let mut path = self.path.clone().into_os_string();
-        path.push(format!("_{port}"));
-        let flags = SocketFlags::CLOEXEC | SocketFlags::NONBLOCK;
-        let stream = socket_with(AddressFamily::UNIX, SocketType::STREAM, flags, None)?;
-        // Who does not take connections now does not hold up the others.
-        connect(&stream, &SocketAddrUnix::new(path)?)?;
-        Ok(stream)
+        hands::speak(&self.path, port)
     }
 }
 

@@ -9,8 +9,8 @@ use std::{
     time::{Duration, Instant},
 };
 
-use casemate_host::{Notice, Notices};
-use casemate_jail::Cell;
+use casemate_broker::{Cell, Notices};
+use casemate_host::Notice;
 use casemate_spec::{Guest, PciAddress, Refusal};
 use casemate_wire::{Answer, Channel, Counters, End, FromCell, ToCell, WireError};
 use rustix::{
@@ -76,7 +76,7 @@ pub(crate) fn until_end(
     tell: &mut dyn FnMut(Step),
 ) -> Result<Seen, Refusal> {
     let Watching { guest, options, signals, orders, notices, events } = watching;
-    let Started { mut cell, channel, console: console_pipe, console_input, log: log_pipe, .. } = started;
+    let Started { cell, channel, console: console_pipe, console_input, log: log_pipe, .. } = started;
     let terminal = console_input.map(|pipe| input::carry(options.input, pipe, signals, guest));
     let _terminal = terminal.transpose()?;
     let console = Console::start(console).map_err(|error| {
@@ -158,7 +158,7 @@ pub(crate) fn until_end(
         if watch.deadline.is_some_and(|deadline| Instant::now() > deadline) {
             watch.stop(options.grace, &channel, &cell, tell);
         }
-        watch.sample(&cell, guest);
+        watch.sample(&cell);
     }
     let how = cell.wait().map_or_else(|error| error.to_string(), |end| end.to_string());
     let cpu = cell.cpu_time();
@@ -418,14 +418,14 @@ impl Watch {
         Ok(true)
     }
 
-    fn sample(&mut self, cell: &Cell, guest: &Guest) {
+    fn sample(&mut self, cell: &Cell) {
         let begun = Instant::now();
         if begun < self.next_sample {
             return;
         }
         if self.running
             && self.ended.is_none()
-            && let Ok(memory) = cell.memory(guest.memory.bytes())
+            && let Ok(memory) = cell.memory()
         {
             self.memory_bytes = Some(memory.pss_bytes_less_guest);
             let guest_bytes = memory.pss_bytes.saturating_sub(memory.pss_bytes_less_guest);

@@ -5,17 +5,23 @@
 use std::{
     fs::File,
     io::{Read, Seek, Write},
+    path::Path,
 };
 
 use rustix::fs::{MemfdFlags, memfd_create};
 
-use crate::{Ended, Fault, PolicyError, Programs, Streams, limits::HOST_LIMITS};
+use crate::{Ended, Fault, Launch, PolicyError, Streams, limits::HOST_LIMITS};
 
 /// The compiler's exit code for a component that is none.
 pub const EXIT_INVALID: i32 = 2;
 
 /// Compiles `component`; `name` is how an error calls it.
-pub(crate) fn compile(programs: &Programs, name: &str, component: &[u8]) -> Result<Vec<u8>, PolicyError> {
+pub(crate) fn compile(
+    launch: &dyn Launch,
+    compiler: &Path,
+    name: &str,
+    component: &[u8],
+) -> Result<Vec<u8>, PolicyError> {
     let broken = |cause: String| PolicyError::new(Fault::Compiler, name, cause);
     let anonymous = |error: std::io::Error| broken(format!("no anonymous file: {error}"));
     let mut input = anonymous_file().map_err(anonymous)?;
@@ -27,7 +33,7 @@ pub(crate) fn compile(programs: &Programs, name: &str, component: &[u8]) -> Resu
         output: output.try_clone().map_err(anonymous)?,
         complaint: complaint.try_clone().map_err(anonymous)?,
     };
-    let ended = programs.launch.compile(&programs.compiler, streams).map_err(broken)?;
+    let ended = launch.compile(compiler, streams).map_err(broken)?;
     if ended != Ended::Exited(0) {
         let text = read(&mut complaint, 4 << 10).unwrap_or_default();
         let text = String::from_utf8_lossy(&text);
@@ -59,17 +65,11 @@ pub(crate) fn read(file: &mut File, most: usize) -> std::io::Result<Vec<u8>> {
 #[cfg(test)]
 mod tests {
     use super::*;
-    use std::{
-        path::Path,
-        sync::{Mutex, PoisonError},
-    };
+    use crate::Plain;
+    use std::sync::{Mutex, PoisonError};
 
     /// A child that is between fork and exec holds a script open that another test writes: ETXTBSY. So, one at a time.
     static FORKS: Mutex<()> = Mutex::new(());
-
-    fn plain(program: &Path) -> Programs {
-        Programs::plain(program, Path::new("/nowhere"))
-    }
 
     fn script(text: &str) -> (tempfile::TempDir, std::path::PathBuf) {
         use std::os::unix::fs::PermissionsExt;
@@ -84,7 +84,7 @@ mod tests {
     fn passes_bytes_through_with_an_empty_environment() {
         let _one = FORKS.lock().unwrap_or_else(PoisonError::into_inner);
         let (_folder, path) = script("test -z \"$HOME\" && /bin/cat");
-        assert_eq!(compile(&plain(&path), "p", b"bytes").unwrap(), b"bytes");
+        assert_eq!(compile(&Plain::DEFAULT, &path, "p", b"bytes").unwrap(), b"bytes");
     }
 
     #[test]
@@ -97,8 +97,11 @@ mod tests {
             ("exit 0", "policy-compiler"),
         ] {
             let (_folder, path) = script(text);
-            assert_eq!(compile(&plain(&path), "p", b"bytes").unwrap_err().code(), code, "{text}");
+            assert_eq!(compile(&Plain::DEFAULT, &path, "p", b"bytes").unwrap_err().code(), code, "{text}");
         }
-        assert_eq!(compile(&plain(Path::new("/nowhere")), "p", b"").unwrap_err().code(), "policy-compiler");
+        assert_eq!(
+            compile(&Plain::DEFAULT, Path::new("/nowhere"), "p", b"").unwrap_err().code(),
+            "policy-compiler"
+        );
     }
 }

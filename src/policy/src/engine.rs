@@ -6,8 +6,7 @@ use casemate_spec::Location;
 use sha2::{Digest, Sha256};
 
 use crate::{
-    Fault, PolicyError, Programs, bundle,
-    cache::Cache,
+    Code, Fault, PolicyError, Programs, bundle,
     change::Field,
     decision,
     govern::{self, Memory, Tick},
@@ -180,7 +179,7 @@ impl Engine {
         bundle_digest: String,
         entries: Vec<bundle::Entry>,
     ) -> Result<Self, PolicyError> {
-        let cache = Cache::open(config.cache)?;
+        let code = config.programs.code(config.cache)?;
         let process = Process::start(config.programs)?;
         // One that may change something is asked twice.
         let most: u64 = entries.iter().map(|entry| entry.limits.deadline_ms.saturating_mul(2)).sum();
@@ -188,7 +187,7 @@ impl Engine {
         let (installed, needs) = (Vec::new(), Needs::default());
         let mut opened = Self { entries: Vec::new(), installed, bundle_digest, needs, process, patience };
         for entry in entries {
-            opened.add(&cache, config.programs, &entry).map_err(|error| error.at(entry.location.clone()))?;
+            opened.add(&*code, &entry).map_err(|error| error.at(entry.location.clone()))?;
             opened.entries.push(entry);
         }
         opened.ready(false)?;
@@ -202,7 +201,7 @@ impl Engine {
         }
     }
 
-    fn add(&mut self, cache: &Cache, programs: &Programs, entry: &bundle::Entry) -> Result<(), PolicyError> {
+    fn add(&mut self, code: &dyn Code, entry: &bundle::Entry) -> Result<(), PolicyError> {
         let is_layout = entry.path.is_dir();
         let (bytes, digest) = if is_layout {
             oci::component(&entry.path, &entry.digest)?
@@ -225,7 +224,7 @@ impl Engine {
             may_change: entry.may_change.clone(),
             may_do: entry.may_do.iter().map(|&deed| deed.to_owned()).collect(),
         };
-        let loader = Loader { process: &self.process, cache, programs };
+        let loader = Loader { process: &self.process, code };
         let Loaded { described, compile_time } = loader.load(&plugin, &bytes)?;
         self.permit(entry, &described)?;
         self.installed.push(Installed {
@@ -422,7 +421,7 @@ pub struct Inspection {
 pub fn install(file: &Path, cache: &Path, programs: &Programs) -> Result<Inspection, PolicyError> {
     let bytes = read_component(file)?;
     let digest = hex(&Sha256::digest(&bytes));
-    let cache = Cache::open(cache)?;
+    let code = programs.code(cache)?;
     let process = Process::start(programs)?;
     let plugin = talk::Plugin {
         name: file.display().to_string(),
@@ -435,7 +434,7 @@ pub fn install(file: &Path, cache: &Path, programs: &Programs) -> Result<Inspect
         may_do: Vec::new(),
     };
     let Loaded { described, compile_time } =
-        Loader { process: &process, cache: &cache, programs }.load(&plugin, &bytes)?;
+        Loader { process: &process, code: &*code }.load(&plugin, &bytes)?;
     let Described {
         name,
         version,

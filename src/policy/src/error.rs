@@ -150,7 +150,7 @@ impl Fault {
 }
 
 /// Why there is no verdict. Whoever gets one refuses the guest.
-#[derive(Clone, Debug, PartialEq, Eq)]
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
 pub struct PolicyError {
     fault: Fault,
     location: Option<Location>,

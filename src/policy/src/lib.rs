@@ -20,6 +20,7 @@ mod bundle;
 mod cache;
 mod cases;
 mod change;
+mod code;
 mod compiler;
 mod decision;
 mod engine;
@@ -44,6 +45,7 @@ mod verdict;
 
 pub use cases::{CaseResult, Coverage, run_cases};
 pub use change::{CASEMATE, Change, Field, Value, apply, invariants};
+pub use code::{Code, OwnCode};
 pub use compiler::EXIT_INVALID;
 pub use engine::{Config, Engine, Inspection, Installed, Needs, Substitute, install};
 pub use error::{Fault, PolicyError};

@@ -6,9 +6,7 @@ use std::{
 };
 
 use crate::{
-    Fault, PolicyError, Programs,
-    cache::{Cache, EntryKey},
-    compiler,
+    Code, Fault, PolicyError,
     engine::other_answer,
     process::Process,
     talk::{self, Ask, Described, Reply},
@@ -27,8 +25,7 @@ const PATIENCE: Duration = Duration::from_secs(60);
 /// What loading needs.
 pub(crate) struct Loader<'a> {
     pub(crate) process: &'a Process,
-    pub(crate) cache: &'a Cache,
-    pub(crate) programs: &'a Programs,
+    pub(crate) code: &'a dyn Code,
 }
 
 /// A plugin that is loaded.
@@ -42,16 +39,15 @@ impl Loader<'_> {
     /// Has the process load a plugin, whose component is `bytes`.
     pub(crate) fn load(&self, plugin: &talk::Plugin, bytes: &[u8]) -> Result<Loaded, PolicyError> {
         let engine = engine_tag();
-        let key = EntryKey { digest: &plugin.digest, engine: &engine };
-        if let Cached::Taken(described) = self.cached(&key, plugin)? {
+        if let Cached::Taken(described) = self.cached(&engine, plugin)? {
             return Ok(Loaded { described: *described, compile_time: None });
         }
         // Not there, or made by a Casemate whose engine was set up otherwise.
         let start = Instant::now();
-        self.cache.store(&key, &compiler::compile(self.programs, &plugin.name, bytes)?)?;
+        self.code.compile(&plugin.name, &plugin.digest, &engine, bytes)?;
         let compile_time = Some(start.elapsed());
         let broken = |cause: String| Err(PolicyError::new(Fault::Compiler, &plugin.name, cause));
-        match self.cached(&key, plugin)? {
+        match self.cached(&engine, plugin)? {
             Cached::Taken(described) => Ok(Loaded { described: *described, compile_time }),
             Cached::Foreign(cause) => {
                 broken(format!("the compiler is not of this version of Casemate: {cause}"))
@@ -63,10 +59,10 @@ impl Loader<'_> {
     /// What the cache has, as far as the engine takes it. The cache's own file is handed over where that may be: then only what
     /// runs takes memory, and all processes that decide share it. Else, and where no code may be mapped from the cache's file
     /// system (`noexec`), a copy is.
-    fn cached(&self, key: &EntryKey<'_>, plugin: &talk::Plugin) -> Result<Cached, PolicyError> {
+    fn cached(&self, engine: &str, plugin: &talk::Plugin) -> Result<Cached, PolicyError> {
         let mut cached = Cached::Absent;
         for may_be_shared in [true, false] {
-            let Some(code) = self.cache.load(key, may_be_shared)? else { break };
+            let Some(code) = self.code.load(&plugin.digest, engine, may_be_shared)? else { break };
             match self.hand_over(code, plugin)? {
                 Reply::Loaded(described) => return Ok(Cached::Taken(Box::new(tidy(*described)))),
                 Reply::Foreign(cause) => cached = Cached::Foreign(one_line(&cause)),

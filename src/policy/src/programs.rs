@@ -11,7 +11,7 @@ use std::{
     time::{Duration, Instant},
 };
 
-use crate::limits::HOST_LIMITS;
+use crate::{Code, OwnCode, PolicyError, limits::HOST_LIMITS};
 
 /// The compiler's standard streams: files in memory.
 #[derive(Debug)]
@@ -66,6 +66,11 @@ pub trait Launch: Send + Sync {
     /// # Errors
     /// Why it could not be started, in words.
     fn engine(&self, program: &Path, streams: EngineStreams) -> Result<Box<dyn Running>, String>;
+
+    /// Compiled code that somebody else keeps and makes; none where that is this process's to do.
+    fn code(&self) -> Option<Box<dyn Code + '_>> {
+        None
+    }
 }
 
 /// An engine that was started. Dropping it ends it.
@@ -89,6 +94,14 @@ pub struct Programs {
 }
 
 impl Programs {
+    /// Compiled code: in the cache at this path, where nobody else keeps it.
+    pub(crate) fn code(&self, cache: &Path) -> Result<Box<dyn Code + '_>, PolicyError> {
+        match self.launch.code() {
+            Some(code) => Ok(code),
+            None => Ok(Box::new(OwnCode::open(cache, &self.compiler, Arc::clone(&self.launch))?)),
+        }
+    }
+
     /// The programs as children of this process: see [`Plain`].
     pub fn plain(compiler: &Path, engine: &Path) -> Self {
         Self { compiler: compiler.into(), engine: engine.into(), launch: Arc::new(Plain::DEFAULT) }

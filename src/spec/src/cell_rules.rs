@@ -2,13 +2,14 @@
 
 use std::{collections::BTreeSet, fmt, path::Path};
 
-use serde::Deserialize;
+use serde::{Deserialize, Serialize};
 use toml::Spanned;
 
 use crate::{ByteSize, Refusal, guest::short, locate::locate};
 
 /// A part of a cell that some hosts can't give. Where one is lacking, no guest starts unless the host file names it.
-#[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord, Hash)]
+#[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord, Hash, Serialize, Deserialize)]
+#[serde(rename_all = "kebab-case")]
 pub enum CellPart {
     /// Landlock, of ABI 2 at least.
     Landlock,
@@ -48,7 +49,7 @@ pub struct CellRules {
 }
 
 /// The table `[cell.io]`: what a guest's images may cost each of the host's disks that they lie on. `None`: no limit.
-#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
 pub struct IoRules {
     /// Its share against others, 1 to 10000; the kernel's own is 100.
     pub weight: Option<u16>,

@@ -11,8 +11,8 @@ use crate::{
 };
 
 /// A vendor's number and the vendor's number for a thing: `1b36:0010`. Of a device, or of its subsystem.
-#[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord, Hash, Serialize)]
-#[serde(into = "String")]
+#[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord, Hash, Serialize, Deserialize)]
+#[serde(try_from = "String", into = "String")]
 pub struct PciId {
     /// The vendor, as the PCI SIG numbers them.
     pub vendor: u16,
@@ -36,6 +36,14 @@ impl fmt::Display for PciId {
 #[derive(Clone, Debug, PartialEq, Eq, thiserror::Error)]
 #[error("two numbers of four hexadecimal digits with a colon between are wanted, as in 1b36:0010")]
 pub struct PciIdError;
+
+impl TryFrom<String> for PciId {
+    type Error = PciIdError;
+
+    fn try_from(text: String) -> Result<Self, PciIdError> {
+        text.parse()
+    }
+}
 
 impl FromStr for PciId {
     type Err = PciIdError;

@@ -40,7 +40,7 @@ pub struct HostFile {
 ///
 /// A device belongs to it when it is all that the pool says; a list that is empty, and a value that is absent, says
 /// nothing. At least one of them says something.
-#[derive(Clone, Debug, PartialEq, Eq)]
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
 pub struct Pool {
     /// Its name.
     pub name: Name,
@@ -71,7 +71,7 @@ pub struct Pool {
 }
 
 /// Virtual functions as an operator wants them made.
-#[derive(Clone, Debug, Default, PartialEq, Eq)]
+#[derive(Clone, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
 pub struct VirtualFunctions {
     /// How many of each physical function, 1 to 256.
     pub count: u16,
@@ -84,7 +84,7 @@ pub struct VirtualFunctions {
 }
 
 /// The front of a class code: class, subclass, programming interface.
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
 pub struct ClassPrefix {
     /// The code, 24 bits; digits that were not written are 0.
     pub value: u32,
@@ -114,7 +114,7 @@ impl ClassPrefix {
 
 /// How a device is chosen by the NUMA node that it is near to. What counts is that all devices of a guest are near to one
 /// node, whichever it is.
-#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
 pub enum NumaPolicy {
     /// One near to the guest's other devices comes first; another is better than none.
     #[default]
@@ -126,7 +126,7 @@ pub enum NumaPolicy {
 }
 
 /// What is known of a device's firmware when it comes back from a guest. A reset proves nothing about it.
-#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
 pub enum Firmware {
     /// The operator vouches that a guest can't change it.
     Locked,

@@ -2,8 +2,10 @@
 
 use std::{error::Error, fmt, path::PathBuf};
 
+use serde::{Deserialize, Serialize};
+
 /// Where in a TOML file the refused value stands.
-#[derive(Clone, Debug, PartialEq, Eq)]
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
 pub struct Location {
     /// The file, as the user named it.
     pub file: PathBuf,

@@ -39,8 +39,13 @@ pub(crate) const ROOMS: &[Room] = &[
     room("casemate-policy-engine", &["casemate-filters", "casemate-policy", "casemate-spec"]),
     room("casemate-policy-compiler", &["casemate-filters", "casemate-policy", "casemate-policy-engine"]),
     room(
+        "casemate-broker",
+        &["casemate-host", "casemate-jail", "casemate-policy", "casemate-spec", "casemate-wire"],
+    ),
+    room(
         "casemate-keep",
         &[
+            "casemate-broker",
             "casemate-filters",
             "casemate-host",
             "casemate-jail",
@@ -64,7 +69,10 @@ pub(crate) const ROOMS: &[Room] = &[
             "casemate-wire",
         ],
     ),
-    room("casemate-hwtests", &["casemate-filters", "casemate-jail"]),
+    room(
+        "casemate-hwtests",
+        &["casemate-broker", "casemate-filters", "casemate-host", "casemate-jail", "casemate-spec"],
+    ),
     room("xtask", &["casemate-hwtests"]),
 ];
 
@@ -117,6 +125,25 @@ pub(crate) const BANS: &[Ban] = &[
         program: "casemate",
         names: &["casemate-policy-engine", "cranelift*", "pulley*", "wasmtime*"],
         why: "who decides about devices and processes runs no plugin: the engine is a program of its own",
+    },
+    Ban {
+        program: "casemate-broker",
+        names: &[
+            "casemate-chipset",
+            "casemate-keep",
+            "casemate-passthrough",
+            "casemate-pci",
+            "casemate-policy-engine",
+            "casemate-virtio",
+            "casemate-vmm",
+            "clap*",
+            "cranelift*",
+            "kvm-ioctls",
+            "linux-loader",
+            "vm-memory",
+            "wasmtime*",
+        ],
+        why: "who is root decides nothing, runs no guest and no plugin",
     },
     Ban {
         program: "casemate-policy-engine",

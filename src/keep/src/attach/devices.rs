@@ -5,24 +5,15 @@ use std::{
     sync::Arc,
 };
 
-use casemate_host::{
-    Choice, Claim, ClaimRequest, Host, Ledger, Notices, Owner, PciFunction, Pools, assignable, claim,
-    judge_dma, leave_virtual_functions,
-};
+use casemate_broker::{Broker, Choosing, Claim, ClaimedDevice, Claiming, Notices, hands};
+use casemate_host::PciFunction;
 use casemate_policy::Kind;
 use casemate_spec::{Guest, Name, PciAddress, Pooled, Refusal};
 use casemate_wire::{Assigned, AssignedCard, Card, Slot};
 
 use crate::{
-    DeviceReport, Events, Paths,
-    admission::Inventory,
-    admitted::Admitted,
-    attach::windows::fit,
-    cell,
-    operator_socket::first,
-    record::{self, GivenDevice},
-    releasing::Releasing,
-    virtual_functions::{Virtual, set_network},
+    DeviceReport, Events, Paths, admission::Inventory, admitted::Admitted, attach::windows::fit, cell,
+    operator_socket::first, record::GivenDevice, releasing::Releasing,
 };
 
 /// Functions of a card.
@@ -38,6 +29,7 @@ pub(super) struct Wanted<'a> {
 /// Who brings devices into one guest's slots, and takes them back.
 pub(super) struct Devices {
     paths: Paths,
+    broker: &'static Broker,
     guest: Guest,
     admitted: Arc<Admitted>,
 }
@@ -67,7 +59,7 @@ impl Plugged {
     }
 
     pub(super) fn given(&self) -> Vec<GivenDevice> {
-        self.claim.devices.iter().map(|device| GivenDevice::of(device, self.claim.owner().slot)).collect()
+        self.claim.devices.iter().map(|device| GivenDevice::of(device, self.claim.slot)).collect()
     }
 
     /// What is asked of the cell, with the descriptors for it.
@@ -78,8 +70,8 @@ impl Plugged {
             Ok::<_, std::io::Error>(Slot(u8::try_from(fds.len() - 1).unwrap_or(u8::MAX)))
         };
         let container = add(&self.claim.container)?;
-        let groups = self.claim.groups.iter().map(|group| add(&group.fd)).collect::<Result<_, _>>()?;
-        let function = |(device, function): (&casemate_host::ClaimedDevice, u8)| {
+        let groups = self.claim.groups.iter().map(&mut add).collect::<Result<_, _>>()?;
+        let function = |(device, function): (&ClaimedDevice, u8)| {
             let (fd, address) = (add(&device.fd)?, device.address.to_string());
             Ok(Assigned { device: fd, address, card: 0, function, rom: None })
         };
@@ -90,8 +82,13 @@ impl Plugged {
 }
 
 impl Devices {
-    pub(super) fn new(paths: &Paths, guest: &Guest, admitted: Arc<Admitted>) -> Self {
-        Self { paths: paths.clone(), guest: guest.clone(), admitted }
+    pub(super) fn new(
+        paths: &Paths,
+        broker: &'static Broker,
+        guest: &Guest,
+        admitted: Arc<Admitted>,
+    ) -> Self {
+        Self { paths: paths.clone(), broker, guest: guest.clone(), admitted }
     }
 
     /// Judges devices and claims them for a slot, as if the guest were about to start with them. Of its memory `there_bytes` take room
@@ -101,27 +98,23 @@ impl Devices {
     /// What a guest that starts with them would be refused for; `hotplug-window` when they don't fit into a slot's
     /// windows.
     pub(super) fn take(&self, slot: u8, wanted: Wanted<'_>, there_bytes: u64) -> Result<Plugged, Refusal> {
-        let (host, ledger) = (Host::live(), Ledger::open(&self.paths.state)?);
-        let owner = Owner::this_process(self.guest.name.as_str())?.in_slot(slot);
-        let host_file = self.paths.read_host_file()?;
         let pooled = pooled(wanted)?;
-        let functions = host.functions()?;
-        let made = Virtual::make(
-            &host,
-            &ledger,
-            &owner,
-            &pooled,
-            &Pools::new(&host, &functions, &host_file.pools)?,
-        )?;
-        let functions = if made.is_some() { host.functions()? } else { functions };
-        let pools = Pools::new(&host, &functions, &host_file.pools)?;
-        let plugged = self.choose_and_take(
-            &Taking { host: &host, ledger: &ledger, owner, pools, functions: &functions, there_bytes },
-            wanted,
-            &pooled,
-        )?;
+        let pools = &self.admitted.host_file().pools;
+        let mut host = hands::Inventory::new(true, None, pools)?;
+        let made = self.broker.make_virtual(Some(slot), &pooled)?;
+        let taken = (|| {
+            if made {
+                host = hands::Inventory::new(true, None, pools)?;
+            }
+            let taking =
+                Taking { inventory: Inventory { host: &host, pools: &host.pools()? }, slot, there_bytes };
+            self.choose_and_take(&taking, wanted, &pooled)
+        })();
         // They go when the devices have come back.
-        Ok(Plugged { are_virtual: made.map(Virtual::stay).is_some(), ..plugged })
+        if made && taken.is_err() {
+            self.broker.leave_virtual(Some(slot));
+        }
+        Ok(Plugged { are_virtual: made, ..taken? })
     }
 
     fn choose_and_take(
@@ -130,13 +123,14 @@ impl Devices {
         wanted: Wanted<'_>,
         pooled: &[Pooled],
     ) -> Result<Plugged, Refusal> {
-        let Taking { host, ledger, pools, functions, .. } = taking;
-        let choosing = (!pooled.is_empty()).then(|| ledger.choosing()).transpose()?;
-        let choice = Choice { tenant: self.guest.tenant.as_str(), named: wanted.addresses, pooled };
-        let chosen = pools.choose(ledger, &choice)?.into_iter().map(|(_, address)| address);
+        let Inventory { host, pools } = taking.inventory;
+        let choosing: Option<Choosing> =
+            (!pooled.is_empty()).then(|| self.broker.begin_choosing()).transpose()?;
+        let chosen = host.choose(&self.guest.tenant, wanted.addresses, pooled)?;
+        let chosen = chosen.into_iter().map(|(_, address)| address);
         let addresses: Vec<PciAddress> = wanted.addresses.iter().copied().chain(chosen).collect();
-        assignable(host, functions, Some(ledger), &addresses)?;
-        let of = |address: &PciAddress| functions.iter().find(|function| function.address == *address);
+        host.assignable(&addresses)?;
+        let of = |address: &PciAddress| host.functions.iter().find(|function| function.address == *address);
         let given: Vec<&PciFunction> = addresses.iter().filter_map(of).collect();
         let bars: Vec<_> = given.iter().flat_map(|function| function.bars.iter().copied()).collect();
         addresses.first().map_or(Ok(()), |first| fit(*first, &bars, &self.guest.hotplug))?;
@@ -150,71 +144,38 @@ impl Devices {
 
     /// Asks the policies whether the guest may have them too.
     fn ask(&self, taking: &Taking<'_>, given: &[&PciFunction]) -> Result<(), Refusal> {
-        let inventory = Inventory {
-            functions: taking.functions,
-            pools: Some(&taking.pools),
-            ledger: Some(taking.ledger),
-        };
         let mut spec = self.admitted.spec();
-        spec.devices.extend(given.iter().map(|function| inventory.describe(function)));
+        spec.devices.extend(given.iter().map(|function| taking.inventory.describe(function)));
         let names: Vec<_> = given.iter().map(|function| function.address.to_string()).collect();
         let change = format!("add device {}", names.join(" "));
-        self.admitted.ask_for_devices(spec, &change, inventory).map(drop).map_err(first)
+        self.admitted.ask_for_devices(spec, &change, taking.inventory).map(drop).map_err(first)
     }
 
     fn claim(&self, taking: &Taking<'_>, addresses: &[PciAddress]) -> Result<Claim, Refusal> {
-        let Taking { host, ledger, owner, pools, functions, there_bytes } = taking;
         let mut needs = cell::dma_needs(&self.guest);
-        needs.set_aside_bytes = needs.set_aside_bytes.max(*there_bytes);
+        needs.set_aside_bytes = needs.set_aside_bytes.max(taking.there_bytes);
         // With those that come: the policies have been asked.
         let all: Vec<PciAddress> = self.admitted.spec().devices.iter().map(|device| device.address).collect();
-        judge_dma(host, functions, &all, &needs)?;
-        let request = ClaimRequest {
-            owner: owner.clone(),
-            addresses: addresses.to_vec(),
-            digests: pools.digested(addresses),
-            scrub: pools.scrubbed(addresses),
-            judged: self.admitted.policies().current().has(Kind::Device),
-        };
-        let claim = claim(host, ledger, request)?;
-        match self.make_ready(taking, addresses, &claim, &needs) {
-            Ok(()) => Ok(claim),
-            Err(refusal) => {
-                claim.release(host, ledger, &mut |_| None);
-                Err(refusal)
-            }
-        }
-    }
-
-    /// Writes down that the guest gets what was claimed, and says what virtual functions may do.
-    fn make_ready(
-        &self,
-        taking: &Taking<'_>,
-        addresses: &[PciAddress],
-        claim: &Claim,
-        needs: &casemate_host::DmaNeeds,
-    ) -> Result<(), Refusal> {
-        let Taking { host, ledger, owner, pools, .. } = taking;
-        if let Some(first) = addresses.first() {
-            claim.limits.judge(*first, needs)?;
-        }
+        taking.inventory.host.judge_dma(&all, &needs)?;
         let guest = self.guest.name.as_str();
-        let slot = owner.slot.unwrap_or_default();
-        for (number, device) in claim.devices.iter().enumerate() {
-            set_network(host, pools, device.address, cell::mac_in_slot(guest, slot, number))?;
-        }
-        if let Some(cell) = record::cell_of(&self.paths, guest) {
-            ledger.note_cell(owner, cell.pid)?;
-        }
-        ledger.attach(owner, self.guest.tenant.as_str(), &pools.unchecked(addresses))
+        let macs = (0..addresses.len()).map(|number| cell::mac_in_slot(guest, taking.slot, number));
+        let claiming = Claiming {
+            slot: Some(taking.slot),
+            tenant: self.guest.tenant.clone(),
+            addresses: addresses.to_vec(),
+            judged: self.admitted.policies().current().has(Kind::Device),
+            needs,
+            macs: macs.collect(),
+        };
+        self.broker.claim(claiming).map_err(|failed| failed.refusal)
     }
 
     /// Has devices that the guest let go of, or lost with its end, proven, and gives them back.
     pub(super) fn give_back(&self, plugged: Plugged, runs_on: bool) -> Vec<DeviceReport> {
-        let (host, addresses) = (Host::live(), plugged.addresses());
+        let addresses = plugged.addresses();
         let Plugged { claim, functions, are_virtual, listener } = plugged;
         drop(listener);
-        let owner = claim.owner().clone();
+        let slot = claim.slot;
         let engine = self.admitted.policies().current();
         let releasing = Releasing {
             engine: &engine,
@@ -222,20 +183,16 @@ impl Devices {
             functions,
             events: Events::below(&self.paths.state),
         };
-        let returned = Ledger::open(&self.paths.state).map(|ledger| {
-            let mut judge = |returned: &casemate_host::Returned| releasing.judge(returned);
-            let returned = match runs_on {
-                true => claim.release_from_running(&host, &ledger, &mut judge),
-                false => claim.release(&host, &ledger, &mut judge),
-            };
-            let left = are_virtual.then(|| leave_virtual_functions(&host, &ledger, &owner));
-            for refusal in left.into_iter().filter_map(Result::err).flatten() {
-                tracing::warn!("{refusal}");
-            }
-            returned
-        });
+        let mut judge = |returned: &casemate_host::Returned| releasing.judge(returned);
+        let returned = match runs_on {
+            true => claim.release_from_running(&mut judge),
+            false => claim.release(&mut judge),
+        };
+        if are_virtual {
+            self.broker.leave_virtual(slot);
+        }
         self.forget(&addresses);
-        returned.unwrap_or_default().into_iter().map(DeviceReport::from).collect()
+        returned.into_iter().map(DeviceReport::from).collect()
     }
 
     /// The guest has them no longer.
@@ -246,11 +203,8 @@ impl Devices {
 
 /// The host as it is while devices are taken.
 struct Taking<'a> {
-    host: &'a Host,
-    ledger: &'a Ledger,
-    owner: Owner,
-    pools: Pools<'a>,
-    functions: &'a [PciFunction],
+    inventory: Inventory<'a>,
+    slot: u8,
     there_bytes: u64,
 }
 

@@ -3,11 +3,12 @@
 use std::{
     collections::BTreeMap,
     fs,
-    path::{Path, PathBuf},
+    path::PathBuf,
     time::{Duration, Instant},
 };
 
-use casemate_policy::{Bounds, Deed, GuestSample, Knob, Rate};
+use casemate_broker::{Knob, hands};
+use casemate_policy::{Bounds, Deed, GuestSample, Knob as Turned, Rate};
 use casemate_spec::{Refusal, ResourceBounds};
 use casemate_wire::{Ask, BalloonStatistics, DeviceKind, Limits, Which};
 
@@ -50,7 +51,7 @@ pub(super) struct Actor {
     /// Whether it was a governor that paused it.
     paused: bool,
     /// When each was turned last.
-    turned: BTreeMap<Knob, Instant>,
+    turned: BTreeMap<Turned, Instant>,
 }
 
 impl Actor {
@@ -186,11 +187,11 @@ impl Actor {
     fn turn(&mut self, deed: &Deed) -> Result<(), String> {
         let in_words = |refusal: Refusal| refusal.to_string();
         match *deed {
-            Deed::CpuWeight(weight) => write(&self.cgroup, "cpu.weight", &weight.to_string())?,
+            Deed::CpuWeight(weight) => hands::turn(&self.cgroup, Knob::CpuWeight(weight))?,
             Deed::CpuLimit(limit) => {
                 let most = u64::from(self.cpus_most) * CPU_PERIOD_US;
                 let quota = limit.map_or(most, |limit| (u64::from(limit) * CPU_PERIOD_US / 1_000).min(most));
-                write(&self.cgroup, "cpu.max", &format!("{} {CPU_PERIOD_US}", quota.max(1_000)))?;
+                hands::turn(&self.cgroup, Knob::CpuQuota(quota.max(1_000)))?;
                 self.cpu_limit = limit;
             }
             Deed::Balloon(bytes) => {
@@ -243,10 +244,6 @@ fn share(rate: Rate, count: usize) -> Limits {
         Some(casemate_wire::Rate { per_second, burst: per_second })
     };
     Limits { bytes: share(rate.bytes_a_second), operations: share(rate.requests_a_second) }
-}
-
-fn write(cgroup: &Path, file: &str, value: &str) -> Result<(), String> {
-    fs::write(cgroup.join(file), value).map_err(|error| format!("{file} cannot be set to {value}: {error}"))
 }
 
 #[cfg(test)]
@@ -326,7 +323,7 @@ mod tests {
     fn memory_is_taken_slowly_and_given_back_at_once() {
         let (_folder, mut one, _orders) = actor(false);
         one.balloon_bytes = 600 << 20;
-        one.turned.insert(Knob::Balloon, Instant::now());
+        one.turned.insert(Turned::Balloon, Instant::now());
         assert!(one.too_soon(&Deed::Balloon(512 << 20)).is_some());
         assert!(one.too_soon(&Deed::Balloon(700 << 20)).is_none());
     }

@@ -1,22 +1,17 @@
 //! What keeps tell each other of their guests: `NAME.sample` in the folder of sockets and locks, replaced as a whole at each look.
 
-use std::{
-    fs::{self, File},
-    io::Read,
-    path::{Path, PathBuf},
-    time::{Duration, SystemTime},
-};
+use std::path::{Path, PathBuf};
 
+use casemate_broker::{Kept, hands};
 use casemate_host::{Host, Owner, Process};
 use casemate_policy::GuestSample;
+use casemate_spec::Name;
 use serde::{Deserialize, Serialize};
 
-/// A sample has some hundred bytes.
-const BYTES_MAX: u64 = 64 << 10;
 /// Guests on a host that are told of at most.
 const GUESTS_MAX: usize = 4096;
 /// One that was not replaced for so long tells nothing any more.
-const STALE: Duration = Duration::from_secs(120);
+const STALE_MS: u64 = 120_000;
 
 #[derive(Serialize, Deserialize)]
 struct Told {
@@ -25,69 +20,56 @@ struct Told {
     keep: Process,
 }
 
-/// This guest's file, and those of others. The file is gone when this is dropped.
+/// What this guest's keep tells, and what others tell. It is told no longer when this is dropped.
 pub(super) struct Shared {
     runtime: PathBuf,
-    path: PathBuf,
+    guest: Option<Name>,
     keep: Option<Process>,
 }
 
 impl Shared {
     pub(super) fn new(runtime: &Path, guest: &str) -> Self {
         let keep = Owner::this_process(guest).ok().map(|owner| owner.keep);
-        Self { runtime: runtime.to_owned(), path: runtime.join(format!("{guest}.sample")), keep }
+        Self { runtime: runtime.to_owned(), guest: Name::new(guest), keep }
     }
 
     /// Tells the others. One that can't be told is not seen by them for a while.
     pub(super) fn tell(&self, sample: &GuestSample) {
-        let Some(keep) = self.keep.clone() else { return };
-        let new = self.path.with_extension("sample-new");
+        let (Some(keep), Some(guest)) = (self.keep.clone(), &self.guest) else { return };
         let told = Told { sample: GuestSample { governed: false, ..sample.clone() }, keep };
-        if let Ok(text) = serde_json::to_vec(&told) {
-            let _ = fs::write(&new, text).and_then(|()| fs::rename(&new, &self.path));
+        if let Ok(text) = serde_json::to_string(&told) {
+            let _ = hands::put(&self.runtime, guest, Kept::Sample, &text);
         }
     }
 
     /// What the others tell.
     pub(super) fn others(&self) -> Vec<GuestSample> {
-        let Ok(entries) = fs::read_dir(&self.runtime) else { return Vec::new() };
         let host = Host::live();
-        entries
-            .flatten()
-            .map(|entry| entry.path())
-            .filter(|path| {
-                path.extension().is_some_and(|extension| extension == "sample") && *path != self.path
-            })
+        let own = self.guest.as_ref().map_or("", Name::as_str);
+        hands::read_all(&self.runtime, Kept::Sample)
+            .into_iter()
+            .filter(|seen| seen.guest != own && seen.age_ms <= STALE_MS)
             .take(GUESTS_MAX)
-            .filter_map(|path| {
-                let told = read(&path)?;
-                let named = path.file_stem().is_some_and(|stem| stem == told.sample.name.as_str());
-                (named && told.keep.is_alive(&host)).then_some(told.sample)
+            .filter_map(|seen| {
+                let told: Told = serde_json::from_str(&seen.text).ok()?;
+                (seen.guest == told.sample.name && told.keep.is_alive(&host)).then_some(told.sample)
             })
             .collect()
     }
 }
 
-fn read(path: &Path) -> Option<Told> {
-    let file = File::open(path).ok()?;
-    let changed = file.metadata().ok()?.modified().ok()?;
-    if SystemTime::now().duration_since(changed).is_ok_and(|age| age > STALE) {
-        return None;
-    }
-    let mut text = Vec::new();
-    file.take(BYTES_MAX).read_to_end(&mut text).ok()?;
-    serde_json::from_slice(&text).ok()
-}
-
 impl Drop for Shared {
     fn drop(&mut self) {
-        let _ = fs::remove_file(&self.path);
+        if let Some(guest) = &self.guest {
+            hands::remove(&self.runtime, guest, Kept::Sample);
+        }
     }
 }
 
 #[cfg(test)]
 mod tests {
     use super::*;
+    use std::fs;
 
     fn sample(name: &str) -> GuestSample {
         GuestSample { name: name.into(), governed: true, ..GuestSample::default() }

@@ -60,7 +60,7 @@ impl Rotating {
         })
     }
 
-    fn put(&mut self, mut bytes: &[u8]) -> io::Result<()> {
+    pub(crate) fn put(&mut self, mut bytes: &[u8]) -> io::Result<()> {
         while !bytes.is_empty() {
             if self.written >= self.file_bytes {
                 self.rotate()?;
@@ -106,30 +106,6 @@ impl Rotating {
 fn open(path: &Path) -> io::Result<File> {
     let flags = (rustix::fs::OFlags::NOFOLLOW | rustix::fs::OFlags::NONBLOCK).bits();
     File::options().append(true).create(true).mode(0o600).custom_flags(flags as i32).open(path)
-}
-
-/// Writes to the first, and to the second as well as that goes: a disk that is full does not stop the guest.
-pub(crate) struct Tee {
-    pub(crate) out: Box<dyn Write + Send>,
-    pub(crate) log: Rotating,
-}
-
-impl Write for Tee {
-    fn write(&mut self, bytes: &[u8]) -> io::Result<usize> {
-        if let Err(error) = self.log.put(bytes)
-            && self.log.file.take().is_some()
-        {
-            tracing::warn!(%error, path = %self.log.path.display(), "the console is no longer kept");
-        }
-        // A reader that went away is none that the log waits for.
-        let _ = self.out.write_all(bytes);
-        Ok(bytes.len())
-    }
-
-    fn flush(&mut self) -> io::Result<()> {
-        let _ = self.out.flush();
-        Ok(())
-    }
 }
 
 #[cfg(test)]
@@ -194,16 +170,5 @@ mod tests {
             assert_eq!(refused.unwrap_err().code, "console-log", "{}", path.display());
         }
         assert!(!target.exists());
-    }
-
-    #[test]
-    fn a_log_that_fails_stops_nobody() {
-        let folder = tempfile::tempdir().unwrap();
-        let mut log = log(folder.path(), 1);
-        log.file = Some(File::open("/dev/null").unwrap());
-        let mut tee = Tee { out: Box::new(io::sink()), log };
-        assert_eq!(tee.write(b"on").unwrap(), 2);
-        assert_eq!(tee.write(b"and on").unwrap(), 6);
-        assert!(tee.log.file.is_none());
     }
 }

@@ -12,25 +12,59 @@ use std::{
 };
 
 use rustix::fs::{FlockOperation, flock};
+use serde::{Deserialize, Serialize};
 
 /// How much is kept.
 #[derive(Clone, Copy, Debug)]
-pub(crate) struct Bounds {
-    pub(crate) file_bytes: u64,
+pub struct Bounds {
+    /// Of one file.
+    pub file_bytes: u64,
     /// Files beside the one that is written to.
-    pub(crate) older_files: u32,
-    pub(crate) line_bytes: u64,
+    pub older_files: u32,
+    /// Of one line.
+    pub line_bytes: u64,
+}
+
+/// The logs that keeps write to.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
+pub enum Log {
+    /// What every policy was asked, and what it answered. A line is on the disk when it was written.
+    Decisions,
+    /// What happened to guests while they ran.
+    Events,
+}
+
+impl Log {
+    /// The log below a folder for state.
+    pub fn below(self, state: &Path) -> Journal {
+        match self {
+            Self::Decisions => Journal {
+                folder: state.join("decisions"),
+                name: "decisions",
+                bounds: Bounds { file_bytes: 16 << 20, older_files: 8, line_bytes: 1 << 20 },
+                log: self,
+            },
+            Self::Events => Journal {
+                folder: state.join("events"),
+                name: "events",
+                bounds: Bounds { file_bytes: 4 << 20, older_files: 4, line_bytes: 64 << 10 },
+                log: self,
+            },
+        }
+    }
 }
 
 /// The log in a folder. Holds nothing open.
 #[derive(Clone, Debug)]
-pub(crate) struct Journal {
-    pub(crate) folder: PathBuf,
+pub struct Journal {
+    /// Where it is.
+    pub folder: PathBuf,
     /// How its files are called.
-    pub(crate) name: &'static str,
-    pub(crate) bounds: Bounds,
-    /// Whether a line is on the disk when writing it returns.
-    pub(crate) synced: bool,
+    pub name: &'static str,
+    /// How much is kept.
+    pub bounds: Bounds,
+    /// Which it is.
+    pub log: Log,
 }
 
 impl Journal {
@@ -52,7 +86,7 @@ impl Journal {
             file.write_all(b"\n")?;
         }
         file.write_all(line)?;
-        if !self.synced {
+        if self.log != Log::Decisions {
             return Ok(());
         }
         file.sync_data()?;
@@ -74,7 +108,7 @@ impl Journal {
     }
 
     /// The file that is written to (0), or an older one.
-    pub(crate) fn file(&self, number: u32) -> PathBuf {
+    pub fn file(&self, number: u32) -> PathBuf {
         match number {
             0 => self.folder.join(format!("{}.jsonl", self.name)),
             _ => self.folder.join(format!("{}.{number}.jsonl", self.name)),
@@ -82,7 +116,10 @@ impl Journal {
     }
 
     /// Each line, oldest first. A log that was never written to has none.
-    pub(crate) fn each(&self, take: &mut dyn FnMut(&[u8])) -> io::Result<()> {
+    ///
+    /// # Errors
+    /// When it can't be read.
+    pub fn each(&self, take: &mut dyn FnMut(&[u8])) -> io::Result<()> {
         let lock = match File::open(self.folder.join("lock")) {
             Err(error) if error.kind() == io::ErrorKind::NotFound => return Ok(()),
             lock => lock?,
