@@ -237,7 +237,9 @@ pub(crate) fn is_weaker_by_leave_alone(ctx: &mut Ctx) -> Result<(), Failure> {
         refused.stderr
     );
 
-    let limited = start(&on_disk, "")?;
+    let limited = start(&on_disk, "[cell]\nfirst_uid = 200000\n")?;
+    let (_, uid) = cell_of(&limited)?;
+    expect!((200_000..208_192).contains(&uid), "its uid is {uid}");
     limited.wait_for_text("has-written", soon)?;
     limited.wait_for_text("seconds:", soon)?;
     let told = report(true)?;

@@ -1,7 +1,6 @@
 //! The keep, which is not root once it reads anything, and its broker, which is, and gives it little.
 
 use std::{
-    collections::BTreeSet,
     fs,
     os::fd::AsFd,
     path::{Path, PathBuf},
@@ -9,7 +8,7 @@ use std::{
     time::Duration,
 };
 
-use casemate_broker::{Broker, CellWanted, Claiming, ConsoleLog, Knob, Node, Places, What, hands};
+use casemate_broker::{Broker, CellWanted, Claiming, ConsoleLog, Knob, Node, Places, Rules, What, hands};
 use casemate_host::{DmaNeeds, TapRequest};
 use casemate_hwtests::{
     devices, expect,
@@ -96,7 +95,7 @@ pub(crate) fn captured_one_gets_nothing(ctx: &mut Ctx) -> Result<(), Failure> {
 
 fn try_all(broker: &'static Broker, folder: &Path, secret: &PathBuf) -> Result<(), Failure> {
     let name = Name::new("captured").ok_or_else(|| Failure::new("no name"))?;
-    broker.set_rules(&[], &BTreeSet::new())?;
+    broker.set_rules(Rules::default())?;
     broker.reserve(&name)?;
     let read_only = What::Raw { read_only: true };
     // Before a guest runs, what its file names is opened.
@@ -153,7 +152,7 @@ fn try_all(broker: &'static Broker, folder: &Path, secret: &PathBuf) -> Result<(
         ("make a socket", broker.listen(&folder.join("socket"), "vsock-socket").err().map(code)),
         ("write to a log of its choice", broker.keep_console(log).err().map(code)),
         ("be another guest", broker.reserve(&name).err().map(code)),
-        ("change the host's rules", broker.set_rules(&[], &BTreeSet::new()).err().map(code)),
+        ("change the host's rules", broker.set_rules(Rules::default()).err().map(code)),
         ("have others' devices given back", broker.recover().err().map(code)),
         ("close another cell", broker.close_cell(wanted, write.as_fd()).err().map(code)),
     ];

@@ -5,7 +5,6 @@
 //! `policy.toml`), which the program puts on before it reads a byte. The compiler has one thread, the engine two.
 
 use std::{
-    collections::BTreeSet,
     ffi::CStr,
     fs::{self, DirBuilder, File},
     os::{
@@ -19,7 +18,7 @@ use std::{
 
 use casemate_jail::{Cell, CellPlan, CgroupPlan, End, IoPlan, Program, Rlimits, start};
 use casemate_policy::{Ended, EngineStreams, HOST_LIMITS, PluginLimits, Streams};
-use casemate_spec::{CellPart, Name, Refusal};
+use casemate_spec::{CellUids, Name, Refusal};
 use rustix::{
     event::{PollFd, PollFlags, Timespec, poll},
     fs::{FlockOperation, flock},
@@ -27,12 +26,10 @@ use rustix::{
     net::{AddressFamily, SocketAddrUnix, SocketFlags, SocketType, bind, connect, listen, socket_with},
 };
 
-use crate::Places;
+use crate::{Places, Rules};
 
-/// uids and gids of cells begin here, above those of users, containers and systemd's dynamic users.
-const FIRST_UID: u32 = 0x4361_0000;
-/// Cells, and keeps, on a host at most.
-const UIDS: u32 = 8192;
+/// uids of keeps, which have theirs before they can read what the host file says of cells'.
+pub(crate) const UIDS_OF_KEEPS: CellUids = CellUids { first: 0x4361_8000 };
 /// What the compiler allows itself of address space, and what the kernel keeps for it. The files in memory that it writes
 /// are counted here as well.
 const COMPILER_BYTES: u64 = (2 << 30) + (64 << 20);
@@ -65,14 +62,14 @@ pub(crate) struct Reserved {
 
 impl Reserved {
     /// Reserves a guest's name, and a uid that no other cell has.
-    pub(crate) fn new(places: &Places, guest: Name) -> Result<Self, Refusal> {
+    pub(crate) fn new(places: &Places, guest: Name, uids: CellUids) -> Result<Self, Refusal> {
         make_runtime(&places.runtime)?;
         let name = places.runtime.join(format!("{guest}.lock"));
         let name_lock = try_lock(&name)?.ok_or_else(|| {
             let remedy = "stop it first, or give this guest another name";
             Refusal::new("guest-runs", &guest, "a guest of this name runs already", remedy)
         })?;
-        let (uid, uid_lock) = reserve_uid(&places.runtime, guest.as_str())?;
+        let (uid, uid_lock) = reserve_uid(&places.runtime, guest.as_str(), uids)?;
         let control = places.runtime.join(format!("{guest}.socket"));
         Ok(Self { guest, uid, control, _uid_lock: uid_lock, _name_lock: name_lock })
     }
@@ -80,13 +77,13 @@ impl Reserved {
 
 /// A uid that nobody else has, for as long as the lock is held. No guest's name begins with a sign, so its lock is never
 /// taken for one of these.
-pub(crate) fn reserve_uid(runtime: &Path, whose: &str) -> Result<(u32, File), Refusal> {
-    for number in 0..UIDS {
-        if let Some(lock) = try_lock(&runtime.join(format!("+uid-{number}.lock")))? {
-            return Ok((FIRST_UID + number, lock));
+pub(crate) fn reserve_uid(runtime: &Path, whose: &str, uids: CellUids) -> Result<(u32, File), Refusal> {
+    for uid in (uids.first..).take(CellUids::COUNT as usize) {
+        if let Some(lock) = try_lock(&runtime.join(format!("+uid-{uid}.lock")))? {
+            return Ok((uid, lock));
         }
     }
-    let cause = format!("{UIDS} users of guests and keeps are taken already");
+    let cause = format!("{} cells or keeps are there already", CellUids::COUNT);
     Err(Refusal::new("host-full", whose, cause, "wait until a guest has ended"))
 }
 
@@ -209,7 +206,7 @@ impl Closed {
 /// Why it could not be, in words.
 pub(crate) fn compile(
     places: &Places,
-    may_lack: BTreeSet<CellPart>,
+    rules: &Rules,
     program: &Path,
     streams: Streams,
 ) -> Result<Ended, String> {
@@ -224,7 +221,7 @@ pub(crate) fn compile(
         file_size_bytes_max: HOST_LIMITS.compiled_bytes as u64,
         threads_max: 1,
     };
-    let mut closed = close(places, may_lack, program, room)?;
+    let mut closed = close(places, rules, program, room)?;
     let ended = wait(&mut closed.cell, Duration::from_millis(HOST_LIMITS.compile_ms))?;
     closed.cell.close().map_err(in_words)?;
     Ok(ended)
@@ -236,7 +233,7 @@ pub(crate) fn compile(
 /// Why it could not be, in words.
 pub(crate) fn engine(
     places: &Places,
-    may_lack: BTreeSet<CellPart>,
+    rules: &Rules,
     program: &Path,
     streams: EngineStreams,
 ) -> Result<Closed, String> {
@@ -251,19 +248,14 @@ pub(crate) fn engine(
         file_size_bytes_max: 0,
         threads_max: 2,
     };
-    close(places, may_lack, program, room)
+    close(places, rules, program, room)
 }
 
-fn close(
-    places: &Places,
-    may_lack: BTreeSet<CellPart>,
-    program: &Path,
-    room: Room,
-) -> Result<Closed, String> {
+fn close(places: &Places, rules: &Rules, program: &Path, room: Room) -> Result<Closed, String> {
     let file = File::open(program);
     let file = file.map_err(|error| format!("{} can't be opened: {error}", program.display()))?;
     make_runtime(&places.runtime).map_err(in_words)?;
-    let (uid, uid_lock) = reserve_uid(&places.runtime, room.name).map_err(in_words)?;
+    let (uid, uid_lock) = reserve_uid(&places.runtime, room.name, rules.uids).map_err(in_words)?;
     let cell = start(CellPlan {
         guest: name(room.name),
         uid,
@@ -287,7 +279,7 @@ fn close(
             cpus_max: 1,
             io: IoPlan::default(),
         },
-        may_lack,
+        may_lack: rules.may_lack.clone(),
         tied_to_parent: true,
     })
     .map_err(in_words)?;

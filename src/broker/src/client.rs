@@ -18,7 +18,7 @@ use std::{
 use casemate_host::{DmaNeeds, Image, Life, PciFunction, Recovered, Tap, TapRequest};
 use casemate_jail::{End, Landlock, MemoryUse};
 use casemate_policy::{Code, Ended as EngineEnded, EngineStreams, Fault, Launch, PolicyError, Streams};
-use casemate_spec::{CellPart, Name, PciAddress, Pool, Pooled, Refusal};
+use casemate_spec::{CellPart, Name, PciAddress, Pooled, Refusal};
 use casemate_wire::{Channel, WireError};
 use rustix::{
     fs::{MemfdFlags, memfd_create},
@@ -33,7 +33,7 @@ use serde::{Deserialize, de::DeserializeOwned};
 use serde_json::Value;
 
 use crate::{
-    Claiming, Kept, Knob, Limit, Node, Places, Seen, What,
+    Claiming, Kept, Knob, Limit, Node, Places, Rules, Seen, What,
     claim::Claim,
     console_log::ConsoleLog,
     envelope,
@@ -237,8 +237,8 @@ impl Broker {
     ///
     /// # Errors
     /// `broker-gone`; `broker-not-granted` once the guest runs.
-    pub fn set_rules(&self, pools: &[Pool], may_lack: &BTreeSet<CellPart>) -> Result<(), Refusal> {
-        self.value(&Request::Rules { pools: pools.to_vec(), may_lack: may_lack.clone() })
+    pub fn set_rules(&self, rules: Rules) -> Result<(), Refusal> {
+        self.value(&Request::Rules(rules))
     }
 
     pub(crate) fn put(&self, kind: Kept, text: &str) -> io::Result<()> {

@@ -1,12 +1,11 @@
 //! The policy compiler and engine in cells that this very process makes.
 
-use std::{collections::BTreeSet, path::Path};
+use std::path::Path;
 
 use casemate_policy::{Ended, EngineStreams, Launch, Running, Streams};
-use casemate_spec::CellPart;
 
 use crate::{
-    Places,
+    Places, Rules,
     cells::{self, Closed},
 };
 
@@ -15,17 +14,17 @@ use crate::{
 pub struct InCells {
     /// Where cells are made.
     pub places: Places,
-    /// What of a cell may be lacking here.
-    pub may_lack: BTreeSet<CellPart>,
+    /// What holds for cells here.
+    pub rules: Rules,
 }
 
 impl Launch for InCells {
     fn compile(&self, program: &Path, streams: Streams) -> Result<Ended, String> {
-        cells::compile(&self.places, self.may_lack.clone(), program, streams)
+        cells::compile(&self.places, &self.rules, program, streams)
     }
 
     fn engine(&self, program: &Path, streams: EngineStreams) -> Result<Box<dyn Running>, String> {
-        Ok(Box::new(cells::engine(&self.places, self.may_lack.clone(), program, streams)?))
+        Ok(Box::new(cells::engine(&self.places, &self.rules, program, streams)?))
     }
 }
 

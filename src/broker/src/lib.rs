@@ -33,7 +33,7 @@ pub use client::{Broker, ByBroker, Cell, Choosing, Operators, begin, broker};
 pub use console_log::ConsoleLog;
 pub use in_cells::InCells;
 pub use journal::{Bounds, Journal, Log};
-pub use protocol::{Attachment, CellWanted, Claiming, Kept, Knob, Limit, Node, Places, Seen, What};
+pub use protocol::{Attachment, CellWanted, Claiming, Kept, Knob, Limit, Node, Places, Rules, Seen, What};
 
 use std::os::fd::OwnedFd;
 
@@ -52,8 +52,8 @@ use crate::{
 pub fn serve(socket: OwnedFd) -> Result<(), Refusal> {
     let keep = Channel::new(socket);
     let (Hello { places }, _) = envelope::receive(&keep).map_err(gone)?;
-    let reserved =
-        cells::make_runtime(&places.runtime).and_then(|()| cells::reserve_uid(&places.runtime, "the keep"));
+    let reserved = cells::make_runtime(&places.runtime)
+        .and_then(|()| cells::reserve_uid(&places.runtime, "the keep", cells::UIDS_OF_KEEPS));
     let (_uid_lock, answer) = match reserved {
         Ok((uid, lock)) => (Some(lock), Answer::Done(uid.into())),
         Err(refusal) => (None, Answer::Refused(Refused::from(refusal))),

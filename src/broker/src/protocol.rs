@@ -10,7 +10,9 @@ use std::{
 
 use casemate_host::{DmaNeeds, IommuLimits, Returned, TapRequest};
 use casemate_jail::{End, Rlimits};
-use casemate_spec::{CellPart, IoRules, Location, Name, PciAddress, Pool, Pooled, Refusal};
+use casemate_spec::{
+    CellPart, CellUids, HostFile, IoRules, Location, Name, PciAddress, Pool, Pooled, Refusal,
+};
 use serde::{Deserialize, Serialize};
 use serde_json::Value;
 
@@ -33,6 +35,30 @@ pub struct Places {
     pub policy_compiler: PathBuf,
     /// `casemate-policy-engine`.
     pub policy_engine: PathBuf,
+}
+
+/// What the host file says that a broker heeds. The keep reads the file, and tells it before a guest runs.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+pub struct Rules {
+    /// The pools of devices.
+    pub pools: Vec<Pool>,
+    /// What of a cell may be lacking here.
+    pub may_lack: BTreeSet<CellPart>,
+    /// Users of cells.
+    pub uids: CellUids,
+}
+
+impl Rules {
+    /// Of a host file.
+    pub fn of(file: &HostFile) -> Self {
+        Self { pools: file.pools.clone(), may_lack: file.cell.may_lack.clone(), uids: file.cell.uids }
+    }
+}
+
+impl Default for Rules {
+    fn default() -> Self {
+        Self::of(&HostFile::default())
+    }
 }
 
 /// What a keep tells others of its guest: `NAME.account` and so on beside the sockets.
@@ -269,10 +295,7 @@ pub(crate) enum Request {
     Reserve {
         guest: Name,
     },
-    Rules {
-        pools: Vec<Pool>,
-        may_lack: BTreeSet<CellPart>,
-    },
+    Rules(Rules),
     Put {
         kind: Kept,
         text: String,

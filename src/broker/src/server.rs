@@ -25,7 +25,7 @@ use serde_json::Value;
 use sha2::{Digest, Sha256};
 
 use crate::{
-    Kept, Places,
+    Kept, Places, Rules,
     cells::{self, Reserved},
     console_log::{ConsoleLog, Rotating},
     devices::Devices,
@@ -63,7 +63,7 @@ pub(crate) struct Desk {
 #[derive(Default)]
 struct State {
     reserved: Option<Arc<Reserved>>,
-    may_lack: std::collections::BTreeSet<casemate_spec::CellPart>,
+    rules: Rules,
     sockets: Vec<(PathBuf, Option<Arc<UnixListener>>)>,
     logs: Vec<thread::JoinHandle<()>>,
 }
@@ -130,16 +130,17 @@ impl Desk {
             }
             Request::Reserve { guest } => {
                 before("a guest has one name")?;
-                let reserved = Reserved::new(&self.places, guest)?;
+                let uids = self.state().rules.uids;
+                let reserved = Reserved::new(&self.places, guest, uids)?;
                 let uid = reserved.uid;
                 self.state().reserved = Some(Arc::new(reserved));
                 self.running.begin(&self.places);
                 done(uid)
             }
-            Request::Rules { pools, may_lack } => {
+            Request::Rules(rules) => {
                 before("the host's rules are read once")?;
-                self.state().may_lack = may_lack;
-                self.devices.set_pools(pools);
+                self.devices.set_pools(rules.pools.clone());
+                self.state().rules = rules;
                 done(())
             }
             Request::Put { kind, text } => {
@@ -290,7 +291,7 @@ impl Desk {
             Request::Cell(wanted) => {
                 self.before_the_start("a guest has one cell")?;
                 let log = fds.pop().ok_or_else(|| gone("a cell has a log"))?;
-                let (reserved, may_lack) = (self.reserved()?, self.state().may_lack.clone());
+                let (reserved, may_lack) = (self.reserved()?, self.state().rules.may_lack.clone());
                 let (there, descriptors) =
                     self.running.start(&self.places, &reserved, wanted, may_lack, log)?;
                 self.devices.note_cell(self, there.pid)?;
@@ -320,7 +321,7 @@ impl Desk {
     }
 
     fn in_cells(&self) -> InCells {
-        InCells { places: self.places.clone(), may_lack: self.state().may_lack.clone() }
+        InCells { places: self.places.clone(), rules: self.state().rules.clone() }
     }
 
     fn code(&self) -> Result<OwnCode, PolicyError> {
@@ -347,8 +348,8 @@ impl Desk {
             return done(Err::<(u32, u32), _>(format!("{ENGINES_MOST} engines run already")));
         }
         let streams = EngineStreams { socket, complaint: File::from(complaint) };
-        let started =
-            cells::engine(&self.places, self.state().may_lack.clone(), &self.places.policy_engine, streams);
+        let rules = self.state().rules.clone();
+        let started = cells::engine(&self.places, &rules, &self.places.policy_engine, streams);
         done(started.map(|engine| self.running.keep_engine(engine)))
     }
 

@@ -8,7 +8,7 @@ use std::{
     sync::Arc,
 };
 
-use casemate_broker::{ByBroker, InCells, Places, broker};
+use casemate_broker::{ByBroker, InCells, Places, Rules, broker};
 use casemate_policy::{Launch, Plain, Programs};
 use casemate_spec::{HostFile, Refusal, parse_host};
 
@@ -121,8 +121,8 @@ impl Paths {
             Some(broker) => Arc::new(ByBroker(broker)),
             None if rustix::process::geteuid().is_root() => {
                 // Where the host file can't be read, nothing may be lacking.
-                let may_lack = self.read_host_file().map(|file| file.cell.may_lack).unwrap_or_default();
-                Arc::new(InCells { places: self.places(), may_lack })
+                let rules = self.read_host_file().map(|file| Rules::of(&file)).unwrap_or_default();
+                Arc::new(InCells { places: self.places(), rules })
             }
             None => Arc::new(Plain::DEFAULT),
         };

@@ -10,7 +10,7 @@ use std::{
     time::Duration,
 };
 
-use casemate_broker::{Broker, Claim, Claiming, ConsoleLog, Failed, hands};
+use casemate_broker::{Broker, Claim, Claiming, ConsoleLog, Failed, Rules, hands};
 use casemate_filters::{Role, calls_of};
 use casemate_host::{Host, Ledger, Tap, TapRequest, placeable};
 use casemate_policy::Kind;
@@ -115,7 +115,7 @@ fn run_with(
         Refusal::new("keep-failed", &located.guest.name, format_args!("no thread: {error}"), "try again")
     };
     let host_file = paths.read_host_file()?;
-    broker.set_rules(&host_file.pools, &host_file.cell.may_lack)?;
+    broker.set_rules(Rules::of(&host_file))?;
     let opening = Opening::begin(paths, options.policy).map_err(failed)?;
     let console: Box<dyn Write + Send> = match options.console_log {
         Some(log) => Box::new(Tee { out: console, log: Some(broker.keep_console(log)?) }),
@@ -316,7 +316,7 @@ pub fn step_down(paths: &Paths) -> Result<Option<SteppedDown>, Refusal> {
     }
     let stepped_down = SteppedDown(casemate_broker::begin(&paths.broker, paths.places())?);
     let host_file = paths.read_host_file()?;
-    stepped_down.0.set_rules(&host_file.pools, &host_file.cell.may_lack)?;
+    stepped_down.0.set_rules(Rules::of(&host_file))?;
     Ok(Some(stepped_down))
 }
 

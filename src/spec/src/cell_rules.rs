@@ -40,12 +40,38 @@ impl fmt::Display for CellPart {
 }
 
 /// The table `[cell]`.
-#[derive(Clone, Debug, Default, PartialEq, Eq)]
+#[derive(Clone, Debug, PartialEq, Eq)]
 pub struct CellRules {
+    /// uids and gids of cells: so many from this one on.
+    pub uids: CellUids,
     /// Parts that may be lacking: a guest starts without them, and is shown as weakened.
     pub may_lack: BTreeSet<CellPart>,
     /// What each guest may do to the host's disks.
     pub io: IoRules,
+}
+
+impl Default for CellRules {
+    fn default() -> Self {
+        Self { uids: CellUids::DEFAULT, may_lack: BTreeSet::new(), io: IoRules::default() }
+    }
+}
+
+/// The users and groups that cells are, [`CellUids::COUNT`] of them.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
+pub struct CellUids {
+    /// The first.
+    pub first: u32,
+}
+
+impl CellUids {
+    /// Cells on a host at most.
+    pub const COUNT: u32 = 8192;
+    /// Above those of users, containers and systemd's dynamic users.
+    pub const DEFAULT: Self = Self { first: 0x4361_0000 };
+    /// Below are users and services of the host's.
+    const LEAST: u64 = 65_536;
+    /// The last uid says "leave it as it is" to the kernel.
+    const MOST: u64 = u32::MAX as u64 - 1 - Self::COUNT as u64;
 }
 
 /// The table `[cell.io]`: what a guest's images may cost each of the host's disks that they lie on. `None`: no limit.
@@ -75,6 +101,7 @@ impl IoRules {
 pub(crate) struct RawCell {
     #[serde(default)]
     allow_weaker: Vec<Spanned<String>>,
+    first_uid: Option<Spanned<u64>>,
     #[serde(default)]
     io: RawIo,
 }
@@ -141,7 +168,10 @@ impl RawCell {
             read_ops_per_second: number(self.io.read_ops_per_second, OPS_MIN, OPS_MAX)?,
             write_ops_per_second: number(self.io.write_ops_per_second, OPS_MIN, OPS_MAX)?,
         };
-        Ok(CellRules { may_lack, io })
+        let first = number(self.first_uid, CellUids::LEAST, CellUids::MOST)?;
+        let first = first.and_then(|first| u32::try_from(first).ok());
+        let uids = first.map_or(CellUids::DEFAULT, |first| CellUids { first });
+        Ok(CellRules { uids, may_lack, io })
     }
 }
 
@@ -152,7 +182,7 @@ mod tests {
 
     const GOOD: &str = r#"[cell]
 allow_weaker = ["landlock", "io-limits"]
-
+first_uid = 200000
 [cell.io]
 weight = 50
 read_bytes_per_second = "200 MiB"
@@ -163,6 +193,7 @@ write_ops_per_second = 1000
     fn reads_what_may_be_lacking_and_what_disks_bear() {
         let rules = parse_host(Path::new("host.toml"), GOOD).unwrap().cell;
         assert_eq!(rules.may_lack, [CellPart::Landlock, CellPart::IoLimits].into());
+        assert_eq!(rules.uids, CellUids { first: 200_000 });
         let io = IoRules {
             weight: Some(50),
             read_bytes_per_second: Some(200 << 20),
@@ -178,6 +209,8 @@ write_ops_per_second = 1000
     fn refuses_by_line_and_key() {
         for (from, to, start) in [
             ("\"landlock\"", "\"seccomp\"", "[bad-cell] host.toml:2: cell.allow_weaker"),
+            ("200000", "1000", "[bad-cell] host.toml:3: cell.first_uid"),
+            ("200000", "4294967295", "[bad-cell] host.toml:3: cell.first_uid"),
             ("50", "0", "[bad-cell] host.toml:5: cell.io.weight"),
             ("200 MiB", "200 KiB", "[bad-cell] host.toml:6: cell.io.read_bytes_per_second"),
             ("200 MiB", "fast", "[bad-cell] host.toml:6: cell.io.read_bytes_per_second"),

@@ -26,7 +26,7 @@ mod size;
 mod vsock;
 
 pub use address::{PciAddress, PciAddressError};
-pub use cell_rules::{CellPart, CellRules, IoRules};
+pub use cell_rules::{CellPart, CellRules, CellUids, IoRules};
 pub use console::{ConsoleDevice, Port};
 pub use cpu::{Cpu, CpuList, CpuListError, CpuModel};
 pub use device::{DevicePin, PciId, PciIdError};
