@@ -22,7 +22,6 @@ use casemate_spec::{CellPart, Name, PciAddress, Pooled, Refusal};
 use casemate_wire::{Channel, WireError};
 use rustix::{
     fs::{MemfdFlags, memfd_create},
-    net::{AddressFamily, SocketFlags, SocketType, socketpair},
     process::{Gid, Uid},
     thread::{
         CapabilitySet, CapabilitySets, capabilities, set_capabilities, set_keep_capabilities,
@@ -81,8 +80,7 @@ fn lock<T>(mutex: &Mutex<T>) -> MutexGuard<'_, T> {
 /// `broker-gone` when the program can't be had or this process stays root.
 pub fn begin(program: &Path, places: Places) -> Result<&'static Broker, Refusal> {
     let operator = rustix::process::getuid().as_raw();
-    let (ours, theirs) =
-        socketpair(AddressFamily::UNIX, SocketType::SEQPACKET, SocketFlags::CLOEXEC, None).map_err(gone)?;
+    let (ours, theirs) = envelope::pair().map_err(gone)?;
     let mut command = Command::new(program);
     command.env_clear().current_dir("/").stdin(theirs).stdout(Stdio::null());
     let failed = |error: io::Error| gone(format_args!("{} can't be started: {error}", program.display()));
@@ -93,18 +91,14 @@ pub fn begin(program: &Path, places: Places) -> Result<&'static Broker, Refusal>
     let (answer, _) = envelope::receive::<Answer>(&first).map_err(gone)?;
     let uid: u32 = value_of(answer)?;
     become_user(uid).map_err(|error| gone(format_args!("this process can't become user {uid}: {error}")))?;
-    let broker = Broker {
+    let this = Broker {
         first: Mutex::new(first),
         idle: Mutex::default(),
         process: Mutex::new(process),
         uid,
         operator,
     };
-    BROKER.set(broker).map_err(|_| gone("there is one already"))?;
-    broker_of_this_process()
-}
-
-fn broker_of_this_process() -> Result<&'static Broker, Refusal> {
+    BROKER.set(this).map_err(|_| gone("there is one already"))?;
     broker().ok_or_else(|| gone("this process has none"))
 }
 
@@ -174,9 +168,7 @@ impl Broker {
     /// Lets go of the broker, which then ends, and waits for that.
     pub fn end(&self) {
         lock(&self.idle).clear();
-        if let Ok((ours, _)) =
-            socketpair(AddressFamily::UNIX, SocketType::SEQPACKET, SocketFlags::CLOEXEC, None)
-        {
+        if let Ok((ours, _)) = envelope::pair() {
             // The other end of the new one is closed already: whoever asks from now on is told so.
             drop(std::mem::replace(&mut *lock(&self.first), Channel::new(ours)));
         }

@@ -13,10 +13,7 @@ use casemate_host::{
 };
 use casemate_spec::{Name, PciAddress, Pool, Pooled, Refusal};
 use casemate_wire::Channel;
-use rustix::{
-    event::{PollFd, PollFlags, poll},
-    net::{AddressFamily, SocketFlags, SocketType, socketpair},
-};
+use rustix::event::{PollFd, PollFlags, poll};
 
 use crate::{
     envelope,
@@ -286,8 +283,7 @@ fn tell(claim: &Claim) -> Result<(ClaimThere, Vec<OwnedFd>), Refusal> {
 
 /// Passes on what the kernel tells of devices, until the keep closes its end.
 fn tell_notices(notices: Arc<Notices>) -> Result<OwnedFd, Refusal> {
-    let (ours, theirs) =
-        socketpair(AddressFamily::UNIX, SocketType::SEQPACKET, SocketFlags::CLOEXEC, None).map_err(gone)?;
+    let (ours, theirs) = envelope::pair().map_err(gone)?;
     let pass = move || {
         let keep = Channel::new(ours);
         loop {

@@ -9,7 +9,10 @@ use std::{
 };
 
 use casemate_wire::{Channel, Slot, WireError};
-use rustix::fs::{MemfdFlags, memfd_create};
+use rustix::{
+    fs::{MemfdFlags, memfd_create},
+    net::{AddressFamily, SocketFlags, SocketType, socketpair},
+};
 use serde::{Deserialize, Serialize, de::DeserializeOwned};
 
 /// What goes into the message itself: a message has 32 KiB.
@@ -27,6 +30,11 @@ enum Envelope {
     Long {
         descriptors: u8,
     },
+}
+
+/// The two ends of a new connection.
+pub(crate) fn pair() -> rustix::io::Result<(OwnedFd, OwnedFd)> {
+    socketpair(AddressFamily::UNIX, SocketType::SEQPACKET, SocketFlags::CLOEXEC, None)
 }
 
 /// Sends a value with descriptors.
@@ -82,17 +90,15 @@ pub(crate) fn receive<M: DeserializeOwned>(channel: &Channel) -> Result<(M, Vec<
 #[cfg(test)]
 mod tests {
     use super::*;
-    use rustix::net::{AddressFamily, SocketFlags, SocketType, socketpair};
 
-    fn pair() -> (Channel, Channel) {
-        let (one, other) =
-            socketpair(AddressFamily::UNIX, SocketType::SEQPACKET, SocketFlags::CLOEXEC, None).unwrap();
+    fn channels() -> (Channel, Channel) {
+        let (one, other) = pair().unwrap();
         (Channel::new(one), Channel::new(other))
     }
 
     #[test]
     fn short_and_long_ones_cross_with_their_descriptors() {
-        let (one, other) = pair();
+        let (one, other) = channels();
         let null = File::open("/dev/null").unwrap();
         for length in [0, SHORT_BYTES - 2, SHORT_BYTES - 1, 1 << 20] {
             let text = "x".repeat(length);
@@ -104,7 +110,7 @@ mod tests {
 
     #[test]
     fn what_is_no_request_or_names_descriptors_that_did_not_come_is_refused() {
-        let (one, other) = pair();
+        let (one, other) = channels();
         one.send(&Envelope::Short { descriptors: 0, text: "{".into() }, &[]).unwrap();
         assert!(matches!(receive::<String>(&other), Err(WireError::Malformed)));
         for wrong in

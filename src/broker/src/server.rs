@@ -19,7 +19,6 @@ use casemate_host::{Host, Ledger, Tap, recover};
 use casemate_policy::{Code, EngineStreams, HOST_LIMITS, OwnCode, PolicyError};
 use casemate_spec::Refusal;
 use casemate_wire::{Channel, WireError};
-use rustix::net::{AddressFamily, SocketFlags, SocketType, socketpair};
 use serde::Serialize;
 use serde_json::Value;
 use sha2::{Digest, Sha256};
@@ -273,9 +272,7 @@ impl Desk {
             self.connections.fetch_sub(1, Ordering::AcqRel);
             return Err(gone(format_args!("there are {CONNECTIONS_MOST} connections already")));
         }
-        let (ours, theirs) =
-            socketpair(AddressFamily::UNIX, SocketType::SEQPACKET, SocketFlags::CLOEXEC, None)
-                .map_err(gone)?;
+        let (ours, theirs) = envelope::pair().map_err(gone)?;
         let desk = Arc::clone(self);
         let serve = move || {
             desk.listen_to(&Channel::new(ours));
@@ -354,15 +351,12 @@ impl Desk {
     }
 
     fn listen_to_operators(self: &Arc<Self>) -> Answered {
-        self.before_the_end()?;
         let path = self.places.runtime.join(format!("{}.operator", self.reserved()?.guest));
         let _ = std::fs::remove_file(&path);
         let listener = sockets::listen(&path, "host-folder")?;
         listener.set_nonblocking(false).map_err(gone)?;
         let listener = Arc::new(listener);
-        let (ours, theirs) =
-            socketpair(AddressFamily::UNIX, SocketType::SEQPACKET, SocketFlags::CLOEXEC, None)
-                .map_err(gone)?;
+        let (ours, theirs) = envelope::pair().map_err(gone)?;
         let (heard, grants) = (Arc::clone(&listener), Arc::clone(&self.grants));
         let take = move || sockets::take_operators(&heard, &Channel::new(ours), &grants);
         thread::Builder::new().name("operators".into()).spawn(take).map_err(gone)?;
@@ -415,10 +409,6 @@ impl Desk {
             return Err(Refusal::new("broker-not-granted", what, cause, "report it with this message"));
         }
         Ok(())
-    }
-
-    fn before_the_end(&self) -> Result<(), Refusal> {
-        self.reserved().map(drop)
     }
 
     pub(crate) fn reserved(&self) -> Result<Arc<Reserved>, Refusal> {

@@ -132,8 +132,8 @@ fn run_with(
         .map_err(|refusal| refusal.at(located.location("name")))?;
     // Virtual functions are made before they can be judged, and removed when nobody has them.
     host.pools()?;
-    let _virtual_functions = make_virtual(broker, &located)?;
-    if _virtual_functions.is_some() {
+    let virtual_functions = make_virtual(broker, &located)?;
+    if virtual_functions.is_some() {
         host = hands::Inventory::new(whole, None, &host_file.pools)?;
     }
 
