@@ -2,6 +2,7 @@
 
 use std::{
     fs,
+    io::Write,
     os::fd::AsFd,
     path::{Path, PathBuf},
     thread,
@@ -12,7 +13,7 @@ use casemate_broker::{Broker, CellWanted, Claiming, ConsoleLog, Knob, Node, Plac
 use casemate_host::{DmaNeeds, TapRequest};
 use casemate_hwtests::{
     devices, expect,
-    harness::{Ctx, Failure},
+    harness::{Ctx, Failure, wait_until},
 };
 use casemate_spec::{IoRules, Name, Pooled, Refusal};
 use rustix::{
@@ -21,6 +22,22 @@ use rustix::{
 };
 
 use crate::endings::{SOON, broker_of, cell_of};
+
+/// Asks that whose status this is has no right at all but these.
+fn expect_no_rights(status: &str, capabilities: &str) -> Result<(), Failure> {
+    let name = line(status, "Name:");
+    for (what, found) in [
+        ("CapInh:", "0000000000000000"),
+        ("CapPrm:", capabilities),
+        ("CapEff:", capabilities),
+        ("CapAmb:", "0000000000000000"),
+        ("NoNewPrivs:", "1"),
+        ("Groups:", ""),
+    ] {
+        expect!(line(status, what) == found, "{name}: {what} {}", line(status, what));
+    }
+    Ok(())
+}
 
 /// A line of `/proc/PID/task/TID/status`.
 fn line<'a>(status: &'a str, name: &str) -> &'a str {
@@ -45,16 +62,7 @@ pub(crate) fn is_not_root(ctx: &mut Ctx) -> Result<(), Failure> {
             uids.len() == 4 && uids.iter().all(|uid| *uid >= 0x4361_0000 && *uid != uid_of_cell),
             "thread {name} has uids {uids:?}, the cell {uid_of_cell}"
         );
-        for (what, none) in [
-            ("CapInh:", "0000000000000000"),
-            ("CapPrm:", "0000000000000000"),
-            ("CapEff:", "0000000000000000"),
-            ("CapAmb:", "0000000000000000"),
-            ("NoNewPrivs:", "1"),
-            ("Groups:", ""),
-        ] {
-            expect!(line(&status, what) == none, "thread {name}: {what} {}", line(&status, what));
-        }
+        expect_no_rights(&status, "0000000000000000")?;
         threads += 1;
     }
     expect!(threads > 3, "the keep has {threads} threads");
@@ -62,6 +70,34 @@ pub(crate) fn is_not_root(ctx: &mut Ctx) -> Result<(), Failure> {
     expect!(line(&broker, "Uid:").starts_with('0'), "the broker is {}", line(&broker, "Uid:"));
     running.signal(Signal::TERM)?;
     running.wait(Duration::from_secs(30))?.success()?;
+    Ok(())
+}
+
+/// The host file is a pipe here, and who reads it is looked at while it waits for the words.
+pub(crate) fn host_file_is_read_without_rights(ctx: &mut Ctx) -> Result<(), Failure> {
+    const MAY_READ: &str = "0000000000000004";
+    let file = ctx.directory().join("host.toml");
+    ctx.shell(&format!("mkfifo {}", file.display()))?;
+    let file_text = file.to_str().ok_or_else(|| Failure::new("the folder's name is no text"))?;
+    let listing = ctx.start(["casemate", "--host-config", file_text, "devices"])?;
+    let status = || fs::read_to_string(format!("/proc/{}/status", listing.pid())).unwrap_or_default();
+    wait_until("casemate devices is root no longer", SOON, || line(&status(), "NoNewPrivs:") == "1")?;
+    // It reads nothing before: opening the pipe to write waits until it is opened to be read.
+    let mut words = fs::File::options().write(true).open(&file)?;
+    let status = status();
+    let uid = line(&status, "Uid:");
+    expect!(
+        uid.split_whitespace().all(|uid| uid.parse().is_ok_and(|uid: u32| uid >= 0x4361_0000)),
+        "it is {uid}"
+    );
+    expect_no_rights(&status, MAY_READ)?;
+    words
+        .write_all(format!("[[pool]]\nname = \"read\"\naddresses = [\"{}\"]\n", devices::NVME).as_bytes())?;
+    drop(words);
+    let listed = listing.wait(SOON)?;
+    listed.success()?;
+    let drive = listed.stdout.lines().find(|line| line.starts_with(devices::NVME)).unwrap_or_default();
+    expect!(drive.contains(" read "), "its pool isn't told: {drive}");
     Ok(())
 }
 

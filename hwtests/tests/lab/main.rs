@@ -179,6 +179,7 @@ const TESTS: &[LabTest] = &[
     LabTest::new("policies-run-in-a-cell", engine::is_in_a_cell_of_its_own),
     LabTest::new("cell-hears-its-keep-alone", cell::hears_its_keep_alone),
     LabTest::new("keep-is-not-root", keep::is_not_root),
+    LabTest::new("host-file-is-read-without-rights", keep::host_file_is_read_without_rights),
     LabTest::new("captured-keep-gets-nothing", keep::captured_one_gets_nothing),
     LabTest::new("cell-has-no-idle-rules", filters::rules_are_used)
         .long("what threads call by chance, as for a lock that is held, differs from run to run")

@@ -3,10 +3,9 @@
 use std::process::ExitCode;
 
 use casemate_host::{
-    DeviceState, Host, Ledger, Life, PciFunction, Pools, assignable, give_to_host, keep_for_guests,
-    scrub_device,
+    DeviceState, Host, Ledger, Life, PciFunction, give_to_host, keep_for_guests, scrub_device,
 };
-use casemate_keep::Paths;
+use casemate_keep::{ListedDevice, Paths, list_devices};
 use casemate_spec::{PciAddress, Refusal, ScrubStep};
 use clap::{Args, Subcommand};
 use serde::Serialize;
@@ -72,9 +71,23 @@ struct Line<'a> {
     why_not: Option<String>,
     /// What the ledger tells of it; only root can read that.
     #[serde(flatten)]
-    life: Option<Life>,
+    life: Option<&'a Life>,
     pool: Option<&'a str>,
     code: Option<&'static str>,
+}
+
+impl<'a> Line<'a> {
+    fn of(device: &'a ListedDevice) -> Self {
+        let refusal = device.refusal.as_ref();
+        Self {
+            function: &device.function,
+            assignable: refusal.is_none(),
+            why_not: refusal.map(|refusal| format!("{}; {}", refusal.cause, refusal.remedy)),
+            life: device.life.as_ref(),
+            pool: device.pool.as_deref(),
+            code: refusal.map(|refusal| refusal.code),
+        }
+    }
 }
 
 pub(crate) fn devices(paths: &Paths, options: &Options, json: bool) -> Result<ExitCode, Failure> {
@@ -87,28 +100,11 @@ pub(crate) fn devices(paths: &Paths, options: &Options, json: bool) -> Result<Ex
         Some(Command::Free { address }) => return free(paths, *address, json),
         None => {}
     }
-    let mut functions = host.functions()?;
-    host.name(&mut functions);
-    let host_file = paths.read_host_file()?;
-    let pools = Pools::new(&host, &functions, &host_file.pools)?;
-    // Without root the ledger cannot be read; what is claimed then shows by its driver alone.
-    let ledger = Ledger::open(&paths.state).ok();
-    let lines: Vec<Line<'_>> = functions
+    let listed = list_devices(paths)?;
+    let lines: Vec<Line<'_>> = listed
         .iter()
-        .filter(|function| options.bridges || json || !function.is_bridge)
-        .map(|function| {
-            let refusal =
-                assignable(&host, &functions, ledger.as_ref(), &whole_group(&functions, function)).err();
-            let life = ledger.as_ref().and_then(|ledger| ledger.lives([function.address]).ok()?.pop());
-            Line {
-                function,
-                life,
-                pool: pools.pool_of(function).map(|pool| pool.name.as_str()),
-                assignable: refusal.is_none(),
-                code: refusal.as_ref().map(|refusal| refusal.code),
-                why_not: refusal.map(|refusal| format!("{}; {}", refusal.cause, refusal.remedy)),
-            }
-        })
+        .filter(|device| options.bridges || json || !device.function.is_bridge)
+        .map(Line::of)
         .collect();
     if json {
         lines.iter().for_each(output::json);
@@ -241,13 +237,6 @@ fn free(paths: &Paths, address: PciAddress, json: bool) -> Result<ExitCode, Fail
     Ok(ExitCode::SUCCESS)
 }
 
-/// The function with those of its group that a guest would have to get with it.
-fn whole_group(functions: &[PciFunction], function: &PciFunction) -> Vec<PciAddress> {
-    let mate =
-        |address: &&PciAddress| functions.iter().any(|other| other.address == **address && !other.is_bridge);
-    std::iter::once(function.address).chain(function.group_mates.iter().filter(mate).copied()).collect()
-}
-
 /// An address without its domain, where that is 0.
 fn short(address: casemate_spec::PciAddress) -> String {
     let text = address.to_string();
@@ -275,7 +264,7 @@ fn row(line: &Line<'_>) -> Vec<String> {
         group,
         resets,
         line.pool.unwrap_or("-").to_owned(),
-        line.life.as_ref().map_or_else(|| "?".to_owned(), |life| life.state.to_string()),
+        line.life.map_or_else(|| "?".to_owned(), |life| life.state.to_string()),
         line.code.map_or_else(|| "yes".to_owned(), |code| format!("no: {code}")),
     ]
 }

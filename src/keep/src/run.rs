@@ -258,10 +258,10 @@ impl Write for Tee {
 /// Why it would be refused.
 pub fn try_guest(paths: &Paths, file: &Path, policy: &Path) -> Result<PolicyReport, Refusals> {
     let stepped_down = step_down(paths)?;
+    let host_file = host_file(stepped_down.as_ref(), paths)?;
     let mut located = parse_guest(file, &read_guest_file(file)?)?;
     let mut images = Images::open(&located)?;
     judge_placement(paths, &located)?;
-    let host_file = paths.read_host_file()?;
     let weakened = cell::weakened(paths, &located.guest, &images, &host_file.cell)?;
     let has_devices = !(located.guest.devices.is_empty() && located.guest.pooled.is_empty());
     // Only root can read the ledger; a guest without devices can be tried by anybody, and nothing is made for it.
@@ -297,11 +297,14 @@ pub fn try_guest(paths: &Paths, file: &Path, policy: &Path) -> Result<PolicyRepo
 
 /// That this process, which was root's, is root no longer: what it needs of root its broker does, which ends when this is dropped.
 #[must_use = "dropped, it ends the broker"]
-pub struct SteppedDown(&'static Broker);
+pub struct SteppedDown {
+    broker: &'static Broker,
+    host_file: HostFile,
+}
 
 impl Drop for SteppedDown {
     fn drop(&mut self) {
-        self.0.end();
+        self.broker.end();
     }
 }
 
@@ -314,10 +317,20 @@ pub fn step_down(paths: &Paths) -> Result<Option<SteppedDown>, Refusal> {
     if !rustix::process::geteuid().is_root() {
         return Ok(None);
     }
-    let stepped_down = SteppedDown(casemate_broker::begin(&paths.broker, paths.places())?);
-    let host_file = paths.read_host_file()?;
-    stepped_down.0.set_rules(Rules::of(&host_file))?;
-    Ok(Some(stepped_down))
+    let broker = casemate_broker::begin(&paths.broker, paths.places())?;
+    let host_file = paths.read_host_file().and_then(|file| broker.set_rules(Rules::of(&file)).map(|()| file));
+    match host_file {
+        Ok(host_file) => Ok(Some(SteppedDown { broker, host_file })),
+        Err(refusal) => {
+            broker.end();
+            Err(refusal)
+        }
+    }
+}
+
+/// The host file as it was read then, or, where nobody has stepped down, as it is.
+pub(crate) fn host_file(stepped_down: Option<&SteppedDown>, paths: &Paths) -> Result<HostFile, Refusal> {
+    stepped_down.map_or_else(|| paths.read_host_file(), |stepped_down| Ok(stepped_down.host_file.clone()))
 }
 
 /// Gives back what a keep that was killed left behind.
