@@ -156,7 +156,7 @@ impl Cell {
     }
 
     /// The process's memory, from /proc/PID/smaps. The guest's memory is told from the VMM's by the name `guest-ram` of its
-    /// mappings, or, where the kernel keeps no names, by a size of at least `guest_memory_bytes`.
+    /// mappings, or, where the kernel keeps no names, by their size: the largest that have `guest_memory_bytes` together.
     ///
     /// # Errors
     /// When the process has ended.

@@ -3,8 +3,11 @@
 use std::{
     ffi::CStr,
     fs::File,
-    io::{Read, Write},
-    os::fd::{AsFd, BorrowedFd, OwnedFd},
+    io,
+    os::{
+        fd::{AsFd, BorrowedFd, OwnedFd},
+        unix::fs::FileExt,
+    },
     sync::Arc,
 };
 
@@ -13,6 +16,9 @@ use rustix::{
     fs::{MemfdFlags, Mode, SealFlags, fchmod, fcntl_add_seals, memfd_create},
     io::Errno,
 };
+
+/// How much of a program its ELF headers may take: linkers put them at its beginning.
+const HEADERS_BYTES_MAX: usize = 4096;
 
 /// A static executable, copied into memory and sealed: nobody can change what runs, and a cell needs no file system to run
 /// it (the copy lies on a mount of the kernel's own, which Landlock leaves alone). Clones share the copy; one for each host
@@ -49,14 +55,10 @@ impl Program {
                 "free memory, or see `sysctl vm.memfd_noexec`, which must not be 2",
             )
         };
-        let mut image = Vec::new();
-        file.read_to_end(&mut image).map_err(|error| failed("reading it", &error))?;
-        is_static_elf(&image)
-            .map_err(|cause| refuse(cause.into(), "build it as a static program for x86-64"))?;
-
         let copy = executable_memfd(name).map_err(|error| failed("memfd_create", &error))?;
         let mut copy = File::from(copy);
-        copy.write_all(&image).map_err(|error| failed("copying it", &error))?;
+        // The kernel copies it, once.
+        io::copy(&mut file, &mut copy).map_err(|error| failed("copying it", &error))?;
         fchmod(&copy, Mode::from_raw_mode(0o111)).map_err(|error| failed("fchmod", &error))?;
         let seals = SealFlags::SEAL | SealFlags::SHRINK | SealFlags::GROW | SealFlags::WRITE;
         // F_SEAL_EXEC keeps the mode as it is; kernels before 6.3 don't know it.
@@ -66,6 +68,11 @@ impl Program {
             result => result,
         }
         .map_err(|error| failed("sealing it", &error))?;
+        let mut headers = vec![0; HEADERS_BYTES_MAX];
+        let read = copy.read_at(&mut headers, 0).map_err(|error| failed("reading it", &error))?;
+        headers.truncate(read);
+        is_static_elf(&headers)
+            .map_err(|cause| refuse(cause.into(), "build it as a static program for x86-64"))?;
         Ok(Self { name, copy: Arc::new(copy.into()) })
     }
 
@@ -120,7 +127,10 @@ mod tests {
     use super::*;
     use proptest::prelude::*;
     use rustix::fs::fcntl_get_seals;
-    use std::{io::Seek, os::fd::AsRawFd};
+    use std::{
+        io::{Seek, Write},
+        os::fd::AsRawFd,
+    };
 
     fn sealed(image: &[u8]) -> Result<Program, Refusal> {
         let mut file = tempfile::tempfile().unwrap();

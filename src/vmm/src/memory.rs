@@ -32,6 +32,9 @@ pub(crate) struct MemorySlot {
 /// Where the guest's memory begins in this process, so that large pages of the host's are large pages of the guest's too:
 /// its pieces begin at whole GiB.
 const ALIGNMENT: usize = 2 << 20;
+/// At the guest's address 0: a firmware's tables, where processors start, and little else. One large page would be cleared for it.
+const LOW_BYTES: usize = 2 << 20;
+const READ_WRITE: libc::c_int = libc::PROT_READ | libc::PROT_WRITE;
 
 /// Makes the guest's RAM and names it, so that who looks at the process can tell it from the VMM's own memory. It is
 /// there until the process ends.
@@ -43,11 +46,11 @@ pub(crate) fn allocate(memory_bytes: u64, ram: Ram) -> Result<Arc<GuestMemoryMma
         let size = usize::try_from(piece.size).map_err(|error| refuse(&error))?;
         let start = map(size, ram.pages).map_err(|error| refuse(&error))?;
         name(start, size);
-        advise(start, size, ram).map_err(|error| refuse(&error))?;
-        let (protection, flags) =
-            (libc::PROT_READ | libc::PROT_WRITE, libc::MAP_PRIVATE | libc::MAP_ANONYMOUS);
+        let low_bytes = if piece.start == 0 { LOW_BYTES.min(size) } else { 0 };
+        advise(start, size, low_bytes, ram).map_err(|error| refuse(&error))?;
+        let flags = libc::MAP_PRIVATE | libc::MAP_ANONYMOUS;
         // SAFETY: `map` has just made these bytes, readable and writable, and nobody unmaps them.
-        let region = unsafe { MmapRegion::build_raw(start, size, protection, flags) };
+        let region = unsafe { MmapRegion::build_raw(start, size, READ_WRITE, flags) };
         let region = region.map_err(|error| refuse(&error))?;
         let placed = GuestRegionMmap::new(region, GuestAddress(piece.start));
         regions.push(placed.ok_or_else(|| refuse(&"it reaches past the last address"))?);
@@ -56,40 +59,42 @@ pub(crate) fn allocate(memory_bytes: u64, ram: Ram) -> Result<Arc<GuestMemoryMma
     Ok(Arc::new(memory))
 }
 
-/// Maps fresh memory at a multiple of [`ALIGNMENT`], or of its own pages' size.
+/// Maps fresh memory at a multiple of [`ALIGNMENT`], or of its own pages' size. What isn't of pages that are set aside has
+/// bytes on both sides that nobody may touch: what runs past its end faults, and from outside it is told from the VMM's own memory.
 fn map(size: usize, pages: Pages) -> io::Result<*mut u8> {
-    let (more, kind) = match pages {
+    let (around, protection, kind) = match pages {
         // The kernel aligns them, and keeps as many for this mapping.
-        Pages::Huge2Mib => (0, libc::MAP_HUGETLB | libc::MAP_HUGE_2MB),
-        Pages::Huge1Gib => (0, libc::MAP_HUGETLB | libc::MAP_HUGE_1GB),
-        Pages::Transparent | Pages::Small => (ALIGNMENT, libc::MAP_NORESERVE),
+        Pages::Huge2Mib => (0, READ_WRITE, libc::MAP_HUGETLB | libc::MAP_HUGE_2MB),
+        Pages::Huge1Gib => (0, READ_WRITE, libc::MAP_HUGETLB | libc::MAP_HUGE_1GB),
+        Pages::Transparent | Pages::Small => (2 * ALIGNMENT, libc::PROT_NONE, libc::MAP_NORESERVE),
     };
-    let length = size.checked_add(more).ok_or(io::ErrorKind::OutOfMemory)?;
+    let length = size.checked_add(around).ok_or(io::ErrorKind::OutOfMemory)?;
     let flags = libc::MAP_PRIVATE | libc::MAP_ANONYMOUS | kind;
     // SAFETY: a fresh mapping at a place of the kernel's choosing touches nothing that is there.
-    let start =
-        unsafe { libc::mmap(ptr::null_mut(), length, libc::PROT_READ | libc::PROT_WRITE, flags, -1, 0) };
-    if start == libc::MAP_FAILED {
+    let whole = unsafe { libc::mmap(ptr::null_mut(), length, protection, flags, -1, 0) };
+    if whole == libc::MAP_FAILED {
         return Err(io::Error::last_os_error());
     }
-    let start = start.cast::<u8>();
-    let before = if more == 0 { 0 } else { start.align_offset(ALIGNMENT) };
-    let after = more - before;
-    // SAFETY: both pieces lie in the mapping made above, before and behind what is used of it; nobody knows of them.
+    let whole = whole.cast::<u8>();
+    if around == 0 {
+        return Ok(whole);
+    }
+    let before = match whole.align_offset(ALIGNMENT) {
+        0 => ALIGNMENT,
+        before => before,
+    };
+    // SAFETY: `before` is at most ALIGNMENT, so that the bytes lie within the mapping made above, of which nobody knows yet.
     unsafe {
-        if before > 0 {
-            libc::munmap(start.cast(), before);
+        let start = whole.add(before);
+        match libc::mprotect(start.cast(), size, READ_WRITE) {
+            0 => Ok(start),
+            _ => Err(io::Error::last_os_error()),
         }
-        let start = start.add(before);
-        if after > 0 {
-            libc::munmap(start.add(size).cast(), after);
-        }
-        Ok(start)
     }
 }
 
-/// Says where the pages come from and what they are to be, and takes them if wanted.
-fn advise(start: *mut u8, size: usize, ram: Ram) -> io::Result<()> {
+/// Says where the pages come from and what they are to be, small ones for the first of them, and takes them if wanted.
+fn advise(start: *mut u8, size: usize, low_bytes: usize, ram: Ram) -> io::Result<()> {
     let told = |result: libc::c_long| if result < 0 { Err(io::Error::last_os_error()) } else { Ok(()) };
     if let Some(node) = ram.numa_node {
         let mut nodes = [0u64; NODES / 64];
@@ -101,20 +106,23 @@ fn advise(start: *mut u8, size: usize, ram: Ram) -> io::Result<()> {
         // SAFETY: the range is the fresh mapping; the kernel reads as many bits of `nodes` as it has.
         told(unsafe { libc::syscall(libc::SYS_mbind, start, size, mode, nodes.as_ptr(), NODES, flags) })?;
     }
-    let madvise = |advice| {
-        // SAFETY: advice on a fresh mapping that holds nothing yet.
+    let madvise = |size, advice| {
+        // SAFETY: advice on a fresh mapping that holds nothing yet, or on its beginning.
         told(unsafe { libc::madvise(start.cast(), size, advice) }.into())
     };
     match ram.pages {
         // A kernel without large pages refuses, and does as well as it can.
-        Pages::Transparent => drop(madvise(libc::MADV_HUGEPAGE)),
-        Pages::Small => drop(madvise(libc::MADV_NOHUGEPAGE)),
+        Pages::Transparent => {
+            drop(madvise(size, libc::MADV_HUGEPAGE));
+            drop(madvise(low_bytes, libc::MADV_NOHUGEPAGE));
+        }
+        Pages::Small => drop(madvise(size, libc::MADV_NOHUGEPAGE)),
         Pages::Huge2Mib | Pages::Huge1Gib => {}
     }
     // The kernel keeps pages that are set aside for a mapping, but not by node: a guest of one node would be killed
     // for a page that is not there. So they are taken while there is somebody to tell.
     let by_node = ram.numa_node.is_some() && !matches!(ram.pages, Pages::Transparent | Pages::Small);
-    if ram.prefault || by_node { madvise(libc::MADV_POPULATE_WRITE) } else { Ok(()) }
+    if ram.prefault || by_node { madvise(size, libc::MADV_POPULATE_WRITE) } else { Ok(()) }
 }
 
 /// Nodes that a set of them is for: Linux's most on x86-64.
@@ -191,6 +199,35 @@ pub(crate) mod tests {
                 assert_eq!(memory.read_obj::<u64>(last).unwrap(), 7);
             }
         }
+    }
+
+    /// The lines of /proc/self/smaps of what lies between these addresses, with a line more on both sides.
+    fn mappings(start: u64, end: u64) -> Vec<(u64, u64, String)> {
+        let smaps = std::fs::read_to_string("/proc/self/smaps").unwrap();
+        let mut found: Vec<(u64, u64, String)> = Vec::new();
+        for line in smaps.lines() {
+            let range = line.split_whitespace().next().and_then(|range| range.split_once('-'));
+            let number = |text| u64::from_str_radix(text, 16).ok();
+            if let Some((from, to)) = range.and_then(|(from, to)| Some((number(from)?, number(to)?))) {
+                found.push((from, to, line.to_owned()));
+            } else if let (Some(flags), Some(last)) = (line.strip_prefix("VmFlags:"), found.last_mut()) {
+                last.2.push_str(flags);
+            }
+        }
+        found.retain(|(from, to, _)| *to >= start && *from <= end);
+        found
+    }
+
+    #[test]
+    fn nobody_may_touch_what_is_around_it_and_its_first_pages_are_small() {
+        let ram = Ram { pages: Pages::Transparent, prefault: false, numa_node: None };
+        let memory = allocate(64 << 20, ram).unwrap();
+        let piece = pieces(&memory).next().unwrap();
+        let (start, end) = (piece.host_address, piece.host_address + piece.size_bytes);
+        let [before, low, rest, after] = mappings(start, end).try_into().unwrap();
+        assert!(before.2.contains(" ---p ") && after.2.contains(" ---p "), "{before:?} {after:?}");
+        assert_eq!((low.0, low.1), (start, start + LOW_BYTES as u64));
+        assert!(low.2.contains(" nh") && rest.2.contains(" hg"), "{low:?} {rest:?}");
     }
 
     #[test]
