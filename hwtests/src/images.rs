@@ -30,6 +30,7 @@ pub(crate) const HOST: Recipe = Recipe {
     init: include_str!("../machine/host-init"),
     directories: &["bin", "dev", "proc", "sys", "mnt", "mnt/host", "mnt/over", "newroot"],
     modules: &[
+        "virtio_pci",
         "9pnet_virtio",
         "9p",
         "overlay",

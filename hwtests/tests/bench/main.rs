@@ -26,7 +26,7 @@ const BENCHES: &[LabTest] = &[
     LabTest::new("bench-start", start).deadline_seconds(1200),
     LabTest::new("bench-memory", memory).deadline_seconds(600),
     LabTest::new("bench-disk", disk::disk).deadline_seconds(900),
-    LabTest::new("bench-queue", queue::queue).deadline_seconds(900),
+    LabTest::new("bench-queue", queue::queue).deadline_seconds(1800),
     LabTest::new("bench-exec", exec::exec).deadline_seconds(600),
     LabTest::new("bench-net", net::net).deadline_seconds(1200),
     LabTest::new("bench-assigned", assigned::assigned).deadline_seconds(900),

@@ -135,6 +135,10 @@ impl Peer {
 
     /// The words of the command that starts it; what it needs for that is made.
     fn words(&self, ctx: &Ctx, guest: &Guest) -> Result<Vec<OsString>, Failure> {
+        if let Some(net) = guest.net {
+            // Of the peer before, where it makes none itself.
+            ctx.shell(&format!("ip link del {} 2>/dev/null || true", net.tap))?;
+        }
         match self {
             Self::Casemate => {
                 let path = casemate(guest).write_into(ctx.directory())?;
@@ -149,7 +153,7 @@ impl Peer {
                 if let Some(net) = guest.net {
                     let Net { tap, host_address, .. } = net;
                     ctx.shell(&format!(
-                        "ip link del {tap} 2>/dev/null; ip tuntap add {tap} mode tap vnet_hdr
+                        "ip tuntap add {tap} mode tap vnet_hdr
                         ip addr add {host_address} dev {tap}; ip link set {tap} up"
                     ))?;
                 }
@@ -221,20 +225,54 @@ fn casemate(guest: &Guest) -> GuestFile {
     file
 }
 
-/// Pss of a process without its one large mapping, which is the guest's memory.
+/// Pss of a process without the guest's memory: a mapping that is as large or larger, or some that lie one behind the other and are exactly
+/// as large together.
 pub(crate) fn pss_beyond_kib(pid: u32, memory_mib: u64) -> Result<f64, Failure> {
     let smaps = fs::read_to_string(Path::new("/proc").join(pid.to_string()).join("smaps"))?;
-    let kib = |line: &str, name: &str| -> Option<u64> {
-        line.strip_prefix(name)?.trim().strip_suffix(" kB")?.trim().parse().ok()
-    };
-    let (mut sum, mut is_guests) = (0, false);
+    let mut mappings: Vec<Mapping> = Vec::new();
     for line in smaps.lines() {
-        if let Some(size) = kib(line, "Size:") {
-            is_guests = size >= memory_mib << 10;
-        }
-        if let Some(pss) = kib(line, "Pss:").filter(|_| !is_guests) {
-            sum += pss;
+        let range = line.split_whitespace().next().and_then(|range| range.split_once('-'));
+        let number = |text| u64::from_str_radix(text, 16).ok();
+        if let Some((start, end)) = range.and_then(|(start, end)| Some((number(start)?, number(end)?))) {
+            mappings.push(Mapping { start, end, pss_kib: 0 });
+        } else if let (Some(pss), Some(last)) = (line.strip_prefix("Pss:"), mappings.last_mut()) {
+            last.pss_kib = pss.trim().trim_end_matches(" kB").parse()?;
         }
     }
-    Ok(sum as f64)
+    let all: u64 = mappings.iter().map(|mapping| mapping.pss_kib).sum();
+    let guests = guests(&mappings, memory_mib << 20);
+    let guests =
+        guests.ok_or_else(|| Failure::new(format_args!("no memory of {memory_mib} MiB in {smaps}")))?;
+    Ok(all.saturating_sub(guests) as f64)
+}
+
+/// A mapping of a process.
+struct Mapping {
+    start: u64,
+    end: u64,
+    pss_kib: u64,
+}
+
+fn guests(mappings: &[Mapping], bytes: u64) -> Option<u64> {
+    let large: Vec<&Mapping> =
+        mappings.iter().filter(|mapping| mapping.end - mapping.start >= bytes).collect();
+    if !large.is_empty() {
+        return Some(large.iter().map(|mapping| mapping.pss_kib).sum());
+    }
+    let together = |from: &[Mapping]| {
+        let (mut end, mut size, mut pss_kib) = (from.first()?.start, 0, 0);
+        for mapping in from {
+            if size >= bytes {
+                break;
+            }
+            if mapping.start != end {
+                return None;
+            }
+            end = mapping.end;
+            size += mapping.end - mapping.start;
+            pss_kib += mapping.pss_kib;
+        }
+        (size == bytes).then_some(pss_kib)
+    };
+    (0..mappings.len()).find_map(|first| together(mappings.get(first..)?))
 }

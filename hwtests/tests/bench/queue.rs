@@ -24,6 +24,9 @@ pub(crate) fn queue(ctx: &mut Ctx) -> Result<(), Failure> {
     // run brings the program from its disk.
     let mut script = format!(
         "{WITH_TOOLS}
+        # fio aligns by it, and in some guests it's no power of two on a processor that is emulated.
+        line=/mnt/sys/devices/system/cpu/cpu0/cache/index0/coherency_line_size
+        if [ -e $line ]; then echo 64 >/run/line; mount --bind /run/line $line; fi
         one() {{ tools fio --name=queue --thread --filename=/dev/vda --direct=1 --ioengine=libaio --iodepth=$2 --bs=4k \\
             --size={IMAGE_MIB}m --number_ios={REQUESTS} --norandommap --randseed=7 --rw=$3 --minimal | cut -d';' -f$4; }}
         part() {{ echo $1-begin; sleep 1; took=$(one $@); echo $1: 0 $took; echo $1-end; sleep 1; }}

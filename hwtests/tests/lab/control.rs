@@ -218,6 +218,35 @@ pub(crate) fn balloon_takes_and_gives(ctx: &mut Ctx) -> Result<(), Failure> {
     Ok(())
 }
 
+/// Asked for it, the guest names what it has free; what it has written stays, and it has all its memory to use.
+pub(crate) fn free_memory_is_reclaimed(ctx: &mut Ctx) -> Result<(), Failure> {
+    const MIB: u64 = 1 << 20;
+    let script = r"mount -t tmpfs -o size=100% tmpfs /tmp
+        sum() { sha256sum </tmp/kept | cut -c1-64; }
+        dd if=/dev/urandom of=/tmp/kept bs=1M count=16 2>/dev/null; before=$(sum); n=0
+        while dd if=/dev/zero of=/tmp/fill bs=1M count=64 2>/dev/null && [ x$before = x$(sum) ]; do
+            rm /tmp/fill; n=$((n + 1)); echo round $n.; sleep 1
+        done; echo something is wrong";
+    let running = ctx.start_guest(&ctx.guest(script)?.memory("256 MiB"))?;
+    running.wait_for_text("round 1.", SOON)?;
+    for _ in 0..2 {
+        let told = operate(ctx, &["reclaim", ctx.name()])?;
+        let bytes = at(&told, "reclaimed_bytes").as_u64().unwrap_or_default();
+        expect!(
+            (16 * MIB..240 * MIB).contains(&bytes),
+            "the guest of 256 MiB has named {bytes} bytes as free"
+        );
+        // The next whole round begins after that.
+        let rounds = running.printed_so_far().matches("round ").count();
+        running.wait_for_text(&format!("round {}.", rounds + 2), SOON)?;
+    }
+    operate(ctx, &["pause", ctx.name()])?;
+    ctx.run(["casemate", "reclaim", ctx.name()])?.refusal("guest-refused")?;
+    operate(ctx, &["stop", ctx.name()])?;
+    running.wait(SOON)?.success()?;
+    Ok(())
+}
+
 /// A disk and a card do no more than they may, and as much as they can once they may.
 pub(crate) fn limits_hold(ctx: &mut Ctx) -> Result<(), Failure> {
     let disk = ctx.directory().join("disk.img");

@@ -70,6 +70,7 @@ const TESTS: &[LabTest] = &[
     LabTest::new("operator-pauses-a-guest", control::pauses_and_goes_on),
     LabTest::new("operator-presses-the-button", control::presses_the_button_by_name),
     LabTest::new("operator-inflates-the-balloon", control::balloon_takes_and_gives),
+    LabTest::new("operator-reclaims-free-memory", control::free_memory_is_reclaimed),
     LabTest::new("operator-limits-a-disk", control::limits_hold),
     LabTest::new("operator-resizes-a-disk", control::disk_grows_and_shrinks),
     // Emulated devices

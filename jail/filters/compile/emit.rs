@@ -7,7 +7,7 @@ use seccompiler::{
     TargetArch, sock_filter,
 };
 
-use super::{Condition, File, Rule, refuse_idle, union};
+use super::{Condition, File, Rule, refuse_idle, shorten::shorten, union};
 
 /// The Rust source of a filter that stands alone.
 pub(crate) fn source_alone(file: &File, role: &str) -> Result<String, String> {
@@ -80,7 +80,7 @@ fn program(rules: &[&Rule]) -> Result<Vec<sock_filter>, String> {
         filter.and_then(BpfProgram::try_from).map_err(|error| format!("seccompiler: {error}"))?;
     let mut program = errors(rules);
     program.extend(rest);
-    Ok(program)
+    shorten(&program)
 }
 
 /// seccompiler knows two actions a filter, so the calls that fail with an error are answered in front of its program. On

@@ -8,6 +8,7 @@
 mod condition;
 mod constants;
 mod emit;
+mod shorten;
 
 pub(crate) use condition::Condition;
 #[cfg(test)]

@@ -251,6 +251,10 @@ fn the_filters_stay_short() {
         assert_eq!(told, Some(calls_of(role)), "{role} in docs/cell.md");
     }
     assert!(calls_of(Role::Compiler) < 15, "{}", calls_of(Role::Compiler));
+    // The kernel translates them for each thread, and runs them at each call.
+    for (role, most) in [(Role::Build, 450), (Role::Control, 160), (Role::Vcpu, 110)] {
+        assert!(role.program().len() <= most, "{role} has {} instructions", role.program().len());
+    }
 }
 
 #[test]

@@ -119,6 +119,9 @@ enum Command {
     /// Have a running guest give up some of its memory, or take it back. It gives what it can, and takes back what it needs
     /// before it kills a process for want of memory.
     Balloon(operate::BalloonOptions),
+    /// Have a running guest name all memory that it has free, and take that back at once: for kernels that don't report it as
+    /// they free it (Linux before 5.7).
+    Reclaim(operate::Options),
     /// Make a disk of a running guest larger or smaller, and tell the guest.
     Resize(operate::ResizeOptions),
     /// Limit what a disk or a network card of a running guest does. What is not named is not limited any more.
@@ -169,6 +172,7 @@ fn carry_out(arguments: Arguments) -> Result<ExitCode, Failure> {
         Command::Resume(options) => operate::act(&paths, &options, &OperatorRequest::Resume, json),
         Command::Stats(options) => operate::stats(&paths, &options, json),
         Command::Balloon(options) => operate::balloon(&paths, &options, json),
+        Command::Reclaim(options) => operate::reclaim(&paths, &options, json),
         Command::Resize(options) => operate::resize(&paths, &options, json),
         Command::Limit(options) => operate::limit(&paths, &options, json),
         Command::PowerOff(options) => operate::act(&paths, &options, &OperatorRequest::PowerOff, json),

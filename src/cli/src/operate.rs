@@ -41,6 +41,18 @@ pub(crate) fn balloon(paths: &Paths, options: &BalloonOptions, as_json: bool) ->
     Ok(ExitCode::SUCCESS)
 }
 
+/// Takes back what a guest has free.
+pub(crate) fn reclaim(paths: &Paths, options: &Options, as_json: bool) -> Result<ExitCode, Failure> {
+    let done = operate(paths, &options.guest, &OperatorRequest::Reclaim)?;
+    if as_json {
+        output::json(&done);
+    } else {
+        let size = ByteSize::from_bytes(done.get("reclaimed_bytes").and_then(Value::as_u64).unwrap_or(0));
+        output::line(&format!("guest {}: {size} that it has free went back to the host", options.guest));
+    }
+    Ok(ExitCode::SUCCESS)
+}
+
 #[derive(Args)]
 pub(crate) struct ResizeOptions {
     /// The guest's name.

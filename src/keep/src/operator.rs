@@ -111,6 +111,7 @@ enum Kind {
     Other,
     Add,
     Remove,
+    Reclaim,
 }
 
 impl Kind {
@@ -124,14 +125,16 @@ impl Kind {
             }
             Ask::Add { .. } => Self::Add,
             Ask::Remove { .. } => Self::Remove,
+            Ask::Reclaim => Self::Reclaim,
         }
     }
 
     fn fits(self, answer: &Answer) -> bool {
         match answer {
-            Answer::Done => !matches!(self, Self::Statistics | Self::Remove),
+            Answer::Done => !matches!(self, Self::Statistics | Self::Remove | Self::Reclaim),
             Answer::Statistics(statistics) => self == Self::Statistics && statistics.is_bounded(),
             Answer::Removed { .. } => self == Self::Remove,
+            Answer::Reclaimed { .. } => self == Self::Reclaim,
         }
     }
 }

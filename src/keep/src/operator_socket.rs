@@ -67,6 +67,8 @@ pub enum OperatorRequest {
         /// In bytes.
         size_bytes: u64,
     },
+    /// Have it name the memory that it has free, which goes back to the host.
+    Reclaim,
     /// Tell it how large the terminal is that shows its virtio console.
     TerminalSize {
         /// Characters across.
@@ -359,6 +361,17 @@ fn carry_out(asked: &Asked, request: &OperatorRequest) -> Result<Value, Refusal>
         }
         OperatorRequest::Balloon { size_bytes } => {
             drop(operator.ask(Ask::Balloon { target_bytes: *size_bytes }, Vec::new())?);
+        }
+        OperatorRequest::Reclaim => {
+            let Answer::Reclaimed { bytes } = operator.ask(Ask::Reclaim, Vec::new())? else {
+                return Err(Refusal::new(
+                    "guest-no-answer",
+                    operator.guest(),
+                    "its VMM answers something else",
+                    "use one build of casemate",
+                ));
+            };
+            return Ok(json!({ "guest": operator.guest(), "reclaimed_bytes": bytes }));
         }
         OperatorRequest::TerminalSize { columns, rows } => {
             drop(operator.ask(Ask::TerminalSize { columns: *columns, rows: *rows }, Vec::new())?);

@@ -1,5 +1,8 @@
 //! The memory balloon (virtio 1.3, 5.5): the guest gives up memory when it is asked to, tells how it fares, and reports
-//! memory that it does not use (free page reporting). What it gives goes back to the host until the guest touches it again.
+//! memory that it does not use: as it frees it (free page reporting), or all of it when it is asked (free page hinting). What it gives goes
+//! back to the host until the guest touches it again.
+
+mod hints;
 
 use std::{
     io,
@@ -14,6 +17,8 @@ use std::{
 use rustix::event::{EventfdFlags, eventfd};
 use vm_memory::{GuestAddress, GuestMemory, GuestMemoryMmap, Permissions};
 
+use hints::Hints;
+
 use crate::{
     active::Active,
     device::{Device, Fault, Kind, Progress},
@@ -25,12 +30,14 @@ use crate::{
 // Feature bits (`linux/virtio_balloon.h`).
 const VIRTIO_BALLOON_F_STATS_VQ: u32 = 1;
 const VIRTIO_BALLOON_F_DEFLATE_ON_OOM: u32 = 2;
+const VIRTIO_BALLOON_F_FREE_PAGE_HINT: u32 = 3;
 const VIRTIO_BALLOON_F_PAGE_POISON: u32 = 4;
 const VIRTIO_BALLOON_F_REPORTING: u32 = 5;
 
 // Fields of `struct virtio_balloon_config`.
 const NUM_PAGES: usize = 0;
 const ACTUAL: usize = 4;
+const HINT_NUMBER: usize = 8;
 const POISON_VALUE: usize = 12;
 const CONFIG_BYTES: usize = 16;
 const DRIVERS_FIELDS: &[Range<usize>] = &[ACTUAL..ACTUAL + 4, POISON_VALUE..POISON_VALUE + 4];
@@ -40,6 +47,8 @@ const DEFLATE: usize = 1;
 /// Where the driver took the statistics. The reporting queue is the fifth by the specification; Linux before 6.11 leaves no
 /// gaps for the queues of features that are not offered, and takes the first behind. So all from here on report, but this one.
 const STATISTICS: usize = 2;
+/// Where the driver took the hints: then no driver has reports here.
+const HINTS: usize = 3;
 /// What Linux reports in one request (`PAGE_REPORTING_CAPACITY`, `include/linux/page_reporting.h`), and room for it.
 const QUEUE_SIZE: u16 = 32;
 /// Requests handled before others have their turn; each may name a hundred megabytes.
@@ -71,6 +80,7 @@ pub struct BalloonControl {
     ask: OwnedFd,
     /// Nothing may be given back.
     held: Mutex<bool>,
+    hints: Mutex<Hints>,
 }
 
 /// What a guest tells of its memory; `None` is what it does not tell.
@@ -110,6 +120,7 @@ impl Balloon {
             wanted: AtomicBool::new(false),
             ask: eventfd(0, EventfdFlags::NONBLOCK | EventfdFlags::CLOEXEC)?,
             held: Mutex::new(false),
+            hints: Mutex::default(),
         })))
     }
 
@@ -144,10 +155,7 @@ impl Balloon {
     }
 
     fn reports(&self, active: &mut Active, index: usize) -> Result<Progress, Fault> {
-        // Given back, a page reads as zeros. A guest that fills free pages with something else must find them as they were.
-        let poisoned =
-            active.has_feature(VIRTIO_BALLOON_F_PAGE_POISON) && self.0.config.u32_at(POISON_VALUE) != 0;
-        let reports = active.has_feature(VIRTIO_BALLOON_F_REPORTING) && !poisoned;
+        let reports = active.has_feature(VIRTIO_BALLOON_F_REPORTING) && !self.is_poisoned(active);
         active.serve(index, BUDGET, |request| {
             let held = self.0.held();
             // A page that cannot be given back stays.
@@ -156,6 +164,36 @@ impl Balloon {
             }
             Ok(Some(0))
         })
+    }
+
+    /// What the driver names of its free memory, between its word that it begins and the one that this was all.
+    fn hinted(&self, active: &mut Active) -> Result<Progress, Fault> {
+        let poisoned = self.is_poisoned(active);
+        let mut is_done = false;
+        let progress = active.serve(HINTS, BUDGET, |request| {
+            let mut hints = self.0.hints();
+            let mut word = [0; 4];
+            if request.readable.read(0, &mut word) && hints.hear(u32::from_le_bytes(word)) {
+                // Under the lock: a number that is asked under next isn't overwritten.
+                self.0.config.set(HINT_NUMBER, &hints::DONE.to_le_bytes());
+                is_done = true;
+            }
+            let held = self.0.held();
+            if hints.is_under_way() && !poisoned && !*held {
+                release(&request.writable);
+                hints.add(request.writable.bytes() as u64);
+            }
+            Ok(Some(0))
+        })?;
+        if is_done {
+            active.interrupt().signal_config();
+        }
+        Ok(progress)
+    }
+
+    /// Given back, a page reads as zeros. A guest that fills free pages with something else must find them as they were.
+    fn is_poisoned(&self, active: &Active) -> bool {
+        active.has_feature(VIRTIO_BALLOON_F_PAGE_POISON) && self.0.config.u32_at(POISON_VALUE) != 0
     }
 }
 
@@ -244,6 +282,23 @@ impl BalloonControl {
         }
     }
 
+    /// Asks the guest to name all memory that it has free, under the number that this returns. The driver has to be told.
+    pub fn ask_for_free_memory(&self) -> u32 {
+        let mut hints = self.hints();
+        let number = hints.ask();
+        self.config.set(HINT_NUMBER, &number.to_le_bytes());
+        number
+    }
+
+    /// How much was given back of what it named under this number, once that is all of it.
+    pub fn free_memory_given(&self, number: u32) -> Option<u64> {
+        self.hints().ended(number)
+    }
+
+    fn hints(&self) -> MutexGuard<'_, Hints> {
+        self.hints.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+
     /// Whether nothing is given back.
     pub fn is_held(&self) -> bool {
         *self.held()
@@ -283,6 +338,7 @@ impl Device for Balloon {
     fn features(&self) -> u64 {
         1 << VIRTIO_BALLOON_F_STATS_VQ
             | 1 << VIRTIO_BALLOON_F_DEFLATE_ON_OOM
+            | 1 << VIRTIO_BALLOON_F_FREE_PAGE_HINT
             | 1 << VIRTIO_BALLOON_F_PAGE_POISON
             | 1 << VIRTIO_BALLOON_F_REPORTING
     }
@@ -311,6 +367,7 @@ impl Device for Balloon {
             // The guest takes pages back by touching them.
             DEFLATE => active.serve(DEFLATE, BUDGET, |_| Ok(Some(0))),
             STATISTICS if active.has_feature(VIRTIO_BALLOON_F_STATS_VQ) => self.statistics(active),
+            HINTS if active.has_feature(VIRTIO_BALLOON_F_FREE_PAGE_HINT) => self.hinted(active),
             _ => self.reports(active, index),
         }
     }

@@ -11,6 +11,7 @@ use crate::{
 const REPORTING: u64 = 1 << VIRTIO_BALLOON_F_REPORTING;
 const POISON: u64 = 1 << VIRTIO_BALLOON_F_PAGE_POISON;
 const STATS: u64 = 1 << VIRTIO_BALLOON_F_STATS_VQ;
+const HINT: u64 = 1 << VIRTIO_BALLOON_F_FREE_PAGE_HINT;
 
 /// Where the buffers are that tests write into.
 const BUFFER: u64 = 0xF_0000;
@@ -111,6 +112,39 @@ fn a_run_that_ends_outside_memory_is_given_as_far_as_it_is_there() {
 fn a_request_that_names_too_many_pages_is_a_fault() {
     let fault = inflated(&mut Balloon::new().unwrap(), &vec![0x10; PAGES_MOST + 1]).unwrap_err();
     assert!(matches!(fault, Fault::Request(_)), "{fault}");
+}
+
+/// Says these words, naming pages after each; returns which pages are kept.
+fn hinted(balloon: &mut Balloon, words: &[u32]) -> Vec<u64> {
+    let (memory, mut rings) = guest();
+    for (index, word) in words.iter().enumerate() {
+        let at = BUFFER + 16 * index as u64;
+        fill(&memory, at, &word.to_le_bytes());
+        rings[HINTS].offer(&[(at, 4, false)]);
+        rings[HINTS].offer(&[(0x10000 + 0x2000 * index as u64, 0x2000, true)]);
+    }
+    let (mut active, _events) = active(&memory, &rings.iter().collect::<Vec<_>>(), HINT | REPORTING);
+    run(balloon, &mut active, HINTS).unwrap();
+    kept(&memory)
+}
+
+#[test]
+fn free_memory_is_named_when_it_is_asked_for() {
+    let all: Vec<u64> = (0x10..0x18).collect();
+    let mut balloon = Balloon::new().unwrap();
+    let control = balloon.control();
+    assert_eq!(hinted(&mut balloon, &[2, 0]), all, "nobody asked");
+    let number = control.ask_for_free_memory();
+    assert_eq!(balloon.0.config.u32_at(HINT_NUMBER), number);
+    // Pages named under another number, under this one, and after the end.
+    assert_eq!(hinted(&mut balloon, &[number + 1, number, 0]), [0x10, 0x11, 0x14, 0x15, 0x16, 0x17]);
+    assert_eq!(control.free_memory_given(number), Some(0x2000));
+    assert_eq!(balloon.0.config.u32_at(HINT_NUMBER), hints::DONE, "the driver may use them again");
+    let next = control.ask_for_free_memory();
+    assert_eq!(control.free_memory_given(next), None);
+    control.hold(true);
+    assert_eq!(hinted(&mut balloon, &[next, 0]), all, "a device of the host's may reach it");
+    assert_eq!(control.free_memory_given(next), Some(0));
 }
 
 #[test]

@@ -22,6 +22,8 @@ const WAITING_MOST: usize = 16;
 const NEWS: Duration = Duration::from_millis(100);
 /// How often is looked whether it has.
 const LOOK: Duration = Duration::from_millis(5);
+/// How long the guest may take to name its free memory: less than the keep waits.
+const NAMING: Duration = Duration::from_secs(8);
 /// What a balloon leaves the guest at least.
 const LEFT_BYTES: u64 = 64 << 20;
 
@@ -34,6 +36,16 @@ pub(crate) struct Asks {
     pausing: Vec<u32>,
     /// Who asked for statistics, until when the guest's word is waited for, and how often it had told before.
     counting: Vec<(u32, Instant, u64)>,
+    naming: Option<Naming>,
+}
+
+/// The guest is asked to name its free memory.
+struct Naming {
+    /// Under this number.
+    number: u32,
+    until: Instant,
+    /// Who wants to know.
+    ids: Vec<u32>,
 }
 
 impl Asks {
@@ -86,6 +98,7 @@ impl Asks {
                 }
                 Some((id, Ok(Answer::Statistics(Box::new(statistics(running))))))
             }
+            Ask::Reclaim => self.reclaim(id, running).err().map(|refused| (id, Err(refused))),
             Ask::Balloon { target_bytes } => Some((id, inflate(running, target_bytes))),
             Ask::TerminalSize { columns, rows } => Some((id, terminal_size(running, columns, rows))),
             Ask::ResizeDisk { disk, size_bytes } => Some((id, resize(running, disk, size_bytes))),
@@ -95,14 +108,48 @@ impl Asks {
 
     /// How long control may sleep before it looks for answers.
     pub(crate) fn patience(&self) -> Option<Duration> {
-        (!self.counting.is_empty()).then_some(LOOK)
+        (!self.counting.is_empty() || self.naming.is_some()).then_some(LOOK)
     }
 
     /// Answers that are due now.
     pub(crate) fn due(&mut self, running: &Running) -> Vec<Reply> {
         let mut due = self.counted(running);
         due.extend(self.paused(running));
+        due.extend(self.named(running));
         due
+    }
+
+    /// Has the guest name its free memory, for all who ask meanwhile.
+    fn reclaim(&mut self, id: u32, running: &Running) -> Result<(), Refused> {
+        let (device, balloon) = balloon_of(running)?;
+        if running.platform.gate().is_closed() {
+            return refuse("ask-paused", "a guest that stands still names nothing".into());
+        }
+        let naming = self.naming.get_or_insert_with(|| {
+            let number = balloon.ask_for_free_memory();
+            device.interrupt.signal_config();
+            Naming { number, until: Instant::now() + NAMING, ids: Vec::new() }
+        });
+        if naming.ids.len() >= WAITING_MOST {
+            return refuse("ask-again", "too many wait for the same".into());
+        }
+        naming.ids.push(id);
+        Ok(())
+    }
+
+    fn named(&mut self, running: &Running) -> Vec<Reply> {
+        let balloon = running.devices.iter().find_map(Emulated::balloon);
+        let (Some(naming), Some(balloon)) = (&self.naming, balloon) else { return Vec::new() };
+        let answer = match balloon.free_memory_given(naming.number) {
+            Some(bytes) => Ok(Answer::Reclaimed { bytes }),
+            None if Instant::now() < naming.until => return Vec::new(),
+            None => {
+                let seconds = NAMING.as_secs();
+                refuse("ask-no-hints", format!("its kernel has not named its free memory within {seconds} s"))
+            }
+        };
+        let ids = self.naming.take().map(|naming| naming.ids).unwrap_or_default();
+        ids.into_iter().map(|id| (id, answer.clone())).collect()
     }
 
     fn counted(&mut self, running: &Running) -> Vec<Reply> {
@@ -171,13 +218,21 @@ fn refuse<T>(code: &str, message: String) -> Result<T, Refused> {
     Err(Refused { code: code.to_owned(), message: bounded(message) })
 }
 
+/// The balloon, as long as anything may be given back.
+fn balloon_of(running: &Running) -> Result<(&Emulated, &BalloonControl), Refused> {
+    let device = running.devices.iter().find_map(|device| Some((device, device.balloon()?)));
+    device.filter(|(_, balloon)| !balloon.is_held()).map_or_else(
+        || {
+            let why = "devices of the host's reach its memory, or its pages were set aside for it: none can be given back";
+            refuse("ask-no-balloon", why.into())
+        },
+        Ok,
+    )
+}
+
 /// Has the guest give up so much of its memory.
 fn inflate(running: &Running, target_bytes: u64) -> Result<Answer, Refused> {
-    let device = running.devices.iter().find_map(|device| Some((device, device.balloon()?)));
-    let Some((device, balloon)) = device.filter(|(_, balloon)| !balloon.is_held()) else {
-        let why = "devices of the host's reach its memory, or its pages were set aside for it: none can be given back";
-        return refuse("ask-no-balloon", why.into());
-    };
+    let (device, balloon) = balloon_of(running)?;
     if target_bytes > running.memory_bytes.saturating_sub(LEFT_BYTES) {
         let left = LEFT_BYTES >> 20;
         return refuse("ask-balloon-size", format!("a guest keeps at least {left} MiB of its memory"));

@@ -60,6 +60,8 @@ pub enum Ask {
         /// Whether it is taken out when the guest has not let it go in time.
         force: bool,
     },
+    /// Have the guest name all memory that it has free, and give that back to the host. Answered when it has.
+    Reclaim,
 }
 
 /// An emulated device among those of its kind.
@@ -122,6 +124,11 @@ pub enum Answer {
     Removed {
         /// The guest had not let it go.
         forced: bool,
+    },
+    /// To [`Ask::Reclaim`].
+    Reclaimed {
+        /// What the guest named, by its word.
+        bytes: u64,
     },
 }
 
