@@ -38,8 +38,10 @@ pub fn list_devices(paths: &Paths) -> Result<Vec<ListedDevice>, Refusal> {
     let pools = inventory.pools()?;
     let mut named = inventory.functions.clone();
     Host::live().name(&mut named);
+    let addresses = named.iter().map(|function| function.address).collect();
+    let mut lives = inventory.lives(addresses).ok().flatten().unwrap_or_default().into_iter();
     let listed = named.into_iter().map(|function| ListedDevice {
-        life: inventory.lives(vec![function.address]).ok().flatten().and_then(|mut lives| lives.pop()),
+        life: lives.next(),
         pool: pools.pool_of(&function).map(|pool| pool.name.as_str().to_owned()),
         refusal: inventory.assignable(&whole_group(&inventory.functions, &function)).err(),
         function,
