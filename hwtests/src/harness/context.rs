@@ -3,6 +3,7 @@
 use std::{
     ffi::OsStr,
     fs,
+    hash::{DefaultHasher, Hash, Hasher},
     path::{Path, PathBuf},
     process::Command,
     thread,
@@ -106,17 +107,29 @@ impl Ctx {
 
     /// A guest's file with the lab's kernel and an image that runs `script`; the caller adds disks and devices to it.
     pub fn guest(&self, script: &str) -> Result<GuestFile, Failure> {
-        let initrd = self.directory.join("guest.cpio");
-        GuestImage::new(script).write(&self.layout, &initrd)?;
+        let initrd = self.image("guest", script);
+        if !initrd.exists() {
+            GuestImage::new(script).write(&self.layout, &initrd)?;
+        }
         Ok(GuestFile::new(self.name, &self.layout.guest_kernel(), &initrd))
     }
 
     /// The same with another of Debian's kernels: `6.1`, `6.1-cloud`, `6.12-cloud`.
     pub fn guest_of(&self, kernel: &str, script: &str) -> Result<GuestFile, Failure> {
-        let initrd = self.directory.join(format!("guest-{kernel}.cpio"));
+        let initrd = self.image(kernel, script);
         let (image, base) = self.layout.other_guest(kernel);
-        GuestImage::new(script).write_on(&base, &initrd)?;
+        if !initrd.exists() {
+            GuestImage::new(script).write_on(&base, &initrd)?;
+        }
         Ok(GuestFile::new(self.name, &image, &initrd))
+    }
+
+    /// Where the image that runs `script` is. A script has an image of its own, which is written once: a guest that was started may not
+    /// have read its own yet when the test makes the next one.
+    fn image(&self, base: &str, script: &str) -> PathBuf {
+        let mut hasher = DefaultHasher::new();
+        script.hash(&mut hasher);
+        self.directory.join(format!("{base}-{:016x}.cpio", hasher.finish()))
     }
 
     /// Writes the guest's file, starts `casemate run --json` on it, and returns at once.
