@@ -23,11 +23,13 @@ pub(crate) fn exec(ctx: &mut Ctx) -> Result<(), Failure> {
     fs::write(&kernel, tiny_kernel_that_ends())?;
     let guest = Guest { kernel, initrd: None, memory_mib: 128, disks: Vec::new(), net: None, device: None };
     let peers = Peer::found(ctx)?;
+    let resting = crate::resting(ctx)?;
     // The first run compiles policies, and reads all programs.
     for peer in &peers {
         times_ms(ctx, peer, &guest)?;
     }
     let measured = in_turn(&peers, RUNS, |peer| times_ms(ctx, peer, &guest))?;
+    crate::end_resting(resting)?;
     for (index, what) in ["from the command to its end", "processor time of the VMM", "processor time of all"]
         .iter()
         .enumerate()

@@ -10,7 +10,9 @@ use crate::{
 };
 
 /// Data each way.
-const MIB: u32 = 32;
+const MIB: u32 = 128;
+/// Of each: the scheduler of an emulated machine of one processor decides as much as who carries the frames.
+const RUNS: usize = 5;
 /// For all that one guest does, where KVM is emulated.
 const RUN_MAX: Duration = Duration::from_secs(180);
 const TAP: &str = "cmbench0";
@@ -35,7 +37,7 @@ pub(crate) fn net(ctx: &mut Ctx) -> Result<(), Failure> {
         guest.net = Some(Net { tap: TAP, host_address: "192.0.2.1/24", vhost });
         let mut peers = Peer::found(ctx)?;
         peers.retain(|peer| peer.can(&guest));
-        let measured = in_turn(&peers, 3, |peer| run(ctx, peer, &guest))?;
+        let measured = in_turn(&peers, RUNS, |peer| run(ctx, peer, &guest))?;
         let of = |index: usize| -> Vec<Vec<f64>> {
             let runs =
                 |runs: &Vec<Times>| runs.iter().filter_map(|times| times.get(index).copied()).collect();

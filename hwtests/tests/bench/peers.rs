@@ -32,6 +32,18 @@ pub(crate) struct Guest {
     pub(crate) device: Option<&'static str>,
 }
 
+impl Guest {
+    /// Whether the others get a source of entropy, as a guest of Casemate's always has. A kernel of a few instructions gets along without.
+    fn has_entropy(&self) -> bool {
+        self.initrd.is_some()
+    }
+
+    /// The same for a balloon with free page reporting, which there is not beside an assigned device.
+    fn has_balloon(&self) -> bool {
+        self.initrd.is_some() && self.device.is_none()
+    }
+}
+
 /// A network card.
 #[derive(Clone, Copy)]
 pub(crate) struct Net {
@@ -129,8 +141,18 @@ impl Peer {
         }
     }
 
+    /// Starts it: the others in a cgroup like that of Casemate's cell, or the host's scheduler would count each of their threads beside
+    /// what they talk to, and all of a cell's as one.
     pub(crate) fn start(&self, ctx: &Ctx, guest: &Guest) -> Result<Running, Failure> {
-        ctx.start(self.words(ctx, guest)?)
+        let words = self.words(ctx, guest)?;
+        if matches!(self, Self::Casemate) {
+            return ctx.start(words);
+        }
+        // What starts it is in there as well, for so long.
+        fs::write(limited_cgroup(guest.memory_mib)?.join("cgroup.procs"), "0")?;
+        let running = ctx.start(words);
+        fs::write("/sys/fs/cgroup/cgroup.procs", "0")?;
+        running
     }
 
     /// The words of the command that starts it; what it needs for that is made.
@@ -203,6 +225,21 @@ impl Peer {
             _ => Ok(running.pid()),
         }
     }
+}
+
+/// A cgroup as deep as a cell's, with the same controllers: two processors, and memory enough for any of them.
+fn limited_cgroup(memory_mib: u64) -> Result<PathBuf, Failure> {
+    let root = Path::new("/sys/fs/cgroup");
+    let parent = root.join("peers");
+    let own = parent.join("bench");
+    fs::create_dir_all(&own)?;
+    for directory in [root, &parent] {
+        fs::write(directory.join("cgroup.subtree_control"), "+memory +pids +cpu")?;
+    }
+    fs::write(own.join("memory.max"), ((memory_mib + 1024) << 20).to_string())?;
+    fs::write(own.join("pids.max"), "256")?;
+    fs::write(own.join("cpu.max"), "200000 100000")?;
+    Ok(own)
 }
 
 fn casemate(guest: &Guest) -> GuestFile {

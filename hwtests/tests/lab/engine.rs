@@ -1,6 +1,12 @@
 //! The process in which a keep's plugins run.
 
-use std::{fs, path::PathBuf, time::Duration};
+use std::{
+    collections::BTreeSet,
+    fs,
+    os::unix::fs::MetadataExt,
+    path::{Path, PathBuf},
+    time::Duration,
+};
 
 use casemate_hwtests::{
     expect,
@@ -8,6 +14,8 @@ use casemate_hwtests::{
 };
 use casemate_jail::{Answer, Call, filters, inspect};
 use rustix::process::Signal;
+
+use crate::endings::cell_of;
 
 pub(crate) fn is_in_a_cell_of_its_own(ctx: &mut Ctx) -> Result<(), Failure> {
     let running = ctx.start_guest(&ctx.guest("sleep 1000")?.vcpus(1))?;
@@ -59,6 +67,33 @@ pub(crate) fn is_in_a_cell_of_its_own(ctx: &mut Ctx) -> Result<(), Failure> {
     Ok(())
 }
 
+/// A host has one copy of the VMM and of the engine, however many guests run.
+pub(crate) fn programs_are_copied_once(ctx: &mut Ctx) -> Result<(), Failure> {
+    let guest = ctx.guest("sleep 1000")?.vcpus(1);
+    let mut running = Vec::new();
+    let mut copies = BTreeSet::new();
+    for name in ["first", "second"] {
+        let one = ctx.start_guest(&guest.clone().named(name))?;
+        copies.insert(program(cell_of(&one)?.0)?);
+        running.push(one);
+    }
+    expect!(copies.len() == 1, "two cells run {} copies: {copies:?}", copies.len());
+    let engines =
+        engines().iter().map(|cgroup| program(process_of(cgroup)?)).collect::<Result<Vec<_>, _>>()?;
+    expect!(engines.len() == 2 && engines.first() == engines.last(), "engines run {engines:?}");
+    for one in running {
+        one.signal(Signal::TERM)?;
+        one.wait(Duration::from_secs(30))?.success()?;
+    }
+    Ok(())
+}
+
+/// What a process executes: its name, and the inode.
+fn program(pid: u32) -> Result<(PathBuf, u64), Failure> {
+    let path = format!("/proc/{pid}/exe");
+    Ok((fs::read_link(&path)?, fs::metadata(&path)?.ino()))
+}
+
 /// The cgroups of engines.
 fn engines() -> Vec<PathBuf> {
     let cgroups = fs::read_dir("/sys/fs/cgroup/casemate").into_iter().flatten().flatten();
@@ -73,6 +108,11 @@ fn engine() -> Result<u32, Failure> {
     let [cgroup] = &engines()[..] else {
         return Err(Failure::new(format!("not one engine: {:?}", engines())));
     };
+    process_of(cgroup)
+}
+
+/// The one process of a cgroup.
+fn process_of(cgroup: &Path) -> Result<u32, Failure> {
     let pid = fs::read_to_string(cgroup.join("cgroup.procs"))?;
     pid.trim().parse().map_err(|_| Failure::new(format!("no engine in its cgroup: {pid:?}")))
 }

@@ -178,6 +178,7 @@ const TESTS: &[LabTest] = &[
     LabTest::new("cell-is-weaker-by-leave-alone", cell::is_weaker_by_leave_alone),
     LabTest::new("cell-is-closed-around-the-compiler", cell::is_closed_around_the_policy_compiler),
     LabTest::new("policies-run-in-a-cell", engine::is_in_a_cell_of_its_own),
+    LabTest::new("programs-are-copied-once", engine::programs_are_copied_once),
     LabTest::new("cell-hears-its-keep-alone", cell::hears_its_keep_alone),
     LabTest::new("keep-is-not-root", keep::is_not_root),
     LabTest::new("host-file-is-read-without-rights", keep::host_file_is_read_without_rights),

@@ -260,7 +260,7 @@ fn close(places: &Places, rules: &Rules, program: &Path, room: Room) -> Result<C
         guest: name(room.name),
         uid,
         gid: uid,
-        program: Program::seal_as(room.called, file).map_err(in_words)?,
+        program: Program::shared(room.called, file, &places.cgroup).map_err(in_words)?,
         arguments: Vec::new(),
         input: Some(room.input),
         output: room.output,

@@ -37,7 +37,7 @@ pub(crate) struct Running {
     cell: Mutex<Option<Cell>>,
     guest: Mutex<Option<Guest>>,
     engines: Mutex<BTreeMap<u32, Closed>>,
-    /// The VMM's program, which is copied while the guest is judged.
+    /// The VMM's program, which is copied, or found, while the guest is judged.
     sealing: Mutex<Option<JoinHandle<Result<Program, Refusal>>>>,
 }
 
@@ -54,11 +54,11 @@ fn lock<T>(mutex: &Mutex<T>) -> MutexGuard<'_, T> {
 }
 
 impl Running {
-    /// Begins to copy the VMM's program.
+    /// Begins to copy the VMM's program, where no other guest runs it.
     pub(crate) fn begin(&self, places: &Places) {
-        let vmm = places.vmm.clone();
+        let (vmm, cgroups) = (places.vmm.clone(), places.cgroup.clone());
         // Without a thread it's copied when it's wanted.
-        *lock(&self.sealing) = Builder::new().name("seal".into()).spawn(move || seal(&vmm)).ok();
+        *lock(&self.sealing) = Builder::new().name("seal".into()).spawn(move || seal(&vmm, &cgroups)).ok();
     }
 
     pub(crate) fn has_started(&self) -> bool {
@@ -79,7 +79,7 @@ impl Running {
             Refusal::new("cell-start", &reserved.guest, cause, "see the message of the kernel above")
         };
         let sealed = lock(&self.sealing).take().and_then(|sealing| sealing.join().ok());
-        let program = sealed.unwrap_or_else(|| seal(&places.vmm))?;
+        let program = sealed.unwrap_or_else(|| seal(&places.vmm, &places.cgroup))?;
         let (control, peer) =
             control_socket(&reserved.control).map_err(|error| failed("the control socket", &error))?;
         // From here on the keep may have to do with strangers.
@@ -204,13 +204,13 @@ impl Running {
     }
 }
 
-fn seal(vmm: &Path) -> Result<Program, Refusal> {
+fn seal(vmm: &Path, cgroups: &Path) -> Result<Program, Refusal> {
     let program = File::open(vmm).map_err(|error| {
         let remedy = "put casemate-vmm beside casemate; `cargo build --release` builds both";
         let cause = format_args!("it cannot be opened: {error}");
         Refusal::new("vmm-missing", vmm.display(), cause, remedy)
     })?;
-    Program::seal(program)
+    Program::shared(c"casemate-vmm", program, cgroups)
 }
 
 /// Turns a knob of a cgroup whose cell may keep so many processors busy.

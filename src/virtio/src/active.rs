@@ -8,7 +8,9 @@ use vm_memory::GuestMemoryMmap;
 use crate::{
     counters::Counters,
     device::{Fault, Progress},
+    gather::Gathering,
     interrupt::Interrupt,
+    place::Place,
     request::Request,
     vhost::RingPlace,
 };
@@ -37,21 +39,6 @@ pub struct Active {
     counters: Arc<Counters>,
 }
 
-#[derive(Debug)]
-struct Place {
-    queue: Queue,
-    /// Something was given back since the driver was last told.
-    news: bool,
-}
-
-impl Place {
-    fn give_back(&mut self, memory: &Memory, head: u16, written: u32) -> Result<(), Fault> {
-        self.queue.add_used(&**memory, head, written)?;
-        self.news = true;
-        Ok(())
-    }
-}
-
 impl Active {
     /// `queues` are those that the driver enabled, each in its place; they must be valid in `memory`.
     pub(crate) fn new(
@@ -61,8 +48,7 @@ impl Active {
         features: u64,
         counters: Arc<Counters>,
     ) -> Self {
-        let place = |queue| Place { queue, news: false };
-        let queues = queues.into_iter().map(|queue| queue.map(place)).collect();
+        let queues = queues.into_iter().map(|queue| queue.map(Place::new)).collect();
         Self { memory, queues, interrupt, features, counters }
     }
 
@@ -137,21 +123,32 @@ impl Active {
         Ok(progress)
     }
 
-    /// As [`Active::serve`], for a device that puts something into as many requests as it takes: `handle` is given requests
-    /// that have room for `room_bytes` together, as far as that is to be had (less comes only when half of the queue has no
-    /// more), and returns how many bytes it wrote, from the first on. Those without any stay in the queue.
+    /// As [`Active::serve`], for a device that puts something into as many requests as it takes: `handle` gathers them, and returns
+    /// how many bytes it wrote, from the first on. Those without any stay in the queue. All that one call of `handle` filled are given
+    /// back at once.
     ///
     /// # Errors
     /// As for [`Active::serve`].
-    pub fn serve_together(
+    pub(crate) fn serve_together(
         &mut self,
         index: usize,
         budget: usize,
-        room_bytes: usize,
-        handle: impl FnMut(&[Request<'_>]) -> Result<Option<usize>, Fault>,
+        mut handle: impl FnMut(&mut Gathering<'_>) -> Result<Option<usize>, Fault>,
     ) -> Result<Progress, Fault> {
         let Some(Some(place)) = self.queues.get_mut(index) else { return Ok(Progress::Idle) };
-        let progress = turn_together(place, &self.memory, &self.counters, (budget, room_bytes), handle)?;
+        let mut gathering = Gathering::new(place, &self.memory, budget)?;
+        let mut progress = Progress::More;
+        for _ in 0..budget {
+            let Some(written) = handle(&mut gathering)? else {
+                progress = Progress::Idle;
+                break;
+            };
+            if written > 0 {
+                self.counters.request(0, written as u64);
+            }
+            gathering.give_back(written)?;
+        }
+        gathering.end();
         self.tell(index)?;
         Ok(progress)
     }
@@ -164,7 +161,7 @@ impl Active {
     pub fn finish(&mut self, index: usize, head: u16, read: u64, written: u32) -> Result<(), Fault> {
         let Some(Some(place)) = self.queues.get_mut(index) else { return Ok(()) };
         self.counters.request(read, written.into());
-        place.give_back(&self.memory, head, written)
+        place.give_back(&self.memory, [(head, written)])
     }
 
     /// Interrupts the driver if something was given back to queue `index` since it was last told, and it wants to know.
@@ -173,7 +170,7 @@ impl Active {
     /// When the driver broke the ring.
     pub fn tell(&mut self, index: usize) -> Result<(), Fault> {
         let Some(Some(place)) = self.queues.get_mut(index) else { return Ok(()) };
-        if std::mem::take(&mut place.news) && place.queue.needs_notification(&*self.memory)? {
+        if place.wants_word(&self.memory)? {
             self.interrupt.signal_queue(index);
         }
         Ok(())
@@ -200,7 +197,7 @@ fn turn(
             match handle(&request)? {
                 Handled::Done(written) => {
                     counters.request(request.readable.bytes() as u64, written.into());
-                    place.give_back(memory, request.head(), written)?;
+                    place.give_back(memory, [(request.head(), written)])?;
                 }
                 Handled::Taken => {}
                 Handled::Left => {
@@ -213,58 +210,4 @@ fn turn(
             return Ok(Progress::Idle);
         }
     }
-}
-
-/// One turn of a queue whose requests are filled together.
-fn turn_together(
-    place: &mut Place,
-    memory: &Memory,
-    counters: &Counters,
-    (budget, room_bytes): (usize, usize),
-    mut handle: impl FnMut(&[Request<'_>]) -> Result<Option<usize>, Fault>,
-) -> Result<Progress, Fault> {
-    let mut held: Vec<Request<'_>> = Vec::new();
-    let mut looks = budget.saturating_add(usize::from(place.queue.size()));
-    place.queue.disable_notification(&**memory)?;
-    let mut progress = Progress::More;
-    'frames: for _ in 0..budget {
-        let mut room: usize = held.iter().map(|request| request.writable.bytes()).sum();
-        while room < room_bytes {
-            // As in `turn`: a chain costs a look, and so does one in vain.
-            let Some(less) = looks.checked_sub(1) else { break 'frames };
-            looks = less;
-            let chain = place.queue.iter(&**memory)?.next();
-            if let Some(chain) = chain {
-                let request = Request::read(chain, memory, place.queue.size())?;
-                room = room.saturating_add(request.writable.bytes());
-                held.push(request);
-            } else if place.queue.enable_notification(&**memory)? {
-                place.queue.disable_notification(&**memory)?;
-            } else {
-                break;
-            }
-        }
-        // The driver was asked above to tell of the next.
-        let few = room < room_bytes && held.len() < usize::from(place.queue.size() / 2).max(1);
-        let written = if few { None } else { handle(&held)? };
-        let Some(mut left) = written else {
-            progress = Progress::Idle;
-            break;
-        };
-        counters.request(0, left as u64);
-        let mut used = 0;
-        for request in &held {
-            let share = left.min(request.writable.bytes());
-            place.give_back(memory, request.head(), u32::try_from(share).unwrap_or(0))?;
-            (left, used) = (left - share, used + 1);
-            if left == 0 {
-                break;
-            }
-        }
-        held.drain(..used);
-    }
-    for _ in held {
-        place.queue.go_to_previous_position();
-    }
-    Ok(progress)
 }

@@ -25,11 +25,13 @@ mod counters;
 mod device;
 mod device_config;
 mod event_fd;
+mod gather;
 #[cfg(any(test, feature = "hostile"))]
 pub mod hostile;
 mod interrupt;
 mod limit;
 mod net;
+mod place;
 pub mod qcow2;
 mod request;
 mod rng;

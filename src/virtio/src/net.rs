@@ -4,6 +4,7 @@
 mod header;
 mod kernel;
 mod pairs;
+mod receive;
 
 use std::os::fd::{BorrowedFd, OwnedFd};
 
@@ -14,13 +15,12 @@ use virtio_bindings::virtio_net::{
 };
 
 use self::header::{HEADER_BYTES, Offloads};
-use self::pairs::Pairs;
 pub use self::{kernel::KernelNet, pairs::PAIRS_MAX};
+use self::{pairs::Pairs, receive::Receiver};
 use crate::{
     active::Active,
     device::{Device, DeviceError, Fault, Kind, Progress},
-    request::Request,
-    vectored::{receive, send},
+    vectored::send,
 };
 
 const QUEUE_SIZE: u16 = 256;
@@ -55,6 +55,7 @@ const FEATURES: u64 = 1 << VIRTIO_NET_F_CSUM
 #[derive(Debug)]
 pub struct Net {
     pairs: Pairs,
+    receiver: Receiver,
 }
 
 impl Net {
@@ -65,7 +66,7 @@ impl Net {
     /// # Errors
     /// [`DeviceError::NetQueues`].
     pub fn new(taps: Vec<OwnedFd>, mac: [u8; 6]) -> Result<Self, DeviceError> {
-        Ok(Self { pairs: Pairs::new(taps, mac)? })
+        Ok(Self { pairs: Pairs::new(taps, mac)?, receiver: Receiver::new() })
     }
 
     fn transmit(&self, active: &mut Active, pair: usize) -> Result<Progress, Fault> {
@@ -87,21 +88,9 @@ impl Net {
         })
     }
 
-    fn receive(&self, active: &mut Active, pair: usize) -> Result<Progress, Fault> {
+    fn receive(&mut self, active: &mut Active, pair: usize) -> Result<Progress, Fault> {
         let Some(tap) = self.pairs.tap(pair) else { return Ok(Progress::Idle) };
-        let (index, offloads) = (pair * 2, Offloads::of_tap(active));
-        if active.has_feature(VIRTIO_NET_F_MRG_RXBUF) {
-            let room = if offloads.segments() { FRAME_MAX_BYTES } else { 18 + 1500 } + HEADER_BYTES;
-            return active.serve_together(index, BUDGET, room, |requests| {
-                // The tap cuts what does not fit, so a frame that fills all the room may lack its end.
-                let all: usize = requests.iter().map(|request| request.writable.bytes()).sum();
-                receive_into(tap, offloads, requests, |length| length < all || all >= room)
-            });
-        }
-        active.serve(index, BUDGET, |request| {
-            let length = receive_into(tap, offloads, std::slice::from_ref(request), |_| true)?;
-            Ok(length.map(|length| u32::try_from(length).unwrap_or(0)))
-        })
+        self.receiver.receive(active, pair * 2, tap)
     }
 }
 
@@ -135,39 +124,6 @@ impl Device for Net {
     fn backend_ready(&mut self, active: &mut Active, backend: usize) -> Result<Progress, Fault> {
         self.receive(active, backend)
     }
-}
-
-/// Receives the next frame that is `good` into `requests`, from the first on; returns its length with header.
-fn receive_into(
-    tap: BorrowedFd<'_>,
-    offloads: Offloads,
-    requests: &[Request<'_>],
-    good: impl Fn(usize) -> bool,
-) -> Result<Option<usize>, Fault> {
-    let Some(first) = requests.first() else { return Ok(None) };
-    if requests.iter().any(|request| request.writable.bytes() <= HEADER_BYTES) {
-        return Err(Fault::Request("has no room for a frame"));
-    }
-    let length = loop {
-        match receive(tap, requests.iter().map(|request| &request.writable)) {
-            Ok(length) if length > HEADER_BYTES && good(length) => break length,
-            // A header without a frame: none that a tap gives.
-            Ok(length) if length > 0 => {}
-            // Nothing there; or the tap is down or gone, and its readiness will tell when that changes.
-            Ok(_) | Err(_) => return Ok(None),
-        }
-    };
-    let mut header = [0; HEADER_BYTES];
-    let mut room = 0usize;
-    let buffers = requests.iter().take_while(|request| {
-        let needed = room < length;
-        room = room.saturating_add(request.writable.bytes());
-        needed
-    });
-    let buffers = u16::try_from(buffers.count()).unwrap_or(u16::MAX);
-    let is_told =
-        first.writable.read(0, &mut header) && first.writable.write(0, &offloads.header_in(&header, buffers));
-    if is_told { Ok(Some(length)) } else { Err(Fault::Request("has no room for a frame")) }
 }
 
 #[cfg(test)]

@@ -179,6 +179,66 @@ fn a_long_frame_takes_several_buffers() {
     assert_eq!(receive.take(), None);
 }
 
+/// A card with 16 buffers of 1526 bytes, and features that let frames be long.
+fn long_frames(memory: &crate::active::Memory) -> (Net, UnixDatagram, Ring, Active) {
+    const FEATURES: u64 =
+        1 << VIRTIO_NET_F_MRG_RXBUF | 1 << VIRTIO_NET_F_GUEST_CSUM | 1 << VIRTIO_NET_F_GUEST_TSO4;
+    let (net, wire) = card();
+    let (mut receive, transmit) = (Ring::new(memory, 0x1000, 16), Ring::new(memory, 0x8000, 16));
+    for n in 0..16 {
+        receive.offer(&[(BUFFER + n * 2048, 1526, true)]);
+    }
+    let (active, _events) = active(memory, &[&receive, &transmit], FEATURES);
+    (net, wire, receive, active)
+}
+
+#[test]
+fn a_long_frame_may_follow_a_short_one() {
+    let memory = memory();
+    let (mut net, wire, mut receive, mut active) = long_frames(&memory);
+    let content: Vec<u8> = (0..4000u32).map(|n| (n % 251) as u8).collect();
+    for frame in [frame(b"short"), frame(&content), frame(b"short again"), frame(&content)] {
+        wire.send(&frame).unwrap();
+    }
+    run(&mut net, &mut active, RECEIVE).unwrap();
+    let taken: Vec<_> = std::iter::from_fn(|| receive.take()).collect();
+    let lengths = [17, 1526, 1526, 960, 23, 1526, 1526, 960];
+    assert_eq!(taken, (0..).zip(lengths).collect::<Vec<_>>());
+    for first in [1u64, 5] {
+        let buffer = |n: u64, from: u64, length| bytes(&memory, BUFFER + (first + n) * 2048 + from, length);
+        assert_eq!(buffer(0, 10, 2), [3, 0]);
+        assert_eq!([buffer(0, 12, 1514), buffer(1, 0, 1526), buffer(2, 0, 960)].concat(), content);
+    }
+}
+
+/// Else the driver would look for the second buffer in vain, and drop the frame.
+#[test]
+fn the_buffers_of_a_frame_are_given_back_together() {
+    let memory = memory();
+    let (mut net, wire, mut receive, mut active) = long_frames(&memory);
+    let is_over = std::sync::atomic::AtomicBool::new(false);
+    let index = || u16::from_le_bytes(bytes(&memory, 0x3002, 2).try_into().unwrap());
+    std::thread::scope(|scope| {
+        let watch = scope.spawn(|| {
+            let mut seen = 0u32;
+            while !is_over.load(std::sync::atomic::Ordering::Relaxed) {
+                seen |= 1 << (index() % 4);
+            }
+            seen
+        });
+        for _ in 0..4000 {
+            wire.send(&frame(&[7; 1526 * 4 - HEADER_BYTES])).unwrap();
+            run(&mut net, &mut active, RECEIVE).unwrap();
+            while let Some((head, _)) = receive.take() {
+                receive.make_available(head);
+            }
+        }
+        is_over.store(true, std::sync::atomic::Ordering::Relaxed);
+        assert_eq!(watch.join().unwrap(), 1, "it was seen between the buffers of a frame");
+    });
+    assert_eq!(index(), 16_000);
+}
+
 #[test]
 fn a_frame_that_the_tap_does_not_take_is_dropped() {
     let memory = memory();

@@ -128,18 +128,24 @@ impl Transfer {
     }
 }
 
-/// Receives one message from `file` into the buffers, one after the other; returns its length, cut to what they hold.
+/// Receives one message from `file` into the buffers, one after the other, and what they have no room for into `rest`; returns its
+/// length, cut to what all of them hold.
 ///
 /// # Errors
 /// What the kernel says; [`io::ErrorKind::WouldBlock`] when there is none.
 pub(crate) fn receive<'a, 'm: 'a>(
     file: BorrowedFd<'_>,
     buffers: impl Iterator<Item = &'a Buffers<'m>>,
+    rest: &mut [u8],
 ) -> io::Result<usize> {
     let all = buffers.flat_map(|buffers| buffers.range(0..buffers.bytes()));
-    let parts: Vec<iovec> = all.take(PARTS_MAX).map(part).collect();
+    let mut parts: Vec<iovec> = all.take(PARTS_MAX).map(part).collect();
+    // Behind buffers that were left out, it would be in their place.
+    if parts.len() < PARTS_MAX && !rest.is_empty() {
+        parts.push(iovec { iov_base: rest.as_mut_ptr().cast(), iov_len: rest.len() });
+    }
     retry(|| {
-        // SAFETY: as in `read_at`.
+        // SAFETY: as in `read_at`, and the last part may be `rest`, which nobody else has meanwhile.
         unsafe { libc::readv(file.as_raw_fd(), parts.as_ptr(), parts.len() as c_int) }
     })
 }

@@ -18,6 +18,12 @@ pub(super) fn qemu(guest: &Guest, closed: bool) -> Vec<OsString> {
         add("-initrd", initrd.into());
     }
     add("-append", "console=ttyS0 quiet".into());
+    if guest.has_entropy() {
+        add("-device", "virtio-rng-pci".into());
+    }
+    if guest.has_balloon() {
+        add("-device", "virtio-balloon-pci,free-page-reporting=on".into());
+    }
     if closed {
         let sandbox = "on,obsolete=deny,elevateprivileges=deny,spawn=deny,resourcecontrol=deny";
         add("-sandbox", sandbox.into());
@@ -60,6 +66,10 @@ pub(super) fn cloud_hypervisor(program: &Path, guest: &Guest, closed: bool) -> V
         add("--initramfs", &[initrd.display().to_string()]);
     }
     add("--memory", &[format!("size={}M", guest.memory_mib)]);
+    // It has a source of entropy by itself.
+    if guest.has_balloon() {
+        add("--balloon", &["size=0,free_page_reporting=on".to_owned()]);
+    }
     let disks: Vec<String> = guest
         .disks
         .iter()
@@ -131,6 +141,7 @@ fn firecracker_machine(guest: &Guest, called: impl Fn(&Path) -> String) -> Value
         .collect();
     let nets: Vec<Value> =
         guest.net.iter().map(|net| json!({ "iface_id": "n0", "host_dev_name": net.tap })).collect();
+    let balloon = json!({ "amount_mib": 0, "deflate_on_oom": false, "free_page_reporting": true });
     json!({
         "boot-source": {
             "kernel_image_path": called(&guest.kernel), "initrd_path": guest.initrd.as_deref().map(&called),
@@ -138,5 +149,6 @@ fn firecracker_machine(guest: &Guest, called: impl Fn(&Path) -> String) -> Value
         },
         "machine-config": { "vcpu_count": 1, "mem_size_mib": guest.memory_mib },
         "drives": drives, "network-interfaces": nets,
+        "entropy": guest.has_entropy().then(|| json!({})), "balloon": guest.has_balloon().then_some(balloon),
     })
 }

@@ -1,0 +1,126 @@
+//! Frames from the tap to the driver.
+
+use std::os::fd::BorrowedFd;
+
+use virtio_bindings::virtio_net::VIRTIO_NET_F_MRG_RXBUF;
+
+use super::{
+    BUDGET, FRAME_MAX_BYTES,
+    header::{HEADER_BYTES, Offloads},
+};
+use crate::{
+    active::Active,
+    device::{Fault, Progress},
+    gather::Gathering,
+    request::Request,
+    vectored::receive,
+};
+
+/// An Ethernet frame with VLAN tag, as long as an interface usually has them.
+const USUAL_BYTES: usize = 18 + 1500 + HEADER_BYTES;
+/// The longest frame, with header.
+const MOST_BYTES: usize = FRAME_MAX_BYTES + HEADER_BYTES;
+
+/// Receives frames for all pairs of a card.
+///
+/// A frame's length is known only when it was read, so there has to be room for the longest. To look through all the buffers that this
+/// takes costs more than a short frame itself: so as many are looked at as the last frame took, and what a longer one has more is read
+/// into memory of our own and copied.
+#[derive(Debug)]
+pub(super) struct Receiver {
+    /// Length of the last frame, with header.
+    last: usize,
+    rest: Vec<u8>,
+}
+
+impl Receiver {
+    pub(super) fn new() -> Self {
+        Self { last: 0, rest: vec![0; MOST_BYTES] }
+    }
+
+    pub(super) fn receive(
+        &mut self,
+        active: &mut Active,
+        index: usize,
+        tap: BorrowedFd<'_>,
+    ) -> Result<Progress, Fault> {
+        let offloads = Offloads::of_tap(active);
+        if active.has_feature(VIRTIO_NET_F_MRG_RXBUF) {
+            let most = if offloads.segments() { MOST_BYTES } else { USUAL_BYTES };
+            return active
+                .serve_together(index, BUDGET, |chains| self.next_in_several(tap, offloads, chains, most));
+        }
+        active.serve(index, BUDGET, |request| {
+            let Some(length) = next_frame(tap, std::slice::from_ref(request), &mut [])? else {
+                return Ok(None);
+            };
+            tell(offloads, request, 1)?;
+            Ok(Some(u32::try_from(length).unwrap_or(0)))
+        })
+    }
+
+    /// Receives a frame of at most `most` bytes, with header, into as many buffers as it takes.
+    fn next_in_several(
+        &mut self,
+        tap: BorrowedFd<'_>,
+        offloads: Offloads,
+        chains: &mut Gathering<'_>,
+        most: usize,
+    ) -> Result<Option<usize>, Fault> {
+        // With few buffers on offer, the longest frame might not find room; the tap keeps it until there are more.
+        let are_many = chains.is_half_full()?;
+        let wanted = if are_many { self.last.clamp(HEADER_BYTES + 1, most) } else { most };
+        if !chains.gather(wanted)? && !are_many {
+            return Ok(None);
+        }
+        let (requests, room) = (chains.requests().len(), chains.room());
+        let Some(length) = next_frame(tap, chains.requests(), &mut self.rest)? else { return Ok(None) };
+        // What the driver has no room for, or did not say that it understands, is dropped.
+        if length > most || !chains.gather(length)? {
+            return Ok(Some(0));
+        }
+        self.last = length;
+        let mut rest = self.rest.get(..length.saturating_sub(room)).unwrap_or(&[]);
+        for request in chains.requests().iter().skip(requests) {
+            let (part, others) = rest.split_at(request.writable.bytes().min(rest.len()));
+            if !request.writable.write(0, part) {
+                return Err(NO_ROOM);
+            }
+            rest = others;
+        }
+        let first = chains.requests().first().ok_or(NO_ROOM)?;
+        tell(offloads, first, chains.filled_by(length))?;
+        Ok(Some(length))
+    }
+}
+
+const NO_ROOM: Fault = Fault::Request("has no room for a frame");
+
+/// Reads the next frame, with header, into `requests`, and what they have no room for into `rest`; returns its length.
+fn next_frame(
+    tap: BorrowedFd<'_>,
+    requests: &[Request<'_>],
+    rest: &mut [u8],
+) -> Result<Option<usize>, Fault> {
+    if requests.is_empty() || requests.iter().any(|request| request.writable.bytes() <= HEADER_BYTES) {
+        return Err(NO_ROOM);
+    }
+    loop {
+        match receive(tap, requests.iter().map(|request| &request.writable), rest) {
+            Ok(length) if length > HEADER_BYTES => return Ok(Some(length)),
+            // A header without a frame: none that a tap gives.
+            Ok(length) if length > 0 => {}
+            // Nothing there; or the tap is down or gone, and its readiness will tell when that changes.
+            Ok(_) | Err(_) => return Ok(None),
+        }
+    }
+}
+
+/// Tells the driver, in the first of `buffers` buffers, what is left to be done to a frame.
+fn tell(offloads: Offloads, first: &Request<'_>, buffers: usize) -> Result<(), Fault> {
+    let mut header = [0; HEADER_BYTES];
+    let buffers = u16::try_from(buffers).unwrap_or(u16::MAX);
+    let is_told =
+        first.writable.read(0, &mut header) && first.writable.write(0, &offloads.header_in(&header, buffers));
+    if is_told { Ok(()) } else { Err(NO_ROOM) }
+}
