@@ -2,7 +2,6 @@
 
 use std::sync::Arc;
 
-use virtio_queue::{Queue, QueueOwnedT, QueueT};
 use vm_memory::GuestMemoryMmap;
 
 use crate::{
@@ -10,9 +9,8 @@ use crate::{
     device::{Fault, Progress},
     gather::Gathering,
     interrupt::Interrupt,
-    place::Place,
     request::Request,
-    vhost::RingPlace,
+    ring::{Queue, Ring, RingPlace},
 };
 
 /// Guest memory, as the VMM shares it with each device.
@@ -33,7 +31,7 @@ pub enum Handled {
 #[derive(Debug)]
 pub struct Active {
     memory: Memory,
-    queues: Vec<Option<Place>>,
+    queues: Vec<Option<Queue>>,
     interrupt: Interrupt,
     features: u64,
     counters: Arc<Counters>,
@@ -48,7 +46,6 @@ impl Active {
         features: u64,
         counters: Arc<Counters>,
     ) -> Self {
-        let queues = queues.into_iter().map(|queue| queue.map(Place::new)).collect();
         Self { memory, queues, interrupt, features, counters }
     }
 
@@ -64,13 +61,7 @@ impl Active {
 
     /// Where queue `index` is, for who serves it in this device's place.
     pub(crate) fn place(&self, index: usize) -> Option<RingPlace> {
-        let queue = &self.queues.get(index)?.as_ref()?.queue;
-        Some(RingPlace {
-            size: queue.size(),
-            descriptors: queue.desc_table(),
-            available: queue.avail_ring(),
-            used: queue.used_ring(),
-        })
+        Some(self.queues.get(index)?.as_ref()?.place())
     }
 
     /// Number of queues, enabled or not.
@@ -117,9 +108,10 @@ impl Active {
         budget: usize,
         handle: impl FnMut(&Request<'_>) -> Result<Handled, Fault>,
     ) -> Result<Progress, Fault> {
-        let Some(Some(place)) = self.queues.get_mut(index) else { return Ok(Progress::Idle) };
-        let progress = turn(place, &self.memory, &self.counters, budget, handle)?;
-        self.tell(index)?;
+        let Some(Some(queue)) = self.queues.get_mut(index) else { return Ok(Progress::Idle) };
+        let mut ring = queue.ring(&self.memory)?;
+        let progress = turn(&mut ring, &self.counters, budget, handle)?;
+        tell(&mut ring, &self.interrupt, index)?;
         Ok(progress)
     }
 
@@ -135,8 +127,8 @@ impl Active {
         budget: usize,
         mut handle: impl FnMut(&mut Gathering<'_>) -> Result<Option<usize>, Fault>,
     ) -> Result<Progress, Fault> {
-        let Some(Some(place)) = self.queues.get_mut(index) else { return Ok(Progress::Idle) };
-        let mut gathering = Gathering::new(place, &self.memory, budget)?;
+        let Some(Some(queue)) = self.queues.get_mut(index) else { return Ok(Progress::Idle) };
+        let mut gathering = Gathering::new(queue.ring(&self.memory)?, budget)?;
         let mut progress = Progress::More;
         for _ in 0..budget {
             let Some(written) = handle(&mut gathering)? else {
@@ -148,8 +140,7 @@ impl Active {
             }
             gathering.give_back(written)?;
         }
-        gathering.end();
-        self.tell(index)?;
+        tell(&mut gathering.end(), &self.interrupt, index)?;
         Ok(progress)
     }
 
@@ -159,9 +150,9 @@ impl Active {
     /// # Errors
     /// When the driver broke the ring.
     pub fn finish(&mut self, index: usize, head: u16, read: u64, written: u32) -> Result<(), Fault> {
-        let Some(Some(place)) = self.queues.get_mut(index) else { return Ok(()) };
+        let Some(Some(queue)) = self.queues.get_mut(index) else { return Ok(()) };
         self.counters.request(read, written.into());
-        place.give_back(&self.memory, [(head, written)])
+        queue.ring(&self.memory)?.give_back([(head, written)])
     }
 
     /// Interrupts the driver if something was given back to queue `index` since it was last told, and it wants to know.
@@ -169,44 +160,46 @@ impl Active {
     /// # Errors
     /// When the driver broke the ring.
     pub fn tell(&mut self, index: usize) -> Result<(), Fault> {
-        let Some(Some(place)) = self.queues.get_mut(index) else { return Ok(()) };
-        if place.wants_word(&self.memory)? {
-            self.interrupt.signal_queue(index);
-        }
-        Ok(())
+        let Some(Some(queue)) = self.queues.get_mut(index) else { return Ok(()) };
+        tell(&mut queue.ring(&self.memory)?, &self.interrupt, index)
     }
+}
+
+fn tell(ring: &mut Ring<'_>, interrupt: &Interrupt, index: usize) -> Result<(), Fault> {
+    if ring.wants_word()? {
+        interrupt.signal_queue(index);
+    }
+    Ok(())
 }
 
 /// One turn of a queue.
 fn turn(
-    place: &mut Place,
-    memory: &Memory,
+    ring: &mut Ring<'_>,
     counters: &Counters,
     budget: usize,
     mut handle: impl FnMut(&Request<'_>) -> Result<Handled, Fault>,
 ) -> Result<Progress, Fault> {
     let mut left = budget;
     loop {
-        place.queue.disable_notification(&**memory)?;
+        ring.rest()?;
         loop {
             // Also spent on a look in vain, so that an index that runs to and fro cannot hold the thread.
             let Some(less) = left.checked_sub(1) else { return Ok(Progress::More) };
             left = less;
-            let Some(chain) = place.queue.iter(&**memory)?.next() else { break };
-            let request = Request::read(chain, memory, place.queue.size())?;
+            let Some(request) = ring.take()? else { break };
             match handle(&request)? {
                 Handled::Done(written) => {
                     counters.request(request.readable.bytes() as u64, written.into());
-                    place.give_back(memory, [(request.head(), written)])?;
+                    ring.give_back([(request.head(), written)])?;
                 }
                 Handled::Taken => {}
                 Handled::Left => {
-                    place.queue.go_to_previous_position();
+                    ring.leave();
                     return Ok(Progress::Idle);
                 }
             }
         }
-        if !place.queue.enable_notification(&**memory)? {
+        if !ring.listen()? {
             return Ok(Progress::Idle);
         }
     }

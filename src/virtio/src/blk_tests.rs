@@ -307,7 +307,7 @@ fn a_broken_chain_stops_the_device_by(ring: bool) {
             ring.describe(ring.base, 0, header, NEXT, 1);
             ring.describe(ring.base, 1, (MEMORY_BYTES as u64 - 1, 2), WRITE, 0);
         }),
-        ("loops", |ring, _, table| {
+        ("more than one indirect table", |ring, _, table| {
             ring.describe(ring.base, 0, (table, 16), INDIRECT, 0);
             ring.describe(table, 0, (table, 16), INDIRECT, 0);
         }),
@@ -317,7 +317,7 @@ fn a_broken_chain_stops_the_device_by(ring: bool) {
                 ring.describe(table, index, (DATA, 1), WRITE | if index < 16 { NEXT } else { 0 }, index + 1);
             }
         }),
-        ("leads out of its table", |ring, _, table| ring.describe(ring.base, 0, (table, 8), INDIRECT, 0)),
+        ("whole descriptors", |ring, _, table| ring.describe(ring.base, 0, (table, 8), INDIRECT, 0)),
     ];
     for (expected, make) in cases {
         let (mut disk, _file) = disk_by(ring, false);

@@ -7,10 +7,13 @@ use virtio_bindings::{
     },
     virtio_ring::{VIRTIO_RING_F_EVENT_IDX, VIRTIO_RING_F_INDIRECT_DESC},
 };
-use virtio_queue::{Queue, QueueT};
-use vm_memory::{GuestAddress, GuestMemoryMmap};
+use vm_memory::GuestMemoryMmap;
 
-use crate::{device::Fault, interrupt::Interrupt};
+use crate::{
+    device::Fault,
+    interrupt::Interrupt,
+    ring::{Queue, RingPlace},
+};
 
 /// Size of the structure, without the fields of features that are not offered.
 pub(crate) const COMMON_BYTES: u64 = 0x38;
@@ -241,15 +244,13 @@ impl Common {
 
 impl QueueRegisters {
     fn build(&self, memory: &GuestMemoryMmap, event_idx: bool) -> Option<Queue> {
-        let mut queue = Queue::new(self.size_max).ok()?;
-        queue.try_set_size(self.size).ok()?;
-        queue.try_set_desc_table_address(GuestAddress(self.descriptors)).ok()?;
-        queue.try_set_avail_ring_address(GuestAddress(self.driver)).ok()?;
-        queue.try_set_used_ring_address(GuestAddress(self.device)).ok()?;
-        queue.set_event_idx(event_idx);
-        queue.set_ready(true);
-        // The library takes an available ring at 0 for one that was not set.
-        (self.driver != 0 && queue.is_valid(memory)).then_some(queue)
+        let place = RingPlace {
+            size: self.size,
+            descriptors: self.descriptors,
+            available: self.driver,
+            used: self.device,
+        };
+        Queue::new(place, event_idx, memory)
     }
 }
 

@@ -153,7 +153,7 @@ pub enum Progress {
 pub enum Fault {
     /// The ring itself.
     #[error("the ring is broken: {0}")]
-    Ring(#[from] virtio_queue::Error),
+    Ring(&'static str),
     /// A chain of descriptors.
     #[error("a descriptor chain {0}")]
     Chain(&'static str),

@@ -2,8 +2,7 @@
 
 use std::ops::Range;
 
-use virtio_queue::{DescriptorChain, desc::split::Descriptor};
-use vm_memory::{Address, Bytes, GuestAddress, GuestMemory, GuestMemoryMmap, Permissions, VolatileSlice};
+use vm_memory::{Address, Bytes, GuestAddress, GuestMemoryBackend, VolatileSlice};
 
 use crate::{active::Memory, device::Fault};
 
@@ -12,15 +11,16 @@ use crate::{active::Memory, device::Fault};
 #[derive(Debug)]
 pub struct Buffers<'m> {
     memory: &'m Memory,
-    /// Parts of `memory`, and of no other.
-    slices: Vec<VolatileSlice<'m>>,
+    /// Parts of `memory`, and of no other: most requests have one.
+    first: Option<VolatileSlice<'m>>,
+    others: Vec<VolatileSlice<'m>>,
     bytes: usize,
     last: GuestAddress,
 }
 
 impl<'m> Buffers<'m> {
     fn new(memory: &'m Memory) -> Self {
-        Self { memory, slices: Vec::new(), bytes: 0, last: GuestAddress(0) }
+        Self { memory, first: None, others: Vec::new(), bytes: 0, last: GuestAddress(0) }
     }
 
     /// The memory that they lie in.
@@ -86,7 +86,7 @@ impl<'m> Buffers<'m> {
     /// The parts of memory that bytes `range` are, as far as there are such bytes.
     pub fn range(&self, range: Range<usize>) -> impl Iterator<Item = VolatileSlice<'m>> + '_ {
         let mut at = 0usize;
-        self.slices.iter().filter_map(move |slice| {
+        self.first.iter().chain(&self.others).filter_map(move |slice| {
             let start = range.start.saturating_sub(at).min(slice.len());
             let end = range.end.saturating_sub(at).min(slice.len());
             at = at.saturating_add(slice.len());
@@ -94,17 +94,30 @@ impl<'m> Buffers<'m> {
         })
     }
 
-    fn push(&mut self, descriptor: &Descriptor, access: Permissions) -> Result<(), Fault> {
-        let length = descriptor.len() as usize;
-        let Some(to_last) = u64::from(descriptor.len()).checked_sub(1) else { return Ok(()) };
-        for slice in self.memory.get_slices(descriptor.addr(), length, access)? {
-            self.slices.push(slice?);
+    fn push(&mut self, address: u64, length_bytes: u32) -> Result<(), Fault> {
+        let (address, length) = (GuestAddress(address), length_bytes as usize);
+        let Some(to_last) = u64::from(length_bytes).checked_sub(1) else { return Ok(()) };
+        // In one piece, as nearly all are.
+        if let Ok(slice) = self.memory.get_slice(address, length) {
+            self.add(slice);
+        } else {
+            for slice in GuestMemoryBackend::get_slices(&**self.memory, address, length) {
+                self.add(slice?);
+            }
         }
         // In memory, so the sum exists.
-        self.last = descriptor.addr().unchecked_add(to_last);
-        // The chain iterator keeps the sum below 4 GiB.
-        self.bytes = self.bytes.saturating_add(length);
+        self.last = address.unchecked_add(to_last);
         Ok(())
+    }
+
+    fn add(&mut self, slice: VolatileSlice<'m>) {
+        // A request's buffers have less than 4 GiB together.
+        self.bytes = self.bytes.saturating_add(slice.len());
+        if self.first.is_none() {
+            self.first = Some(slice);
+        } else {
+            self.others.push(slice);
+        }
     }
 }
 
@@ -119,36 +132,28 @@ pub struct Request<'m> {
 }
 
 impl<'m> Request<'m> {
-    /// Reads a chain of at most `descriptors_max` descriptors.
+    /// One without buffers, whose chain begins at `head`.
+    pub(crate) fn new(head: u16, memory: &'m Memory) -> Self {
+        Self { head, readable: Buffers::new(memory), writable: Buffers::new(memory) }
+    }
+
+    /// Adds the next buffer.
     ///
     /// # Errors
-    /// When the chain is longer, loops, leaves its table, nests indirect tables, has a readable descriptor behind a
-    /// writable one, or names anything outside memory (virtio 1.3, 2.7.4 and 2.7.5).
-    pub fn read(
-        chain: DescriptorChain<&'m GuestMemoryMmap>,
-        memory: &'m Memory,
-        descriptors_max: u16,
-    ) -> Result<Self, Fault> {
-        let head = chain.head_index();
-        let mut request = Self { head, readable: Buffers::new(memory), writable: Buffers::new(memory) };
-        // The iterator ends without a word at a broken link, so it is complete only after a last descriptor.
-        let mut complete = false;
-        let mut count = 0;
-        for descriptor in chain {
-            count += 1;
-            if count > descriptors_max {
-                return Err(Fault::Chain("is longer than its queue"));
-            }
-            if descriptor.is_write_only() {
-                request.writable.push(&descriptor, Permissions::Write)?;
-            } else if request.writable.slices.is_empty() {
-                request.readable.push(&descriptor, Permissions::Read)?;
-            } else {
-                return Err(Fault::Chain("has a readable descriptor behind a writable one"));
-            }
-            complete = !descriptor.has_next();
+    /// When it is not in memory, is to be read and stands behind one that is to be written, or all would be 4 GiB or more (virtio 1.3,
+    /// 2.7.4.2 and 2.7.5.2).
+    pub(crate) fn push(&mut self, address: u64, length_bytes: u32, is_writable: bool) -> Result<(), Fault> {
+        let bytes = self.readable.bytes.saturating_add(self.writable.bytes) as u64;
+        if bytes + u64::from(length_bytes) > u64::from(u32::MAX) {
+            return Err(Fault::Chain("is longer than 4 GiB"));
         }
-        if complete { Ok(request) } else { Err(Fault::Chain("loops or leads out of its table")) }
+        if is_writable {
+            self.writable.push(address, length_bytes)
+        } else if self.writable.bytes == 0 {
+            self.readable.push(address, length_bytes)
+        } else {
+            Err(Fault::Chain("has a readable descriptor behind a writable one"))
+        }
     }
 
     /// The chain's first descriptor, by which it is given back.

@@ -4,7 +4,6 @@ use std::sync::Arc;
 
 use proptest::prelude::*;
 use virtio_bindings::virtio_ring::{VRING_DESC_F_INDIRECT, VRING_DESC_F_NEXT, VRING_DESC_F_WRITE};
-use virtio_queue::{Queue, QueueT};
 use vm_memory::{Bytes, GuestAddress, GuestMemoryMmap};
 use vmm_sys_util::eventfd::{EFD_NONBLOCK, EventFd};
 
@@ -12,6 +11,7 @@ use crate::{
     active::{Active, Memory},
     device::{Device, Fault, Progress},
     interrupt::Interrupt,
+    ring::{Queue, RingPlace},
 };
 
 pub(crate) const MEMORY_BYTES: usize = 1 << 20;
@@ -55,14 +55,8 @@ impl Ring {
     }
 
     pub(crate) fn queue(&self) -> Queue {
-        let mut queue = Queue::new(self.size).unwrap();
-        queue.try_set_desc_table_address(GuestAddress(self.base)).unwrap();
-        queue.try_set_avail_ring_address(GuestAddress(self.base + 0x1000)).unwrap();
-        queue.try_set_used_ring_address(GuestAddress(self.base + 0x2000)).unwrap();
-        queue.set_event_idx(true);
-        queue.set_ready(true);
-        assert!(queue.is_valid(&*self.memory));
-        queue
+        let (descriptors, available, used) = (self.base, self.base + 0x1000, self.base + 0x2000);
+        Queue::new(RingPlace { size: self.size, descriptors, available, used }, true, &self.memory).unwrap()
     }
 
     /// Writes a descriptor of any kind.

@@ -10,6 +10,8 @@ use libc::Ioctl;
 use vm_memory::{Address, GuestAddress, GuestMemoryBackend, GuestMemoryMmap, GuestMemoryRegion};
 use vmm_sys_util::eventfd::EventFd;
 
+use crate::ring::RingPlace;
+
 const SET_OWNER: Ioctl = 0xaf01;
 const GET_FEATURES: Ioctl = 0x8008_af00_u32 as Ioctl;
 const SET_FEATURES: Ioctl = 0x4008_af00;
@@ -59,15 +61,6 @@ struct MemoryRegion {
     size_bytes: u64,
     user_address: u64,
     flags: u64,
-}
-
-/// A queue as its driver set it up: addresses are the guest's.
-#[derive(Clone, Copy, Debug)]
-pub(crate) struct RingPlace {
-    pub(crate) size: u16,
-    pub(crate) descriptors: u64,
-    pub(crate) available: u64,
-    pub(crate) used: u64,
 }
 
 /// The events of a queue.

@@ -116,7 +116,6 @@ pub(crate) const BANS: &[Ban] = &[
             "casemate-vmm",
             "kvm-ioctls",
             "linux-loader",
-            "virtio-queue",
             "vm-memory",
         ],
         why: "who decides runs no guest: no device model, no KVM",

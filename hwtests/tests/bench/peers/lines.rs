@@ -98,7 +98,12 @@ pub(super) fn cloud_hypervisor(program: &Path, guest: &Guest, closed: bool) -> V
 pub(super) fn firecracker(ctx: &Ctx, program: &Path, guest: &Guest) -> Result<Vec<OsString>, Failure> {
     let config = ctx.directory().join("firecracker.json");
     fs::write(&config, firecracker_machine(guest, |path| path.display().to_string()).to_string())?;
-    Ok(vec![program.into(), "--no-api".into(), "--enable-pci".into(), "--config-file".into(), config.into()])
+    // Its log goes to where the guest's console goes, into the middle of a line.
+    let fixed = "--no-api --enable-pci --level Error --config-file";
+    let mut words = vec![OsString::from(program)];
+    words.extend(fixed.split(' ').map(OsString::from));
+    words.push(config.into());
+    Ok(words)
 }
 
 /// Under its jailer, which wants each file in the root that it makes.
@@ -120,7 +125,7 @@ pub(super) fn jailed_firecracker(
     fs::write(root.join("machine.json"), machine.to_string())?;
     ctx.run(["chown", "-R", "65534:65534", &root.to_string_lossy()])?.success()?;
     let fixed = "--id bench --uid 65534 --gid 65534 --cgroup-version 2 --chroot-base-dir";
-    let inner = "-- --no-api --enable-pci --config-file /machine.json";
+    let inner = "-- --no-api --enable-pci --level Error --config-file /machine.json";
     let mut words = vec![OsString::from(jailer), "--exec-file".into(), program.into()];
     words.extend(fixed.split(' ').map(OsString::from));
     words.push(base.into());
