@@ -1,8 +1,7 @@
 //! The executable of a cell: one sealed copy in memory.
 
 use std::{
-    collections::BTreeSet,
-    ffi::CStr,
+    ffi::{CStr, CString},
     fs::{self, File},
     io,
     os::{
@@ -26,8 +25,6 @@ const SEALS: SealFlags =
 const MODE: u32 = 0o111;
 /// How much of a program its ELF headers may take: linkers put them at its beginning.
 const HEADERS_BYTES_MAX: usize = 4096;
-/// How much of two programs is compared at once.
-const COMPARED_BYTES: usize = 64 << 10;
 
 /// A static executable, copied into memory and sealed: nobody can change what runs, and a cell needs no file system to run
 /// it (the copy lies on a mount of the kernel's own, which Landlock leaves alone). Clones share the copy, and so do cells
@@ -55,17 +52,19 @@ impl Program {
     /// # Errors
     /// As [`seal_as`](Self::seal_as).
     pub fn shared(name: &'static CStr, file: File, cgroups: &Path) -> Result<Self, Refusal> {
-        match first_copy(&file, executed(name, cgroups)) {
+        let running = label(name, &file).ok().and_then(|label| executed(&label, cgroups).find(is_sealed));
+        match running {
             Some(copy) => Ok(Self { name, copy: Arc::new(copy.into()) }),
             None => Self::seal_as(name, file),
         }
     }
 
-    /// Copies and seals the executable, from where the file stands. Its name is told to itself and shown in /proc.
+    /// Copies and seals the executable, from where the file stands. Its name is told to itself; in /proc, what is shown behind it says
+    /// of which file this is the copy.
     ///
     /// # Errors
-    /// `cell-program` when it is not an ELF file for x86-64, asks for a loader (there is none in a cell), or can't be
-    /// copied.
+    /// `cell-program` when it is not an ELF file for x86-64, asks for a loader (there is none in a cell), can't be copied, or is changed
+    /// meanwhile.
     pub fn seal_as(name: &'static CStr, mut file: File) -> Result<Self, Refusal> {
         let refuse = |cause: String, remedy: &str| {
             Refusal::new("cell-program", "the program of the cell", cause, remedy)
@@ -76,10 +75,15 @@ impl Program {
                 "free memory, or see `sysctl vm.memfd_noexec`, which must not be 2",
             )
         };
-        let copy = executable_memfd(name).map_err(|error| failed("memfd_create", &error))?;
+        let label_of = |file: &File| label(name, file).map_err(|error| failed("looking at it", &error));
+        let label = label_of(&file)?;
+        let copy = executable_memfd(&label).map_err(|error| failed("memfd_create", &error))?;
         let mut copy = File::from(copy);
         // The kernel copies it, once.
         io::copy(&mut file, &mut copy).map_err(|error| failed("copying it", &error))?;
+        if label_of(&file)? != label {
+            return Err(refuse("it was changed while it was copied".into(), "try again when that has ended"));
+        }
         fchmod(&copy, Mode::from_raw_mode(MODE)).map_err(|error| failed("fchmod", &error))?;
         // F_SEAL_EXEC keeps the mode as it is; kernels before 6.3 don't know it.
         let seal_exec = SealFlags::from_bits_retain(0x20);
@@ -108,10 +112,19 @@ impl AsFd for Program {
     }
 }
 
-/// What processes in the cgroups below `cgroups` execute that was sealed under this name. A process may have ended since, and its number
-/// may be another's: what is found has to be looked at.
-fn executed(name: &CStr, cgroups: &Path) -> impl Iterator<Item = File> {
-    let link = format!("/memfd:{} (deleted)", name.to_string_lossy());
+/// What a copy is called: a file that was written or replaced since has another name, so that a copy is known without being read.
+fn label(name: &CStr, file: &File) -> io::Result<CString> {
+    let is = file.metadata()?;
+    let (device, inode, bytes) = (is.dev(), is.ino(), is.len());
+    let name = name.to_string_lossy();
+    let label = format!("{name}@{device:x}.{inode:x}.{bytes:x}.{:x}.{:x}", is.ctime(), is.ctime_nsec());
+    Ok(CString::new(label)?)
+}
+
+/// What processes in the cgroups below `cgroups` execute that is called so. Whoever may make a file in memory calls it as he likes, and
+/// a process's number may be another's by now: what is found has to be looked at.
+fn executed(label: &CStr, cgroups: &Path) -> impl Iterator<Item = File> {
+    let link = format!("/memfd:{} (deleted)", label.to_string_lossy());
     let directories = fs::read_dir(cgroups).into_iter().flatten().flatten();
     let processes =
         directories.filter_map(|entry| fs::read_to_string(entry.path().join("cgroup.procs")).ok());
@@ -121,39 +134,11 @@ fn executed(name: &CStr, cgroups: &Path) -> impl Iterator<Item = File> {
         .filter_map(|path| File::open(path).ok())
 }
 
-/// The first of `copies` that is as a copy of `file` has to be; each is looked at once, however many execute it.
-fn first_copy(file: &File, mut copies: impl Iterator<Item = File>) -> Option<File> {
-    let mut others = BTreeSet::new();
-    copies.find(|copy| {
-        let is_new = copy.metadata().is_ok_and(|metadata| others.insert(metadata.ino()));
-        is_new && is_copy(copy, file).unwrap_or(false)
-    })
-}
-
-/// Whether `copy` has the bytes of `file`, and can be changed by nobody and executed only.
-fn is_copy(copy: &File, file: &File) -> io::Result<bool> {
-    let (ours, theirs) = (copy.metadata()?, file.metadata()?);
+/// Whether it was sealed here: by the user who this process is, who alone may make such a file his, so that nobody else can change it.
+fn is_sealed(copy: &File) -> bool {
     let owner = rustix::process::geteuid().as_raw();
-    if !fcntl_get_seals(copy)?.contains(SEALS)
-        || (ours.uid(), ours.mode() & 0o7777) != (owner, MODE)
-        || ours.len() != theirs.len()
-    {
-        return Ok(false);
-    }
-    let (mut ours, mut theirs) = (vec![0; COMPARED_BYTES], vec![0; COMPARED_BYTES]);
-    let mut at = 0;
-    loop {
-        let read = copy.read_at(&mut ours, at)?;
-        let Some((ours, theirs)) = ours.get(..read).zip(theirs.get_mut(..read)) else { return Ok(false) };
-        if read == 0 {
-            return Ok(true);
-        }
-        file.read_exact_at(theirs, at)?;
-        if ours != theirs {
-            return Ok(false);
-        }
-        at = at.saturating_add(read as u64);
-    }
+    let is_ours = |is: fs::Metadata| (is.uid(), is.mode() & 0o7777) == (owner, MODE);
+    copy.metadata().is_ok_and(is_ours) && fcntl_get_seals(copy).is_ok_and(|seals| seals.contains(SEALS))
 }
 
 fn executable_memfd(name: &CStr) -> rustix::io::Result<OwnedFd> {
@@ -226,40 +211,60 @@ mod tests {
         assert!(String::from_utf8(listed.stdout).unwrap().contains("a_static_program_is_sealed"));
     }
 
-    #[test]
-    fn a_copy_is_shared_if_it_is_one() {
-        let file = || File::open("/proc/self/exe").unwrap();
-        let inode = |copy: &File| copy.metadata().unwrap().ino();
-        let sealed = || File::from(Program::seal(file()).unwrap().as_fd().try_clone_to_owned().unwrap());
-        let (one, other) = (sealed(), sealed());
-        let again = || one.try_clone().unwrap();
-        let found = first_copy(&file(), [again(), again(), other].into_iter()).unwrap();
-        assert_eq!(inode(&found), inode(&one));
+    fn itself() -> File {
+        File::open("/proc/self/exe").unwrap()
+    }
 
-        // Another program; one that is shorter; one that is not sealed; and what is no copy at all.
-        let different = |change: &dyn Fn(&File)| {
-            let mut copy = File::from(executable_memfd(c"casemate-vmm").unwrap());
-            io::copy(&mut file(), &mut copy).unwrap();
-            change(&copy);
-            fchmod(&copy, Mode::from_raw_mode(MODE)).unwrap();
+    /// What the next test executes.
+    #[test]
+    fn waits_if_it_is_asked_to() {
+        if std::env::var_os("CASEMATE_TEST_WAITS").is_some() {
+            io::copy(&mut io::stdin(), &mut io::sink()).unwrap();
+        }
+    }
+
+    #[test]
+    fn a_copy_that_is_executed_is_shared() {
+        let inode = |program: &Program| rustix::fs::fstat(program).unwrap().st_ino;
+        let program = Program::seal(itself()).unwrap();
+        let link = format!("/proc/self/fd/{}", program.as_fd().as_raw_fd());
+        let mut child = std::process::Command::new(link)
+            .args(["--exact", "program::tests::waits_if_it_is_asked_to"])
+            .env("CASEMATE_TEST_WAITS", "1")
+            .stdin(std::process::Stdio::piped())
+            .spawn()
+            .unwrap();
+        let cgroups = tempfile::tempdir().unwrap();
+        fs::create_dir(cgroups.path().join("guest")).unwrap();
+        fs::write(cgroups.path().join("guest/cgroup.procs"), format!("{}\n", child.id())).unwrap();
+        let shared = |name| Program::shared(name, itself(), cgroups.path()).unwrap();
+        assert_eq!(inode(&shared(c"casemate-vmm")), inode(&program));
+        assert_ne!(inode(&shared(c"casemate-other")), inode(&program));
+        drop(child.stdin.take());
+        child.wait().unwrap();
+        assert_ne!(inode(&shared(c"casemate-vmm")), inode(&program), "nobody executes it");
+    }
+
+    #[test]
+    fn a_copy_is_known_by_its_file_and_its_seals() {
+        let mut file = tempfile::tempfile().unwrap();
+        file.write_all(b"one").unwrap();
+        let one = label(c"name", &file).unwrap();
+        assert_eq!(label(c"name", &file).unwrap(), one);
+        // Time goes on in the file system.
+        std::thread::sleep(std::time::Duration::from_millis(50));
+        file.write_all_at(b"two", 0).unwrap();
+        assert_ne!(label(c"name", &file).unwrap(), one);
+
+        let made = |seals, mode| {
+            let copy = File::from(executable_memfd(c"casemate-vmm").unwrap());
+            fcntl_add_seals(&copy, seals).unwrap();
+            fchmod(&copy, Mode::from_raw_mode(mode)).unwrap();
             copy
         };
-        let is_shared = |copy: File| first_copy(&file(), [copy].into_iter()).is_some();
-        let seal = |copy: &File| fcntl_add_seals(copy, SEALS).unwrap();
-        assert!(is_shared(different(&seal)));
-        assert!(!is_shared(different(&|_| {})));
-        assert!(!is_shared(different(&|copy| {
-            copy.write_all_at(b"x", copy.metadata().unwrap().len() - 1).unwrap();
-            seal(copy);
-        })));
-        assert!(!is_shared(different(&|copy| {
-            copy.set_len(copy.metadata().unwrap().len() - 1).unwrap();
-            seal(copy);
-        })));
-        let readable = different(&seal);
-        fchmod(&readable, Mode::from_raw_mode(0o555)).unwrap();
-        assert!(!is_shared(readable));
-        assert!(!is_shared(file()));
+        assert!(is_sealed(&made(SEALS, MODE)));
+        assert!(!is_sealed(&made(SealFlags::SHRINK, MODE)) && !is_sealed(&made(SEALS, 0o555)));
+        assert!(!is_sealed(&itself()));
     }
 
     #[test]

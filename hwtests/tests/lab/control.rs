@@ -13,6 +13,7 @@ use casemate_hwtests::{
     expect,
     harness::{Ctx, Failure, Running, wait_until},
 };
+use rustix::net::{RecvFlags, recv};
 use serde_json::Value;
 
 use crate::{
@@ -135,16 +136,14 @@ fn hostile_words(ctx: &Ctx, guest: &str) -> Result<(), Failure> {
     }
     let path = format!("/run/casemate/{guest}.operator");
     let flood: Vec<_> = (0..100).filter_map(|_| UnixStream::connect(&path).ok()).collect();
-    thread::sleep(Duration::from_millis(200));
-    let refused = flood.iter().filter(|socket| {
-        let _ = socket.set_read_timeout(Some(Duration::from_millis(10)));
+    let is_refused = |socket: &&UnixStream| {
         let mut bytes = [0; 64];
-        (&**socket).read(&mut bytes).is_ok_and(|count| {
-            bytes.get(..count).unwrap_or_default().starts_with(b"{\"refused\":\"guest-busy\"")
-        })
-    });
-    let refused = refused.count();
-    expect!(refused >= 80, "{refused} of 100 connections were refused");
+        let flags = RecvFlags::PEEK | RecvFlags::DONTWAIT;
+        let word = recv(*socket, &mut bytes[..], flags).map(|(count, _)| count).unwrap_or(0);
+        bytes.get(..word).unwrap_or_default().starts_with(b"{\"refused\":\"guest-busy\"")
+    };
+    let are_refused = || flood.iter().filter(is_refused).count() >= 80;
+    wait_until("80 of 100 connections are refused", Duration::from_secs(10), are_refused)?;
     drop(flood);
     thread::sleep(Duration::from_millis(200));
     expect!(at(&operate(ctx, &["stats", guest])?, "state") == "running", "the flood had consequences");
