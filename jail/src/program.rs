@@ -232,6 +232,7 @@ mod tests {
             .args(["--exact", "program::tests::waits_if_it_is_asked_to"])
             .env("CASEMATE_TEST_WAITS", "1")
             .stdin(std::process::Stdio::piped())
+            .stdout(std::process::Stdio::null())
             .spawn()
             .unwrap();
         let cgroups = tempfile::tempdir().unwrap();

@@ -7,7 +7,7 @@ use vm_memory::GuestMemoryMmap;
 use crate::{
     counters::Counters,
     device::{Fault, Progress},
-    gather::Gathering,
+    gather::{Filled, Gathering},
     interrupt::Interrupt,
     request::Request,
     ring::{Queue, Ring, RingPlace},
@@ -115,8 +115,8 @@ impl Active {
         Ok(progress)
     }
 
-    /// As [`Active::serve`], for a device that puts something into as many requests as it takes: `handle` gathers them, and returns
-    /// how many bytes it wrote, from the first on. Those without any stay in the queue. All that one call of `handle` filled are given
+    /// As [`Active::serve`], for a device that puts something into as many requests as it takes: `handle` gathers them, and says
+    /// what became of it. Those without any bytes stay in the queue. All that one call of `handle` filled are given
     /// back at once.
     ///
     /// # Errors
@@ -125,20 +125,24 @@ impl Active {
         &mut self,
         index: usize,
         budget: usize,
-        mut handle: impl FnMut(&mut Gathering<'_>) -> Result<Option<usize>, Fault>,
+        mut handle: impl FnMut(&mut Gathering<'_>) -> Result<Filled, Fault>,
     ) -> Result<Progress, Fault> {
         let Some(Some(queue)) = self.queues.get_mut(index) else { return Ok(Progress::Idle) };
         let mut gathering = Gathering::new(queue.ring(&self.memory)?, budget)?;
         let mut progress = Progress::More;
         for _ in 0..budget {
-            let Some(written) = handle(&mut gathering)? else {
-                progress = Progress::Idle;
-                break;
-            };
-            if written > 0 {
-                self.counters.request(0, written as u64);
+            match handle(&mut gathering)? {
+                Filled::Bytes(0) => {}
+                Filled::Bytes(written) => {
+                    self.counters.request(0, written as u64);
+                    gathering.give_back(written)?;
+                }
+                Filled::Nothing => {
+                    progress = Progress::Idle;
+                    break;
+                }
+                Filled::Later => break,
             }
-            gathering.give_back(written)?;
         }
         tell(&mut gathering.end(), &self.interrupt, index)?;
         Ok(progress)

@@ -2,13 +2,34 @@
 
 use crate::{device::Fault, request::Request, ring::Ring};
 
+/// What became of one call of who fills them.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(crate) enum Filled {
+    /// So many bytes were written, from the first request on.
+    Bytes(usize),
+    /// Nothing is there to be written, or no room for it: the driver will tell.
+    Nothing,
+    /// There is more to do, at another turn.
+    Later,
+}
+
+/// Whether there is as much room as was wanted.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(crate) enum Room {
+    Enough,
+    /// The driver has not offered as much, and will tell of more.
+    Short,
+    /// It was looked at often enough for this turn.
+    Later,
+}
+
 /// Requests of one queue, taken from it as far as they are needed.
 pub(crate) struct Gathering<'a> {
     ring: Ring<'a>,
     held: Vec<Request<'a>>,
     /// Bytes that can be written to those.
     room: usize,
-    /// How often the queue may still be looked at, also in vain: an index that runs to and fro must not hold the thread.
+    /// How often the queue may still be looked at in vain: an index that runs to and fro must not hold the thread.
     looks: usize,
 }
 
@@ -16,25 +37,28 @@ impl<'a> Gathering<'a> {
     /// For up to `budget` times of filling.
     pub(crate) fn new(mut ring: Ring<'a>, budget: usize) -> Result<Self, Fault> {
         ring.rest()?;
-        let looks = budget.saturating_add(usize::from(ring.size()));
-        Ok(Self { ring, held: Vec::new(), room: 0, looks })
+        Ok(Self { ring, held: Vec::new(), room: 0, looks: budget })
     }
 
-    /// Takes requests until there is room for so many bytes; false when the driver has not offered as much, who will then tell of more.
-    pub(crate) fn gather(&mut self, room_bytes: usize) -> Result<bool, Fault> {
+    /// Takes requests until there is room for so many bytes, no more of them than the queue holds.
+    pub(crate) fn gather(&mut self, room_bytes: usize) -> Result<Room, Fault> {
         while self.room < room_bytes {
-            let Some(less) = self.looks.checked_sub(1) else { return Ok(false) };
-            self.looks = less;
+            if self.held.len() >= usize::from(self.ring.size()) {
+                return Ok(Room::Short);
+            }
             if let Some(request) = self.ring.take()? {
                 self.room = self.room.saturating_add(request.writable.bytes());
                 self.held.push(request);
-            } else if self.ring.listen()? {
-                self.ring.rest()?;
-            } else {
-                return Ok(false);
+                continue;
             }
+            if !self.ring.listen()? {
+                return Ok(Room::Short);
+            }
+            self.ring.rest()?;
+            let Some(less) = self.looks.checked_sub(1) else { return Ok(Room::Later) };
+            self.looks = less;
         }
-        Ok(true)
+        Ok(Room::Enough)
     }
 
     /// Whether at least half of the queue is on offer, taken or not.

@@ -239,6 +239,35 @@ fn the_buffers_of_a_frame_are_given_back_together() {
     assert_eq!(index(), 16_000);
 }
 
+/// However fast the driver offers buffers, and however many of them a turn takes.
+#[test]
+fn no_frame_is_lost_while_buffers_come_and_go() {
+    const FRAMES: usize = 3000;
+    let memory = memory();
+    let (mut net, wire, mut receive, mut active) = long_frames(&memory);
+    std::thread::scope(|scope| {
+        let driver = scope.spawn(move || {
+            let begun = std::time::Instant::now();
+            let mut taken = 0;
+            while taken < 4 * FRAMES && begun.elapsed().as_secs() < 20 {
+                if let Some((head, _)) = receive.take() {
+                    taken += 1;
+                    receive.make_available(head);
+                }
+            }
+            taken
+        });
+        let mut sent = 0;
+        while sent < FRAMES || !driver.is_finished() {
+            while sent < FRAMES && wire.send(&frame(&[7; 1526 * 4 - HEADER_BYTES])).is_ok() {
+                sent += 1;
+            }
+            run(&mut net, &mut active, RECEIVE).unwrap();
+        }
+        assert_eq!(driver.join().unwrap(), 4 * FRAMES);
+    });
+}
+
 #[test]
 fn a_frame_that_the_tap_does_not_take_is_dropped() {
     let memory = memory();

@@ -11,7 +11,7 @@ use super::{
 use crate::{
     active::Active,
     device::{Fault, Progress},
-    gather::Gathering,
+    gather::{Filled, Gathering, Room},
     request::Request,
     vectored::receive,
 };
@@ -66,18 +66,22 @@ impl Receiver {
         offloads: Offloads,
         chains: &mut Gathering<'_>,
         most: usize,
-    ) -> Result<Option<usize>, Fault> {
+    ) -> Result<Filled, Fault> {
         // With few buffers on offer, the longest frame might not find room; the tap keeps it until there are more.
         let are_many = chains.is_half_full()?;
         let wanted = if are_many { self.last.clamp(HEADER_BYTES + 1, most) } else { most };
-        if !chains.gather(wanted)? && !are_many {
-            return Ok(None);
+        match chains.gather(wanted)? {
+            Room::Later => return Ok(Filled::Later),
+            Room::Short if !are_many => return Ok(Filled::Nothing),
+            Room::Short | Room::Enough => {}
         }
         let (requests, room) = (chains.requests().len(), chains.room());
-        let Some(length) = next_frame(tap, chains.requests(), &mut self.rest)? else { return Ok(None) };
+        let Some(length) = next_frame(tap, chains.requests(), &mut self.rest)? else {
+            return Ok(Filled::Nothing);
+        };
         // What the driver has no room for, or did not say that it understands, is dropped.
-        if length > most || !chains.gather(length)? {
-            return Ok(Some(0));
+        if length > most || chains.gather(length)? != Room::Enough {
+            return Ok(Filled::Bytes(0));
         }
         self.last = length;
         let mut rest = self.rest.get(..length.saturating_sub(room)).unwrap_or(&[]);
@@ -90,7 +94,7 @@ impl Receiver {
         }
         let first = chains.requests().first().ok_or(NO_ROOM)?;
         tell(offloads, first, chains.filled_by(length))?;
-        Ok(Some(length))
+        Ok(Filled::Bytes(length))
     }
 }
 
