@@ -250,7 +250,8 @@ impl QueueRegisters {
             available: self.driver,
             used: self.device,
         };
-        Queue::new(place, event_idx, memory)
+        // An available ring at 0 is one that was not set.
+        Queue::new(place, event_idx, memory).filter(|_| self.driver != 0)
     }
 }
 
