@@ -64,11 +64,6 @@ impl Active {
         Some(self.queues.get(index)?.as_ref()?.place())
     }
 
-    /// Number of queues, enabled or not.
-    pub(crate) fn queue_count(&self) -> usize {
-        self.queues.len()
-    }
-
     pub(crate) fn interrupt(&self) -> &Interrupt {
         &self.interrupt
     }
@@ -94,11 +89,16 @@ impl Active {
         budget: usize,
         mut handle: impl FnMut(&Request<'_>) -> Result<Option<u32>, Fault>,
     ) -> Result<Progress, Fault> {
-        self.hand_out(index, budget, |request| Ok(handle(request)?.map_or(Handled::Left, Handled::Done)))
+        let Some(Some(queue)) = self.queues.get_mut(index) else { return Ok(Progress::Idle) };
+        let mut ring = queue.ring(&self.memory)?;
+        let progress = turn(&mut ring, &self.counters, budget, &mut handle)?;
+        tell(&mut ring, &self.interrupt, index)?;
+        Ok(progress)
     }
 
-    /// As [`Active::serve`], for a device that may take a request now and do it later. The driver is interrupted once,
-    /// after the last.
+    /// Hands at most `budget` of the requests that are in queue `index` to `handle`, for a device that takes some now and does them
+    /// later, and returns how many those are. The driver is told of nothing, [`Active::tell`] does that, and isn't asked to ring
+    /// again, which is [`Active::listen`]'s: before both, the device can look again.
     ///
     /// # Errors
     /// As for [`Active::serve`].
@@ -107,12 +107,20 @@ impl Active {
         index: usize,
         budget: usize,
         handle: impl FnMut(&Request<'_>) -> Result<Handled, Fault>,
-    ) -> Result<Progress, Fault> {
-        let Some(Some(queue)) = self.queues.get_mut(index) else { return Ok(Progress::Idle) };
+    ) -> Result<usize, Fault> {
+        let Some(Some(queue)) = self.queues.get_mut(index) else { return Ok(0) };
         let mut ring = queue.ring(&self.memory)?;
-        let progress = turn(&mut ring, &self.counters, budget, handle)?;
-        tell(&mut ring, &self.interrupt, index)?;
-        Ok(progress)
+        ring.rest()?;
+        hand_out(&mut ring, &self.counters, budget, handle)
+    }
+
+    /// Asks the driver to ring when it puts more into queue `index`; true when there is more already, for which it need not ring.
+    ///
+    /// # Errors
+    /// When the driver broke the ring.
+    pub fn listen(&mut self, index: usize) -> Result<bool, Fault> {
+        let Some(Some(queue)) = self.queues.get_mut(index) else { return Ok(false) };
+        queue.ring(&self.memory)?.listen()
     }
 
     /// As [`Active::serve`], for a device that puts something into as many requests as it takes: `handle` gathers them, and says
@@ -181,30 +189,49 @@ fn turn(
     ring: &mut Ring<'_>,
     counters: &Counters,
     budget: usize,
-    mut handle: impl FnMut(&Request<'_>) -> Result<Handled, Fault>,
+    handle: &mut impl FnMut(&Request<'_>) -> Result<Option<u32>, Fault>,
 ) -> Result<Progress, Fault> {
     let mut left = budget;
     loop {
         ring.rest()?;
-        loop {
-            // Also spent on a look in vain, so that an index that runs to and fro cannot hold the thread.
-            let Some(less) = left.checked_sub(1) else { return Ok(Progress::More) };
-            left = less;
-            let Some(request) = ring.take()? else { break };
-            match handle(&request)? {
-                Handled::Done(written) => {
-                    counters.request(request.readable.bytes() as u64, written.into());
-                    ring.give_back([(request.head(), written)])?;
-                }
-                Handled::Taken => {}
-                Handled::Left => {
-                    ring.leave();
-                    return Ok(Progress::Idle);
-                }
-            }
+        let mut leaves = false;
+        let count = hand_out(ring, counters, left, |request| {
+            let written = handle(request)?;
+            leaves = written.is_none();
+            Ok(written.map_or(Handled::Left, Handled::Done))
+        })?;
+        // Also spent on a look in vain, so that an index that runs to and fro cannot hold the thread.
+        match left.saturating_sub(count).checked_sub(1) {
+            _ if leaves => return Ok(Progress::Idle),
+            None => return Ok(Progress::More),
+            Some(less) => left = less,
         }
         if !ring.listen()? {
             return Ok(Progress::Idle);
         }
     }
+}
+
+/// Hands out what is in a queue, at most `budget`, and returns how many requests did not stay there.
+fn hand_out(
+    ring: &mut Ring<'_>,
+    counters: &Counters,
+    budget: usize,
+    mut handle: impl FnMut(&Request<'_>) -> Result<Handled, Fault>,
+) -> Result<usize, Fault> {
+    for count in 0..budget {
+        let Some(request) = ring.take()? else { return Ok(count) };
+        match handle(&request)? {
+            Handled::Done(written) => {
+                counters.request(request.readable.bytes() as u64, written.into());
+                ring.give_back([(request.head(), written)])?;
+            }
+            Handled::Taken => {}
+            Handled::Left => {
+                ring.leave();
+                return Ok(count);
+            }
+        }
+    }
+    Ok(budget)
 }

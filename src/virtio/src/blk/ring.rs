@@ -23,7 +23,7 @@ use crate::{
     vectored::Transfer,
 };
 
-/// Requests taken from one queue before the others have their turn.
+/// Requests taken from one queue before the others have their turn, and the driver is told of what has ended.
 const BUDGET: usize = 64;
 
 /// The ring, and what waits for it.
@@ -69,6 +69,9 @@ impl RingEngine {
     }
 
     /// Takes what is in the queues, `queues` having a bit for each to look into, and tells what has ended.
+    ///
+    /// What the kernel did at once, as it does with a file in its cache, has ended before the driver is asked to ring again: what
+    /// it puts into the queue meanwhile needs no ringing, and one interrupt tells of all.
     pub(super) fn turn(
         &mut self,
         disk: &Disk,
@@ -76,24 +79,31 @@ impl RingEngine {
         queues: u64,
         write_through: bool,
     ) -> Result<Progress, Fault> {
-        self.settle(active)?;
+        let mut given_back = self.settle(active)?;
         let counters = Arc::clone(active.counters());
-        let mut more = false;
-        let due = std::mem::take(&mut self.waiting) | queues;
-        for index in (0..active.queue_count()).filter(|index| due >> index & 1 == 1) {
-            let progress = active.hand_out(index, BUDGET, |request| {
-                self.take(index, request, disk, write_through, &counters)
-            })?;
-            if progress == Progress::More {
-                // Who calls comes again for a queue that was asked for, as its limits let it.
-                let asked = queues >> index & 1 == 1;
-                more |= asked;
-                self.waiting |= u64::from(!asked) << index;
+        // Those to look into, and what may still be spent on it: a look in vain costs as much as a request.
+        let due = self.waiting | queues;
+        let mut look = due;
+        let mut left = BUDGET;
+        while look != 0 && left > 0 {
+            for index in bits(look) {
+                self.waiting &= !(1 << index);
+                let count = active.hand_out(index, left, |request| {
+                    self.take(index, request, disk, write_through, &counters)
+                })?;
+                let is_empty = count == 0 && (is_in(self.waiting, index) || !active.listen(index)?);
+                look &= !(u64::from(is_empty) << index);
+                left = left.saturating_sub(count.max(1));
             }
+            given_back |= self.settle(active)?;
         }
-        self.settle(active)?;
+        for queue in bits(due | given_back) {
+            active.tell(queue)?;
+        }
+        // Who calls comes again for a queue that was asked for, as its limits let it.
+        self.waiting |= look & !queues;
         // With a full ring, the end of an operation is the next event.
-        let again = more || self.waiting != 0 && !self.ring.is_full() || self.ring.has_pushed();
+        let again = look & queues != 0 || self.waiting != 0 && !self.ring.is_full() || self.ring.has_pushed();
         Ok(if again { Progress::More } else { Progress::Idle })
     }
 
@@ -138,9 +148,10 @@ impl RingEngine {
         answer(request, failure.status(), 0)
     }
 
-    /// Starts what was taken and tells what has ended, until nothing more has.
-    fn settle(&mut self, active: &mut Active) -> Result<(), Fault> {
-        let mut told = 0u64;
+    /// Starts what was taken and gives back what has ended, until nothing more has. Returns the queues whose drivers are to be told, a
+    /// bit each.
+    fn settle(&mut self, active: &mut Active) -> Result<u64, Fault> {
+        let mut given_back = 0u64;
         loop {
             self.ring.submit().map_err(Fault::Host)?;
             let mut continued = false;
@@ -158,19 +169,23 @@ impl RingEngine {
                             active.counters().error();
                         }
                         active.finish(queue, head, read, written)?;
-                        told |= 1 << queue;
+                        given_back |= 1 << queue;
                     }
                 }
             }
             if !continued {
-                break;
+                return Ok(given_back);
             }
         }
-        for queue in (0..active.queue_count()).filter(|queue| told >> queue & 1 == 1) {
-            active.tell(queue)?;
-        }
-        Ok(())
     }
+}
+
+fn bits(of: u64) -> impl Iterator<Item = usize> {
+    (0..u64::BITS as usize).filter(move |index| is_in(of, *index))
+}
+
+fn is_in(bits: u64, index: usize) -> bool {
+    bits >> index & 1 == 1
 }
 
 impl Ticket {
