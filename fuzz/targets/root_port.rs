@@ -35,6 +35,7 @@ fuzz_target!(|accesses: &[u8]| {
             5 => port.reset(),
             _ => port.config_write(offset % 4096, &data),
         }
+        port.tell();
         assert_eq!(port.has_card(), card);
         let forwarding = port.forwarding();
         for window in forwarding.windows.iter().flatten() {

@@ -270,6 +270,11 @@ impl Config {
         Ok(offset)
     }
 
+    /// All of it.
+    pub fn image(&self) -> &[u8; CONFIG_SPACE_BYTES] {
+        &self.bytes
+    }
+
     /// A guest's read: 1, 2 or 4 bytes within one aligned dword; anything else reads as all ones.
     pub fn read(&self, offset: u16, data: &mut [u8]) {
         match within_dword(offset, data.len()).and_then(|span| self.bytes.get(span)) {

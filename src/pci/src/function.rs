@@ -1,6 +1,6 @@
 //! What the PCI root holds.
 
-use crate::{BarRequest, ConfigError, DecodedBars};
+use crate::{BarRequest, CONFIG_SPACE_BYTES, ConfigError, DecodedBars};
 
 /// One PCI function behind the root: emulated or assigned.
 ///
@@ -11,6 +11,12 @@ pub trait Function: Send {
     fn config_read(&mut self, offset: u16, data: &mut [u8]);
     /// A write to it. [`Function::decoded`] may differ afterwards.
     fn config_write(&mut self, offset: u16, data: &[u8]);
+    /// Its whole configuration space, where a read of it is nothing but a copy: one that has no effect, of what changes by
+    /// [`Function::config_write`], [`Function::reset`] and what its owner calls alone. `None` where a read is more than that, and
+    /// that may be another way after each of those.
+    fn config_image(&self) -> Option<&[u8; CONFIG_SPACE_BYTES]> {
+        None
+    }
     /// A read of BAR `bar`, `offset` bytes from its base.
     fn bar_read(&mut self, bar: u8, offset: u64, data: &mut [u8]);
     /// A write to BAR `bar`, `offset` bytes from its base.

@@ -1,6 +1,6 @@
 //! The function at 00:00.0.
 
-use crate::{BarRequest, Config, ConfigError, DecodedBars, Function, Identity};
+use crate::{BarRequest, CONFIG_SPACE_BYTES, Config, ConfigError, DecodedBars, Function, Identity};
 
 /// A host bridge without registers of its own: guests expect one at 00:00.0, and find the rest of the bus by ACPI.
 #[derive(Debug)]
@@ -28,6 +28,9 @@ impl Function for HostBridge {
     }
     fn config_write(&mut self, offset: u16, data: &[u8]) {
         self.config.write(offset, data);
+    }
+    fn config_image(&self) -> Option<&[u8; CONFIG_SPACE_BYTES]> {
+        Some(self.config.image())
     }
     fn bar_read(&mut self, _bar: u8, _offset: u64, data: &mut [u8]) {
         data.fill(0xff);

@@ -3,8 +3,8 @@
 use std::ops::{Range, RangeInclusive};
 
 use crate::{
-    BarKind, BarOffset, BarRequest, Capability, Config, ConfigError, DecodedBars, Function, Identity, Msix,
-    MsixLayout, VectorSink, regs,
+    BarKind, BarOffset, BarRequest, CONFIG_SPACE_BYTES, Capability, Config, ConfigError, DecodedBars,
+    Function, Identity, Msix, MsixLayout, VectorSink, regs,
 };
 
 /// A bridge's windows begin and end at multiples of this.
@@ -181,7 +181,7 @@ impl RootPort {
         Forwarding { buses, windows: [memory, prefetchable], reset: false }
     }
 
-    /// A card is in the slot from now on, or none is any more. The guest is told.
+    /// A card is in the slot from now on, or none is any more. [`RootPort::tell`] tells the guest.
     pub fn set_card(&mut self, present: bool) {
         let status = self.slot_status();
         if (status & CARD_PRESENT != 0) == present {
@@ -194,7 +194,6 @@ impl RootPort {
             // Where the guest had no time to do it; else the next card would be let go at once.
             self.set_indicator_off();
         }
-        self.tell();
     }
 
     /// Whether a card is in the slot.
@@ -202,10 +201,10 @@ impl RootPort {
         self.slot_status() & CARD_PRESENT != 0
     }
 
-    /// Presses the attention button: asks the guest to let the card go, or, when it is about to, to keep it.
+    /// Presses the attention button: asks the guest to let the card go, or, when it is about to, to keep it. [`RootPort::tell`]
+    /// tells the guest.
     pub fn press_button(&mut self) {
         self.set_express(SLOT_STATUS, self.slot_status() | BUTTON_PRESSED);
-        self.tell();
     }
 
     /// Whether the guest says by the power indicator that the card may be taken out. It says so too of a card that it has
@@ -236,8 +235,9 @@ impl RootPort {
         self.config.set(self.express + register as u16, &value.to_le_bytes());
     }
 
-    /// Interrupts when an event that may do so has come since there was none (6.7.3.4).
-    fn tell(&mut self) {
+    /// Interrupts when an event that may do so has come since there was none (6.7.3.4). To be called after each
+    /// [`Function::config_write`], [`RootPort::set_card`] and [`RootPort::press_button`], as soon as the guest can read what they did.
+    pub fn tell(&mut self) {
         let (status, control) = (self.slot_status() & EVENTS, self.express_at(SLOT_CONTROL));
         let link = if control & LINK_CHANGED_ENABLE != 0 { LINK_CHANGED } else { 0 };
         let enabled = control & (BUTTON_PRESSED | PRESENCE_CHANGED) | link;
@@ -298,7 +298,10 @@ impl Function for RootPort {
     fn config_write(&mut self, offset: u16, data: &[u8]) {
         self.config.write(offset, data);
         self.msix.config_written(&self.config, &mut self.vectors);
-        self.tell();
+    }
+
+    fn config_image(&self) -> Option<&[u8; CONFIG_SPACE_BYTES]> {
+        Some(self.config.image())
     }
 
     fn bar_read(&mut self, bar: u8, offset: u64, data: &mut [u8]) {

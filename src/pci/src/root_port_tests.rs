@@ -51,12 +51,18 @@ fn capability(port: &mut RootPort, id: u8) -> u16 {
     panic!("no capability {id:#x}");
 }
 
+/// Does something to a port, and has it tell.
+fn act(port: &mut RootPort, act: impl FnOnce(&mut RootPort)) {
+    act(port);
+    port.tell();
+}
+
 /// As Linux's pciehp: MSI-X on, all that it wants to hear of enabled, indicator off.
 fn listen(port: &mut RootPort) -> u16 {
     let msix = capability(port, regs::CAP_ID_MSIX);
     port.config_write(msix + 2, &[0x00, 0x80]);
     let express = capability(port, regs::CAP_ID_EXP);
-    port.config_write(express + SLOT_CONTROL as u16, &[0x21 | 0x08, 0x13]);
+    act(port, |port| port.config_write(express + SLOT_CONTROL as u16, &[0x21 | 0x08, 0x13]));
     express
 }
 
@@ -119,25 +125,25 @@ fn a_card_is_told_of_once() {
     let (mut port, count) = port();
     let express = listen(&mut port);
     let status = express + SLOT_CONTROL as u16;
-    port.set_card(true);
-    port.set_card(true);
+    act(&mut port, |port| port.set_card(true));
+    act(&mut port, |port| port.set_card(true));
     assert_eq!(count.load(Ordering::Relaxed), 1);
     assert_eq!(read(&mut port, status) >> 16, u32::from(CARD_PRESENT | PRESENCE_CHANGED | LINK_CHANGED));
     assert_ne!(read(&mut port, express + LINK_CONTROL as u16) >> 16 & u32::from(LINK_ACTIVE), 0);
     // One of two events acknowledged: the port stays silent until both are.
-    port.config_write(status + 2, &PRESENCE_CHANGED.to_le_bytes());
-    port.press_button();
+    act(&mut port, |port| port.config_write(status + 2, &PRESENCE_CHANGED.to_le_bytes()));
+    act(&mut port, RootPort::press_button);
     assert_eq!(count.load(Ordering::Relaxed), 1);
-    port.config_write(status + 2, &[0xff; 2]);
+    act(&mut port, |port| port.config_write(status + 2, &[0xff; 2]));
     assert_eq!(read(&mut port, status) >> 16, u32::from(CARD_PRESENT), "the guest cannot move the card");
-    port.press_button();
+    act(&mut port, RootPort::press_button);
     assert_eq!(count.load(Ordering::Relaxed), 2);
 }
 
 #[test]
 fn an_event_from_before_the_guest_listened_is_not_lost() {
     let (mut port, count) = port();
-    port.set_card(true);
+    act(&mut port, |port| port.set_card(true));
     assert_eq!(count.load(Ordering::Relaxed), 0);
     listen(&mut port);
     assert_eq!(count.load(Ordering::Relaxed), 1);
@@ -186,6 +192,7 @@ proptest! {
                 2 => port.bar_write(0, offset.into(), &data[..length]),
                 _ => port.config_write(offset, &data[..length]),
             }
+            port.tell();
             prop_assert_eq!(port.has_card(), card);
             prop_assert_eq!(read(&mut port, regs::VENDOR_ID), 0x000c_1b36);
             let forwarding = port.forwarding();

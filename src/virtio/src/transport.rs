@@ -3,8 +3,8 @@
 use std::{io, sync::Arc};
 
 use casemate_pci::{
-    BarKind, BarOffset, BarRequest, Capability, Config, ConfigError, DecodedBars, Function, Identity, Msix,
-    MsixLayout, VectorSink, regs,
+    BarKind, BarOffset, BarRequest, CONFIG_SPACE_BYTES, Capability, Config, ConfigError, DecodedBars,
+    Function, Identity, Msix, MsixLayout, VectorSink, regs,
 };
 use vmm_sys_util::eventfd::{EFD_NONBLOCK, EventFd};
 
@@ -258,6 +258,11 @@ impl Function for PciTransport {
                 self.bar_write(BAR, at, part);
             }
         }
+    }
+
+    fn config_image(&self) -> Option<&[u8; CONFIG_SPACE_BYTES]> {
+        // A read of the window's data is one of BAR 0, once the driver has said of what.
+        self.window_access().is_none().then(|| self.config.image())
     }
 
     fn bar_read(&mut self, bar: u8, offset: u64, data: &mut [u8]) {

@@ -257,7 +257,9 @@ fn the_access_window_reaches_the_bar() {
     let mut guest = Guest::with(Box::new(Rng::new()));
     let window = guest.function().window;
     let function = guest.function();
+    assert!(function.config_image().is_some());
     function.config_write(window + WINDOW_LENGTH, &2u32.to_le_bytes());
+    assert!(function.config_image().is_none(), "a read of the window's data is one of the BAR");
     function.config_write(window + WINDOW_OFFSET, &0x12u32.to_le_bytes());
     let mut data = [0; 4];
     function.config_read(window + WINDOW_DATA, &mut data);

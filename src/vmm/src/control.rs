@@ -29,6 +29,7 @@ use crate::{
     error::{During, Error},
     machine::Emulated,
     maps::{Answers, Attachments, Kernel, Maps},
+    memory::{self, MemorySlot},
     peers::Peers,
     platform::lock,
     root::Place,
@@ -59,6 +60,8 @@ pub(crate) enum Change {
     },
     /// These functions' BARs answer elsewhere.
     Answer(Vec<Answers>),
+    /// A piece of memory that the guest reads is to be an exit from now on.
+    Forget(MemorySlot),
     /// What follows the BARs of a function that comes while the guest runs.
     Attach(Place, Attachments),
     /// A function goes, and what followed its BARs with it.
@@ -366,6 +369,11 @@ impl Control {
             }
             Change::Answer(answers) => {
                 self.maps.answer(&Kernel { vm: &self.vm, peers: self.peers.as_ref() }, &answers)
+            }
+            Change::Forget(slot) => {
+                // SAFETY: the slot is deleted, which needs no mapping.
+                let forgotten = unsafe { memory::set_slot(&self.vm, MemorySlot { size_bytes: 0, ..slot }) };
+                forgotten.during("unmapping a function's configuration space")
             }
             Change::Attach(place, attachments) => {
                 self.maps.attach(place, attachments);

@@ -18,7 +18,7 @@ use casemate_virtio::{
     Worker, WorkerControl, vector_count,
 };
 use casemate_wire::{CpuRange, Descriptors, End, Format, Limited, Machine, Pages};
-use kvm_ioctls::{VcpuFd, VmFd};
+use kvm_ioctls::{Cap, VcpuFd, VmFd};
 use rustix::rand::GetRandomFlags;
 use vm_memory::{GuestMemoryBackend, GuestMemoryMmap};
 use vmm_sys_util::eventfd::EventFd;
@@ -39,7 +39,7 @@ use crate::{
     memory,
     peers::{Peers, PeersThread},
     platform::{Platform, Processor},
-    root::{Body, BusParts, Place, PortWindows, RootBus},
+    root::{Body, BusParts, FUNCTIONS_PER_BUS, Place, PortWindows, RootBus},
     vsock::KeepStreams,
 };
 
@@ -142,6 +142,8 @@ impl Built {
             .ok_or_else(|| Error::Layout("the memory leaves no room for devices' registers".into()))?;
         let memory = memory::allocate(machine.memory_bytes, machine.ram)?;
         let first_slot = memory::give_to_kvm(&vm, &memory)?;
+        let mirrors_slot = first_slot;
+        let first_slot = mirrors_slot.saturating_add(FUNCTIONS_PER_BUS);
         let (control, requests) = Control::new(Arc::clone(&vm), first_slot)?;
         let mut parts = Parts {
             control,
@@ -274,7 +276,7 @@ impl Built {
         let vcpus = make_vcpus(&vm, &processors, entry)?;
         let (orders, incoming) = Orders::new(machine.hotplug.slots);
         let hears = orders.clone();
-        let root = RootBus::new(BusParts {
+        let mut root = RootBus::new(BusParts {
             functions: parts.functions,
             port_windows: PortWindows {
                 memory_bytes: machine.hotplug.memory_bytes,
@@ -284,6 +286,13 @@ impl Built {
             requests: Arc::clone(&requests),
             let_go: Box::new(move |slot| hears.let_go(slot)),
         })?;
+        // Without it, each read is an exit.
+        if vm.check_extension(Cap::ReadonlyMem) {
+            for slot in root.mirror(mirrors_slot)? {
+                // SAFETY: the bus has the memory, and the platform that every processor runs with has the bus.
+                unsafe { memory::set_slot(&vm, slot) }.during("mapping configuration space")?;
+            }
+        }
         let (lines, sources) = parts.intx.into_iter().unzip();
         let hotplug_requests = Arc::clone(&requests);
         let platform = Arc::new(Platform::new(vm, root, console, lines, requests, machine.vcpus));

@@ -15,18 +15,23 @@ use crate::{
     control::{Change, Requests},
     error::Error,
     layout::Range,
+    memory::MemorySlot,
 };
 
 mod books;
+mod mirror;
 mod placement;
 
 use books::Books;
+use mirror::Mirror;
 pub(crate) use placement::PortWindows;
 
 /// Functions of a device.
 const FUNCTIONS: u8 = 8;
 /// Devices of a bus.
 const DEVICES: u8 = 32;
+/// Functions of a bus.
+pub(crate) const FUNCTIONS_PER_BUS: u32 = DEVICES as u32 * FUNCTIONS as u32;
 
 /// Where a function sits. Bus 0 is the root bus; bus `n` is the one behind the `n`th root port, whatever number the guest
 /// gives it.
@@ -97,6 +102,8 @@ type Cell = Mutex<Option<Body>>;
 /// A function's lock is taken before that of the books, never after. Who holds either may wait for the control thread.
 pub(crate) struct RootBus {
     cells: BTreeMap<Place, Cell>,
+    /// Of the functions whose configuration space the guest can read without them.
+    mirrors: BTreeMap<Place, Mirror>,
     /// The root ports, in the order of the buses behind them.
     ports: Vec<Place>,
     books: RwLock<Books>,
@@ -135,7 +142,25 @@ impl RootBus {
             }
         }
         let books = RwLock::new(Books::new(windows, ports.len(), several));
-        Ok(Self { cells, ports, books, requests, let_go })
+        Ok(Self { cells, mirrors: BTreeMap::new(), ports, books, requests, let_go })
+    }
+
+    /// Has the configuration space of the root bus's functions in memory as well, of those where a read is nothing but a copy.
+    /// Returns how KVM is to map it, in slots from `first_slot` on, at most [`FUNCTIONS_PER_BUS`]; the memory is there as
+    /// long as the bus.
+    ///
+    /// # Errors
+    /// When there is no memory for it.
+    pub(crate) fn mirror(&mut self, first_slot: u32) -> Result<Vec<MemorySlot>, Error> {
+        let can = |place: &Place| {
+            place.bus == 0 && self.with(*place, |body| body.function().config_image().is_some()) == Some(true)
+        };
+        let places = self.cells.keys().copied().filter(can).collect();
+        self.mirrors = Mirror::make(places, first_slot)?.into_iter().collect();
+        for place in self.mirrors.keys() {
+            self.with(*place, |body| self.show(*place, body));
+        }
+        Ok(self.mirrors.values().filter_map(Mirror::slot).collect())
     }
 
     /// How many buses configuration space has room for.
@@ -165,6 +190,7 @@ impl RootBus {
         let states = self.with(place, |body| {
             let before = body.state();
             body.function().config_write(register, data);
+            self.changed(place, body);
             let after = body.state();
             if before != after {
                 self.note(place, port, &after);
@@ -253,9 +279,37 @@ impl RootBus {
     fn with_port<T>(&self, port: usize, act: impl FnOnce(&mut RootPort) -> T) -> Option<T> {
         let place = *self.ports.get(port)?;
         self.with(place, |body| match body {
-            Body::Port(port) => Some(act(port)),
+            Body::Port(port) => {
+                let done = act(port);
+                self.changed(place, body);
+                Some(done)
+            }
             Body::Function(_) => None,
         })?
+    }
+
+    /// What comes after each change of a function's: the guest can read it, and is then told.
+    fn changed(&self, place: Place, body: &mut Body) {
+        self.show(place, body);
+        if let Body::Port(port) = body {
+            port.tell();
+        }
+    }
+
+    /// Has a function's mirror follow it, or KVM forget it where a read is no copy any more.
+    fn show(&self, place: Place, body: &mut Body) {
+        let Some(mirror) = self.mirrors.get(&place) else { return };
+        let Some(slot) = mirror.slot() else { return };
+        if let Some(image) = body.function().config_image() {
+            mirror.show(image, self.books().has_several(place));
+        } else {
+            match self.requests.change(Change::Forget(slot)) {
+                Ok(()) => mirror.forget(),
+                Err(error) => {
+                    eprintln!("casemate-vmm: a function's configuration space stays mapped: {error}")
+                }
+            }
+        }
     }
 
     fn lock(&self, place: Place) -> Option<MutexGuard<'_, Option<Body>>> {

@@ -1,8 +1,8 @@
 use std::{collections::BTreeMap, sync::Mutex};
 
 use casemate_pci::{
-    BarKind, BarRequest, Config, ConfigError, DecodedBar, DecodedBars, HostBridge, Identity, MsiMessage,
-    Space, VectorSink, regs,
+    BarKind, BarRequest, CONFIG_SPACE_BYTES, Config, ConfigError, DecodedBar, DecodedBars, HostBridge,
+    Identity, MsiMessage, Space, VectorSink, regs,
 };
 use proptest::prelude::*;
 
@@ -39,6 +39,9 @@ impl Function for Probe {
     fn config_write(&mut self, offset: u16, data: &[u8]) {
         self.config.write(offset, data);
     }
+    fn config_image(&self) -> Option<&[u8; CONFIG_SPACE_BYTES]> {
+        (self.config.u16_at(regs::INTERRUPT_LINE) as u8 != NO_COPY).then(|| self.config.image())
+    }
     fn bar_read(&mut self, bar: u8, _offset: u64, data: &mut [u8]) {
         data.fill(self.mark | bar);
     }
@@ -57,11 +60,23 @@ impl Function for Probe {
     }
 }
 
+/// The interrupt line of a probe whose reads are said to be more than copies.
+const NO_COPY: u8 = 0xee;
+
 const WINDOWS: [Range; 2] = [layout::WINDOW32, Range { start: 1 << 32, size: 1 << 33 }];
 const PORT_WINDOWS: PortWindows = PortWindows { memory_bytes: 2 << 20, prefetchable_bytes: 64 << 20 };
 
 /// What control was asked to map.
 type Mapped = Arc<Mutex<BTreeMap<Place, Vec<DecodedBar>>>>;
+
+/// What the guest reads of the root bus without an exit is what it'd read with one.
+fn mirrors_follow(bus: &RootBus) -> bool {
+    bus.mirrors.iter().filter(|(_, mirror)| mirror.slot().is_some()).all(|(place, mirror)| {
+        let start = ecam(0, place.device.into(), place.function.into(), 0);
+        let registers = (0u64..).step_by(4).zip((mirror.reader())().as_chunks::<4>().0.to_vec());
+        registers.into_iter().all(|(at, shown)| read_u32(bus, start + at) == u32::from_le_bytes(shown))
+    })
+}
 
 /// Interrupts nobody.
 struct Nobody;
@@ -85,7 +100,6 @@ fn port(slot: u16) -> Body {
     Body::Port(Box::new(RootPort::new(slot, Box::new(Nobody), Box::new(|| {})).unwrap()))
 }
 
-/// A bridge, two probes, a device of two probes, and two root ports.
 fn bus() -> (RootBus, Mapped) {
     let mapped: Mapped = Arc::default();
     let seen = Arc::clone(&mapped);
@@ -94,6 +108,11 @@ fn bus() -> (RootBus, Mapped) {
             seen.lock().unwrap().extend(answers.into_iter().map(|answer| (answer.place, answer.bars)));
         }
     });
+    (bus_of(requests), mapped)
+}
+
+/// A bridge, two probes, a device of two probes, and two root ports.
+fn bus_of(requests: Arc<Requests>) -> RootBus {
     let functions = vec![
         (at(0, 0), Body::Function(Box::new(HostBridge::new()))),
         (at(1, 0), function(0x10)),
@@ -110,7 +129,7 @@ fn bus() -> (RootBus, Mapped) {
         requests,
         let_go: Box::new(|_| {}),
     };
-    (RootBus::new(parts).unwrap(), mapped)
+    RootBus::new(parts).unwrap()
 }
 
 /// Puts probes behind a port, as hot-plug does.
@@ -337,20 +356,89 @@ fn places_that_are_none_are_refused() {
     );
 }
 
+#[test]
+fn what_is_no_copy_is_an_exit_from_then_on() {
+    let (tell, forgotten) = std::sync::mpsc::channel();
+    let mut bus = bus_of(Requests::answered_by(move |change| {
+        if let Change::Forget(slot) = change {
+            tell.send(slot.guest_address).unwrap();
+        }
+    }));
+    let slots = bus.mirror(9).unwrap();
+    assert!(slots.iter().zip(9..).all(|(slot, number)| slot.slot == number && slot.read_only));
+    let one = ecam(0, 1, 0, 0);
+    let address = layout::ECAM.start + one;
+    assert!(slots.iter().any(|slot| slot.guest_address == address && slot.size_bytes == 4096));
+    for line in [7, NO_COPY, NO_COPY, 7] {
+        bus.config_write(one + u64::from(regs::INTERRUPT_LINE), &[line]);
+        assert!(mirrors_follow(&bus), "{line}");
+    }
+    assert!(bus.mirrors.get(&at(1, 0)).unwrap().slot().is_none());
+    assert!(bus.mirrors.get(&at(2, 0)).unwrap().slot().is_some());
+    assert_eq!(forgotten.try_iter().collect::<Vec<_>>(), [address], "once");
+}
+
+#[test]
+fn a_slots_events_are_seen_without_an_exit() {
+    let (mut bus, _) = bus();
+    bus.mirror(9).unwrap();
+    put_behind(&bus, 0, &[0x50]);
+    assert!(mirrors_follow(&bus));
+    bus.remove(0);
+    assert!(mirrors_follow(&bus));
+}
+
+#[test]
+fn a_guest_that_is_interrupted_can_read_why() {
+    /// In the first capability of a port.
+    const SLOT_CONTROL: u16 = regs::CAPABILITIES_START as u16 + 0x18;
+    type Reader = Box<dyn Fn() -> Vec<u8> + Send>;
+    let reader: Arc<Mutex<Option<Reader>>> = Arc::default();
+    let (tell, told) = std::sync::mpsc::channel();
+    let reads = Arc::clone(&reader);
+    let interrupt = Box::new(move || {
+        let page = reads.lock().unwrap().as_ref().unwrap()();
+        tell.send(page[usize::from(SLOT_CONTROL) + 2]).unwrap();
+    });
+    let own = Body::Port(Box::new(RootPort::new(3, Box::new(Nobody), interrupt).unwrap()));
+    let mut bus = RootBus::new(BusParts {
+        functions: vec![(at(0, 0), Body::Function(Box::new(HostBridge::new()))), (at(4, 0), own)],
+        port_windows: PORT_WINDOWS,
+        windows: WINDOWS,
+        requests: Requests::answered_by(|_| {}),
+        let_go: Box::new(|_| {}),
+    })
+    .unwrap();
+    bus.mirror(9).unwrap();
+    *reader.lock().unwrap() = Some(Box::new(bus.mirrors.get(&at(4, 0)).unwrap().reader()));
+    let port = ecam(0, 4, 0, 0);
+    let mut msix = u64::from(read_u32(&bus, port + u64::from(regs::CAPABILITY_LIST)) as u8);
+    while read_u32(&bus, port + msix) as u8 != regs::CAP_ID_MSIX {
+        msix = u64::from((read_u32(&bus, port + msix) >> 8) as u8);
+    }
+    bus.config_write(port + msix + 2, &[0x00, 0x80]);
+    bus.config_write(port + u64::from(SLOT_CONTROL), &[0x29, 0x13]);
+    put_behind(&bus, 0, &[0x50]);
+    assert_eq!(told.try_iter().collect::<Vec<_>>(), [0x48], "a card is there, and was not before");
+}
+
 proptest! {
     #[test]
     fn no_write_of_a_guests_confuses_the_bus(
         writes in proptest::collection::vec(
             (0u64..4, 0u64..6, 0u64..2, 0u16..0x60, any::<[u8; 8]>(), 0usize..9), 1..60),
     ) {
-        let (bus, mapped) = bus();
+        let (mut bus, mapped) = bus();
+        prop_assert_eq!(bus.mirror(9).unwrap().len(), 7);
         put_behind(&bus, 0, &[0x50]);
         put_behind(&bus, 1, &[0x60, 0x70]);
+        prop_assert!(mirrors_follow(&bus));
         for port in 0..2 {
             enable(&bus, ecam(0, 4, port, 0));
         }
         for (number, device, function, register, bytes, length) in writes {
             bus.config_write(ecam(number, device, function, register), &bytes[..length]);
+            prop_assert!(mirrors_follow(&bus));
             let mapped = mapped.lock().unwrap();
             let bars: Vec<_> = mapped.values().flatten().collect();
             for (index, bar) in bars.iter().enumerate() {
