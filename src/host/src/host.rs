@@ -11,6 +11,8 @@ use casemate_spec::PciAddress;
 
 /// The most that is read of one sysfs attribute.
 const ATTRIBUTE_BYTES_MAX: u64 = 64 << 10;
+/// Nearly all of them have a page at most, and are read by one call with room for that.
+const SYSFS_BYTES: usize = 4096;
 /// The most that is read of one table under /proc (a host with thousands of containers has long mount tables).
 const TABLE_BYTES_MAX: u64 = 4 << 20;
 /// The most entries that are read of one directory.
@@ -84,7 +86,7 @@ impl Host {
 
 /// The bytes of the file at `path`; an error when there are more than `bytes_max`.
 pub(crate) fn read_bytes(path: &Path, bytes_max: u64) -> io::Result<Vec<u8>> {
-    let mut bytes = Vec::new();
+    let mut bytes = Vec::with_capacity(SYSFS_BYTES);
     File::open(path)?.take(bytes_max.saturating_add(1)).read_to_end(&mut bytes)?;
     if u64::try_from(bytes.len()).unwrap_or(u64::MAX) > bytes_max {
         return Err(io::Error::new(io::ErrorKind::FileTooLarge, format!("longer than {bytes_max} bytes")));

@@ -3,8 +3,8 @@
 use std::sync::Arc;
 
 use casemate_pci::{
-    BarRequest, Config, ConfigError, DecodedBars, Function, Msi, MsiMessage, MsiTransition, Msix,
-    MsixTransition, VectorSink, regs,
+    BarRequest, CONFIG_SPACE_BYTES, Config, ConfigError, DecodedBars, Function, Msi, MsiMessage,
+    MsiTransition, Msix, MsixTransition, VectorSink, regs,
 };
 use vfio_bindings::bindings::vfio::VFIO_PCI_CONFIG_REGION_INDEX;
 use vmm_sys_util::eventfd::EventFd;
@@ -155,6 +155,11 @@ impl<V: Vfio, S: VectorSink + Send> Function for AssignedFunction<V, S> {
         self.make_vectors(msix, &unmasked);
         self.turn_msi();
         self.forward();
+    }
+
+    fn config_image(&self) -> Option<&[u8; CONFIG_SPACE_BYTES]> {
+        let pends = self.msi.as_ref().is_some_and(Msi::has_pending);
+        (!pends).then(|| self.config.image())
     }
 
     fn bar_read(&mut self, bar: u8, offset: u64, data: &mut [u8]) {

@@ -142,6 +142,11 @@ impl Msi {
         Some(if count == 0 { MsiTransition::Disabled } else { MsiTransition::Enabled(count) })
     }
 
+    /// Whether the guest can see which vectors are pending, so that [`Msi::show_pending`] is of use.
+    pub fn has_pending(&self) -> bool {
+        self.layout.mask_at().is_some()
+    }
+
     /// To be called before each guest read of `config`: brings the pending bits up to date. What is delivered at once is
     /// never pending.
     pub fn show_pending(&self, config: &mut Config, sink: &dyn VectorSink) {
