@@ -127,6 +127,31 @@ fn counts(statistics: &Value) -> Result<(), Failure> {
     Ok(())
 }
 
+/// Reading the configuration space of all that sits on the root bus takes the guest to the VMM for what's behind no page: a few
+/// accesses, of thousands.
+pub(crate) fn configuration_is_read_without_exits(ctx: &mut Ctx) -> Result<(), Failure> {
+    let script = "
+        read_all() { cat /sys/bus/pci/devices/*/config >/dev/null; }
+        read_all; echo functions: $(ls /sys/bus/pci/devices | wc -l)
+        echo reads; sleep 2; i=0; while [ $i -lt 20 ]; do i=$((i+1)); read_all; done; echo has-read; sleep 60";
+    let running = ctx.start_guest(&ctx.guest(script)?.slots(1))?;
+    let exits = || -> Result<u64, Failure> {
+        let statistics = operate(ctx, &["stats", ctx.name()])?;
+        let exits = statistics.pointer("/vcpus/0/mmio_exits").and_then(Value::as_u64);
+        exits.ok_or_else(|| Failure::new(format_args!("no exits are counted: {statistics}")))
+    };
+    running.wait_for_text("reads", SOON)?;
+    let before = exits()?;
+    running.wait_for_text("has-read", SOON)?;
+    let after = exits()?;
+    operate(ctx, &["stop", ctx.name()])?;
+    let run = running.wait(SOON)?;
+    let functions: u64 = run.value("functions:")?.parse()?;
+    expect!(functions >= 4, "the guest sees {functions} functions");
+    expect!(after - before < 20, "reading {functions} functions 20 times took {} exits", after - before);
+    Ok(())
+}
+
 /// Nonsense and floods at the operator's socket are refused, and change nothing.
 fn hostile_words(ctx: &Ctx, guest: &str) -> Result<(), Failure> {
     let lines: [&[u8]; 4] = [b"\n", b"{\"do\":\"dance\"}\n", &[b'x'; 100_000], b"\0\xff\n"];

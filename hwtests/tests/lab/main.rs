@@ -74,6 +74,7 @@ const TESTS: &[LabTest] = &[
     LabTest::new("operator-limits-a-disk", control::limits_hold),
     LabTest::new("operator-resizes-a-disk", control::disk_grows_and_shrinks),
     // Emulated devices
+    LabTest::new("config-space-costs-no-exits", control::configuration_is_read_without_exits),
     LabTest::new("disk-is-read-and-written", virtio::disk_is_read_and_written),
     LabTest::new("disk-discards", virtio::disk_discards),
     LabTest::new("read-only-disk-stays", virtio::read_only_disk_stays),
