@@ -404,6 +404,28 @@ fn more_than_a_ring_holds_waits_in_the_queues() {
     .unwrap();
 }
 
+#[test]
+fn a_busy_queue_leaves_the_others_their_turn() {
+    let memory = memory();
+    let file = tempfile::tempfile().unwrap();
+    file.set_len(SIZE).unwrap();
+    let mut disk = made(true, file.into(), false, 2);
+    if disk.without_ring().is_some() {
+        return;
+    }
+    let (mut busy, mut other) = (Ring::new(&memory, 0x20000, 256), Ring::new(&memory, 0x28000, 256));
+    fill(&memory, HEADER, &VIRTIO_BLK_T_IN.to_le_bytes());
+    let request = [(HEADER, 16, false), (DATA, 512, true), (STATUS, 1, true)];
+    for _ in 0..85 {
+        busy.offer(&request);
+    }
+    other.offer(&request);
+    let (mut active, _events) = active(&memory, &[&busy, &other], FLUSH);
+    disk.turn(&mut active, 0b11).unwrap();
+    // What ends later is told of, and nothing more is taken.
+    wait(&mut disk, &mut active, || other.take().is_some()).unwrap();
+}
+
 /// A disk whose reads last until somebody writes to the other end.
 fn slow_disk() -> Option<(Blk, io::PipeWriter)> {
     let (file, end) = io::pipe().unwrap();

@@ -81,14 +81,14 @@ impl RingEngine {
     ) -> Result<Progress, Fault> {
         let mut given_back = self.settle(active)?;
         let counters = Arc::clone(active.counters());
-        // Those to look into, and what may still be spent on it: a look in vain costs as much as a request.
+        // Those to look into, each in its turn, and what may still be spent on that: a look in vain costs as much as a request.
         let due = self.waiting | queues;
         let mut look = due;
         let mut left = BUDGET;
         while look != 0 && left > 0 {
             for index in bits(look) {
                 self.waiting &= !(1 << index);
-                let count = active.hand_out(index, left, |request| {
+                let count = active.hand_out(index, BUDGET, |request| {
                     self.take(index, request, disk, write_through, &counters)
                 })?;
                 let is_empty = count == 0 && (is_in(self.waiting, index) || !active.listen(index)?);
