@@ -190,11 +190,12 @@ impl RootBus {
         let states = self.with(place, |body| {
             let before = body.state();
             body.function().config_write(register, data);
-            self.changed(place, body);
             let after = body.state();
             if before != after {
                 self.note(place, port, &after);
             }
+            // Another processor that reads of it finds it answer there.
+            self.changed(place, body);
             (before.port, after.port)
         });
         let (Some(port), Some((Some(before), Some(after)))) = (port, states) else { return };

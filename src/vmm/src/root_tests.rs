@@ -108,12 +108,12 @@ fn bus() -> (RootBus, Mapped) {
             seen.lock().unwrap().extend(answers.into_iter().map(|answer| (answer.place, answer.bars)));
         }
     });
-    (bus_of(requests), mapped)
+    (bus_of(functions(), requests), mapped)
 }
 
 /// A bridge, two probes, a device of two probes, and two root ports.
-fn bus_of(requests: Arc<Requests>) -> RootBus {
-    let functions = vec![
+fn functions() -> Vec<(Place, Body)> {
+    vec![
         (at(0, 0), Body::Function(Box::new(HostBridge::new()))),
         (at(1, 0), function(0x10)),
         (at(2, 0), function(0x20)),
@@ -121,7 +121,10 @@ fn bus_of(requests: Arc<Requests>) -> RootBus {
         (at(3, 5), function(0x40)),
         (at(4, 0), port(1)),
         (at(4, 1), port(2)),
-    ];
+    ]
+}
+
+fn bus_of(functions: Vec<(Place, Body)>, requests: Arc<Requests>) -> RootBus {
     let parts = BusParts {
         functions,
         port_windows: PORT_WINDOWS,
@@ -359,11 +362,12 @@ fn places_that_are_none_are_refused() {
 #[test]
 fn what_is_no_copy_is_an_exit_from_then_on() {
     let (tell, forgotten) = std::sync::mpsc::channel();
-    let mut bus = bus_of(Requests::answered_by(move |change| {
+    let requests = Requests::answered_by(move |change| {
         if let Change::Forget(slot) = change {
             tell.send(slot.guest_address).unwrap();
         }
-    }));
+    });
+    let mut bus = bus_of(functions(), requests);
     let slots = bus.mirror(9).unwrap();
     assert!(slots.iter().zip(9..).all(|(slot, number)| slot.slot == number && slot.read_only));
     let one = ecam(0, 1, 0, 0);
@@ -401,14 +405,7 @@ fn a_guest_that_is_interrupted_can_read_why() {
         tell.send(page[usize::from(SLOT_CONTROL) + 2]).unwrap();
     });
     let own = Body::Port(Box::new(RootPort::new(3, Box::new(Nobody), interrupt).unwrap()));
-    let mut bus = RootBus::new(BusParts {
-        functions: vec![(at(0, 0), Body::Function(Box::new(HostBridge::new()))), (at(4, 0), own)],
-        port_windows: PORT_WINDOWS,
-        windows: WINDOWS,
-        requests: Requests::answered_by(|_| {}),
-        let_go: Box::new(|_| {}),
-    })
-    .unwrap();
+    let mut bus = bus_of(vec![(at(4, 0), own)], Requests::answered_by(|_| {}));
     bus.mirror(9).unwrap();
     *reader.lock().unwrap() = Some(Box::new(bus.mirrors.get(&at(4, 0)).unwrap().reader()));
     let port = ecam(0, 4, 0, 0);

@@ -180,8 +180,11 @@ impl RingEngine {
     }
 }
 
+/// The numbers of the bits that are set, the lowest first.
 fn bits(of: u64) -> impl Iterator<Item = usize> {
-    (0..u64::BITS as usize).filter(move |index| is_in(of, *index))
+    let lowest = |bits: &u64| bits & bits.wrapping_neg();
+    let each = std::iter::successors(Some(of), move |left| Some(left ^ lowest(left)));
+    each.take_while(|left| *left != 0).map(|left| left.trailing_zeros() as usize)
 }
 
 fn is_in(bits: u64, index: usize) -> bool {
