@@ -125,7 +125,9 @@ fn label(name: &CStr, file: &File) -> io::Result<CString> {
 /// a process's number may be another's by now: what is found has to be looked at.
 fn executed(label: &CStr, cgroups: &Path) -> impl Iterator<Item = File> {
     let link = format!("/memfd:{} (deleted)", label.to_string_lossy());
-    let directories = fs::read_dir(cgroups).into_iter().flatten().flatten();
+    let entries = fs::read_dir(cgroups).into_iter().flatten().flatten();
+    // Beside the cgroups' folders there are some 60 files of the one that they are in.
+    let directories = entries.filter(|entry| entry.file_type().is_ok_and(|kind| kind.is_dir()));
     let processes =
         directories.filter_map(|entry| fs::read_to_string(entry.path().join("cgroup.procs")).ok());
     processes

@@ -1,7 +1,7 @@
 //! The keep's side: the broker, as something to be asked.
 
 use std::{
-    collections::BTreeSet,
+    collections::{BTreeMap, BTreeSet},
     fs::File,
     io::{self, Seek, SeekFrom, Write},
     os::{
@@ -24,8 +24,8 @@ use rustix::{
     fs::{MemfdFlags, memfd_create},
     process::{Gid, Uid},
     thread::{
-        CapabilitySet, CapabilitySets, capabilities, set_capabilities, set_keep_capabilities,
-        set_no_new_privs, set_thread_groups, set_thread_res_gid, set_thread_res_uid,
+        CapabilitySet, CapabilitySets, set_capabilities, set_keep_capabilities, set_no_new_privs,
+        set_thread_groups, set_thread_res_gid, set_thread_res_uid,
     },
 };
 use serde::{Deserialize, de::DeserializeOwned};
@@ -35,6 +35,7 @@ use crate::{
     Claiming, Kept, Knob, Limit, Node, Places, Rules, Seen, What,
     claim::Claim,
     console_log::ConsoleLog,
+    door::{give_up_rights, nobody_has_rights},
     envelope,
     journal::Log,
     protocol::{Answer, CellThere, CellWanted, Ended, Request, gone},
@@ -117,17 +118,6 @@ fn become_user(id: u32) -> rustix::io::Result<()> {
     set_no_new_privs(true)
 }
 
-/// Of the calling thread, and of those that it starts; of one that has none any more, nothing is changed.
-fn give_up_rights() -> Result<(), Refusal> {
-    let none = CapabilitySet::empty();
-    if capabilities(None).map_err(gone)?.permitted == none {
-        return Ok(());
-    }
-    casemate_jail::read_only()?;
-    set_capabilities(None, CapabilitySets { effective: none, permitted: none, inheritable: none })
-        .map_err(gone)
-}
-
 fn value_of<T: DeserializeOwned>(answer: Answer) -> Result<T, Refusal> {
     match answer {
         Answer::Done(value) => serde_json::from_value(value).map_err(gone),
@@ -153,16 +143,7 @@ impl Broker {
     /// `broker-gone` when a thread of it still could.
     pub fn close_the_door(&self) -> Result<(), Refusal> {
         give_up_rights()?;
-        let threads = std::fs::read_dir("/proc/self/task").map_err(gone)?;
-        for thread in threads.flatten() {
-            // One that has ended meanwhile has none.
-            let status = std::fs::read_to_string(thread.path().join("status")).unwrap_or_default();
-            let permitted = status.lines().find_map(|line| line.strip_prefix("CapPrm:"));
-            if permitted.is_some_and(|permitted| permitted.trim().bytes().any(|digit| digit != b'0')) {
-                return Err(gone(format_args!("thread {:?} has rights yet", thread.file_name())));
-            }
-        }
-        Ok(())
+        nobody_has_rights()
     }
 
     /// Lets go of the broker, which then ends, and waits for that.
@@ -258,8 +239,16 @@ impl Broker {
         Ok(Image { fd, size_bytes, file_bytes, path })
     }
 
-    pub(crate) fn functions(&self, whole: bool) -> Result<Vec<PciFunction>, Refusal> {
-        self.value(&Request::Functions { whole })
+    pub(crate) fn functions(&self) -> Result<Vec<PciFunction>, Refusal> {
+        self.value(&Request::Functions)
+    }
+
+    pub(crate) fn outline(&self, addresses: BTreeSet<PciAddress>) -> Result<Vec<PciFunction>, Refusal> {
+        self.value(&Request::Outline { addresses })
+    }
+
+    pub(crate) fn taken(&self) -> Result<BTreeMap<PciAddress, Life>, Refusal> {
+        self.value(&Request::Taken)
     }
 
     pub(crate) fn lives(&self, addresses: Vec<PciAddress>) -> Result<Vec<Life>, Refusal> {

@@ -55,9 +55,9 @@ impl Devices {
         (taken.pools.clone(), taken.functions.clone())
     }
 
-    /// The host's functions: all that is to be known of them, or which there are.
-    pub(crate) fn survey(&self, host: &Host, whole: bool) -> Result<Vec<PciFunction>, Refusal> {
-        let functions = if whole { host.functions()? } else { host.outline()? };
+    /// The host's functions, with all that is to be known of them.
+    pub(crate) fn survey(&self, host: &Host) -> Result<Vec<PciFunction>, Refusal> {
+        let functions = host.functions()?;
         self.taken().functions.clone_from(&functions);
         Ok(functions)
     }

@@ -1,6 +1,7 @@
 //! What a keep does on the host: by its broker, where it has one; else with this process's own rights, as for a rehearsal or a test.
 
 use std::{
+    collections::{BTreeMap, BTreeSet},
     io,
     os::{fd::OwnedFd, unix::net::UnixListener},
     path::Path,
@@ -122,26 +123,56 @@ pub fn tap(request: &TapRequest) -> Result<Tap, Refusal> {
 /// The host's devices, as a guest's start or an attachment looks at them.
 pub struct Inventory<'a> {
     host: Host,
-    /// What there is.
+    /// What there is; nothing where nobody looked.
     pub functions: Vec<PciFunction>,
+    whole: bool,
     /// None where there is no ledger that this process may read.
     ledger: Option<Ledger>,
     pools: &'a [Pool],
 }
 
 impl<'a> Inventory<'a> {
-    /// Looks: at all that is to be known of each function, or at which there are. Without a ledger, nobody has anything.
+    /// Looks at all that is to be known of each function; or, for a guest without devices, at nothing yet: what a whole survey costs on a large
+    /// host is for those who want devices. Without a ledger, nobody has anything.
     ///
     /// # Errors
     /// As [`Host::functions`].
     pub fn new(whole: bool, ledger: Option<Ledger>, pools: &'a [Pool]) -> Result<Self, Refusal> {
         let host = Host::live();
         let functions = match broker() {
-            Some(broker) => broker.functions(whole)?,
-            None if whole => host.functions()?,
-            None => host.outline()?,
+            _ if !whole => Vec::new(),
+            Some(broker) => broker.functions()?,
+            None => host.functions()?,
         };
-        Ok(Self { host, functions, ledger, pools })
+        Ok(Self { host, functions, whole, ledger, pools })
+    }
+
+    /// Those of the functions at `addresses` that are there.
+    ///
+    /// # Errors
+    /// As [`Host::outline`].
+    pub fn at(&self, addresses: BTreeSet<PciAddress>) -> Result<Vec<PciFunction>, Refusal> {
+        if self.whole {
+            let of = self.functions.iter().filter(|function| addresses.contains(&function.address));
+            return Ok(of.cloned().collect());
+        }
+        match broker() {
+            _ if addresses.is_empty() => Ok(Vec::new()),
+            Some(broker) => broker.outline(addresses),
+            None => self.host.outline(&addresses),
+        }
+    }
+
+    /// Where in their lives those devices are that aren't free; none where nobody may know.
+    ///
+    /// # Errors
+    /// `ledger-*`.
+    pub fn taken(&self) -> Result<Option<BTreeMap<PciAddress, Life>>, Refusal> {
+        match (broker(), &self.ledger) {
+            (Some(broker), _) => broker.taken().map(Some),
+            (None, Some(ledger)) => ledger.taken().map(Some),
+            (None, None) => Ok(None),
+        }
     }
 
     /// The pools, found sound against these functions.

@@ -17,6 +17,7 @@ mod claim;
 mod client;
 mod console_log;
 mod devices;
+mod door;
 mod envelope;
 mod files;
 mod grants;

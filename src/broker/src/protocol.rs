@@ -314,9 +314,11 @@ pub(crate) enum Request {
         what: What,
         path: PathBuf,
     },
-    Functions {
-        whole: bool,
+    Functions,
+    Outline {
+        addresses: BTreeSet<PciAddress>,
     },
+    Taken,
     Lives {
         addresses: Vec<PciAddress>,
     },

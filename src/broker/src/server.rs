@@ -171,7 +171,9 @@ impl Desk {
                 let image = files::open(what, &path)?;
                 with((image.size_bytes, image.file_bytes, image.path), vec![image.fd])
             }
-            Request::Functions { whole } => done(self.devices.survey(&self.host, whole)?),
+            Request::Functions => done(self.devices.survey(&self.host)?),
+            Request::Outline { addresses } => done(self.host.outline(&addresses)?),
+            Request::Taken => done(self.ledger()?.taken()?),
             Request::Lives { addresses } => done(self.ledger()?.lives(addresses)?),
             Request::Choose { tenant, named, pooled } => {
                 done(self.devices.choose(self, &tenant, &named, &pooled)?)

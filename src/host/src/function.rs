@@ -1,6 +1,6 @@
 //! The inventory: every PCI function of the host, and what it is used for.
 
-use std::collections::{BTreeMap, HashSet};
+use std::collections::{BTreeMap, BTreeSet, HashSet};
 
 use casemate_spec::{PciAddress, Refusal};
 use serde::{Deserialize, Serialize};
@@ -104,7 +104,7 @@ impl Host {
 
     /// The same without serial numbers and details: no device is touched.
     pub(crate) fn survey(&self) -> Result<Vec<PciFunction>, Refusal> {
-        let mut functions = self.outline()?;
+        let mut functions = self.outline_where(|_| true)?;
         let mut uses = self.uses(&functions)?;
         for function in &mut functions {
             function.uses = uses.remove(&function.address).unwrap_or_default();
@@ -114,12 +114,19 @@ impl Host {
         Ok(functions)
     }
 
-    /// Which PCI functions there are, and in which groups, for whoever takes none of them: it isn't looked what they are used
-    /// for, so none may be given away by it.
+    /// Those of the PCI functions at `addresses` that are there, sorted by address, and in which groups, for whoever takes none of them: it
+    /// isn't looked what they are used for, so none may be given away by it.
     ///
     /// # Errors
-    /// `host-no-pci`.
-    pub fn outline(&self) -> Result<Vec<PciFunction>, Refusal> {
+    /// `host-no-pci`, if there is any address.
+    pub fn outline(&self, addresses: &BTreeSet<PciAddress>) -> Result<Vec<PciFunction>, Refusal> {
+        if addresses.is_empty() {
+            return Ok(Vec::new());
+        }
+        self.outline_where(|address| addresses.contains(&address))
+    }
+
+    fn outline_where(&self, wanted: impl Fn(PciAddress) -> bool) -> Result<Vec<PciFunction>, Refusal> {
         let devices = self.path("sys/bus/pci/devices");
         if !devices.is_dir() {
             return Err(Refusal::new(
@@ -129,11 +136,11 @@ impl Host {
                 "mount sysfs on /sys, or run on a machine with PCI",
             ));
         }
-        let addresses = names(&devices).into_iter().filter_map(|name| name.parse().ok());
-        let mut functions: Vec<PciFunction> =
-            addresses.filter_map(|address| self.function(address)).collect();
+        let all: Vec<PciAddress> = names(&devices).iter().filter_map(|name| name.parse().ok()).collect();
+        let of = all.iter().copied().filter(|address| wanted(*address));
+        let mut functions: Vec<PciFunction> = of.filter_map(|address| self.function(address)).collect();
         functions.sort_by_key(|function| function.address);
-        leave_out_resets_of_others(&mut functions);
+        leave_out_resets_of_others(&mut functions, &all);
         Ok(functions)
     }
 
@@ -245,8 +252,7 @@ fn shared_folders(host: &Host) -> Vec<(PciAddress, Use)> {
 
 /// A function's bus reset is none of its own where others are on the bus. The kernel lists it all the same for the first
 /// function of a card, which was alone when it was found, and refuses it when it is asked for (`pci_parent_bus_reset`).
-fn leave_out_resets_of_others(functions: &mut [PciFunction]) {
-    let addresses: Vec<_> = functions.iter().map(|function| function.address).collect();
+fn leave_out_resets_of_others(functions: &mut [PciFunction], addresses: &[PciAddress]) {
     for function in functions {
         let own = function.address;
         if addresses.iter().any(|other| *other != own && other.is_on_the_bus_of(own)) {
@@ -323,11 +329,20 @@ mod tests {
     #[test]
     fn an_outline_tells_groups_and_nothing_of_uses() {
         let machine = Fixture::typical();
-        let (outline, all) = (machine.host().outline().unwrap(), machine.host().functions().unwrap());
+        let all = machine.host().functions().unwrap();
+        let addresses: BTreeSet<_> = all.iter().map(|function| function.address).collect();
+        let outline = machine.host().outline(&addresses).unwrap();
         let groups = |functions: &[PciFunction]| -> Vec<_> {
-            functions.iter().map(|f| (f.address, f.iommu_group, f.group_mates.clone())).collect()
+            functions
+                .iter()
+                .map(|f| (f.address, f.iommu_group, f.group_mates.clone(), f.reset_methods.clone()))
+                .collect()
         };
         assert_eq!(groups(&outline), groups(&all));
+        let nvme = BTreeSet::from([at("0000:03:00.0"), at("0000:7f:00.0")]);
+        let of_nvme = machine.host().outline(&nvme).unwrap();
+        assert_eq!(of_nvme.iter().map(|f| f.address).collect::<Vec<_>>(), [at("0000:03:00.0")]);
+        assert_eq!(machine.host().outline(&BTreeSet::new()).unwrap(), []);
         assert!(all.iter().any(|f| f.details != Details::default()));
         assert!(outline.iter().all(|f| f.uses.is_empty() && f.details == Details::default()));
         assert!(all.iter().all(|f| f.vendor_name.is_empty()), "names are for who shows them");

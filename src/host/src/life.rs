@@ -1,6 +1,6 @@
 //! A device's life: one table of states and moves. What is not in it cannot happen.
 
-use std::fmt;
+use std::{collections::BTreeMap, fmt};
 
 use casemate_spec::{PciAddress, Refusal};
 use serde::{Deserialize, Serialize};
@@ -160,6 +160,18 @@ impl Ledger {
     pub fn lives(&self, addresses: impl IntoIterator<Item = PciAddress>) -> Result<Vec<Life>, Refusal> {
         let book = self.read()?;
         Ok(addresses.into_iter().map(|address| book.life(address)).collect())
+    }
+
+    /// What the ledger tells of each device that isn't free.
+    ///
+    /// # Errors
+    /// `ledger-unusable`, `ledger-damaged`.
+    pub fn taken(&self) -> Result<BTreeMap<PciAddress, Life>, Refusal> {
+        let book = self.read()?;
+        let given = book.entries.iter().flat_map(|entry| &entry.devices).map(|device| device.address);
+        let addresses = given.chain(book.quarantined.iter().map(|device| device.address));
+        let lives = addresses.map(|address| (address, book.life(address)));
+        Ok(lives.filter(|(_, life)| life.state != DeviceState::Free).collect())
     }
 
     /// Puts a device into quarantine on an operator's word: no guest gets it. The host's driver, if it has one, keeps it.

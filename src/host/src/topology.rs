@@ -118,7 +118,7 @@ mod tests {
 
     fn told(machine: &Fixture, address: PciAddress) -> Details {
         let host = machine.host();
-        let configs = host.configs(&host.outline().unwrap());
+        let configs = host.configs(&host.survey().unwrap());
         host.details(address, &configs)
     }
 

@@ -9,7 +9,7 @@ use std::{
 };
 
 use casemate_broker::hands;
-use casemate_host::{DeviceState, Image, PciFunction, Pools};
+use casemate_host::{Image, PciFunction, Pools};
 use casemate_policy::{
     Attrs, Change, Device, Disk, Field, File, GuestSpec, HostState, Needs, Neighbour, Net, Operation,
     Outcome, Record, Request, Signers, Tenant, Value, Verdict,
@@ -54,24 +54,22 @@ pub(crate) struct Inventory<'a> {
 impl Inventory<'_> {
     /// The pools and the lives of all devices, for the host's attrs.
     pub(crate) fn tell(&self, attrs: &mut Attrs) -> Result<(), Refusal> {
-        let functions: Vec<_> = self.host.functions.iter().filter(|function| !function.is_bridge).collect();
-        let addresses = functions.iter().map(|function| function.address).collect();
-        let Some(lives) = self.host.lives(addresses)? else { return Ok(()) };
+        let Some(taken) = self.host.taken()? else { return Ok(()) };
         let mut pools: BTreeMap<&str, (u32, u32)> = BTreeMap::new();
-        let mut taken = Vec::new();
-        for (function, life) in functions.iter().zip(lives) {
-            let free = life.state == DeviceState::Free;
-            if !free {
-                taken.push(format!("{}={}", function.address, life.state));
-            }
+        for function in self.host.functions.iter().filter(|function| !function.is_bridge) {
             if let Some(pool) = self.pools.pool_of(function) {
-                let (has, all) = pools.entry(pool.name.as_str()).or_default();
-                *has += u32::from(free);
+                let (free, all) = pools.entry(pool.name.as_str()).or_default();
+                *free += u32::from(!taken.contains_key(&function.address));
                 *all += 1;
             }
         }
         let pools: Vec<_> = pools.iter().map(|(name, (free, all))| format!("{name}={free}/{all}")).collect();
-        for (name, list) in [("pools", pools), ("devices", taken)] {
+        let functions = self.host.at(taken.keys().copied().collect())?;
+        let devices = functions.iter().filter(|function| !function.is_bridge).filter_map(|function| {
+            taken.get(&function.address).map(|life| format!("{}={}", function.address, life.state))
+        });
+        let devices: Vec<_> = devices.collect();
+        for (name, list) in [("pools", pools), ("devices", devices)] {
             if !list.is_empty() {
                 attrs.insert(name.to_owned(), list.join(" "));
             }
@@ -80,10 +78,11 @@ impl Inventory<'_> {
     }
 
     /// The IOMMU groups of what other guests have, and the pools.
-    pub(crate) fn tell_devices(&self, beside: &mut [Neighbour]) {
+    pub(crate) fn tell_devices(&self, beside: &mut [Neighbour]) -> Result<(), Refusal> {
+        let devices = beside.iter().flat_map(|guest| &guest.devices).copied().collect();
+        let all = self.host.at(devices)?;
         for guest in beside {
-            let functions: Vec<_> =
-                self.host.functions.iter().filter(|f| guest.devices.contains(&f.address)).collect();
+            let functions: Vec<_> = all.iter().filter(|f| guest.devices.contains(&f.address)).collect();
             let groups: BTreeSet<u32> =
                 functions.iter().filter_map(|function| function.iommu_group).collect();
             let mut pools = BTreeMap::<_, usize>::new();
@@ -98,6 +97,7 @@ impl Inventory<'_> {
                 }
             }
         }
+        Ok(())
     }
 
     pub(crate) fn describe(&self, function: &PciFunction) -> Device {
@@ -160,7 +160,7 @@ fn decide(
         Err(_) => Digests::default(),
     };
     let mut beside = beside::read(&paths.runtime, located.guest.name.as_str());
-    inventory.tell_devices(&mut beside);
+    inventory.tell_devices(&mut beside)?;
     let mut request = request(located, images, &inventory, digests, beside)?;
     if !weakened.is_empty() {
         request.host.attrs.insert("weakened".into(), crate::run::names(weakened).join(" "));

@@ -95,7 +95,7 @@ impl Admitted {
         inventory: Inventory<'_>,
     ) -> Result<PolicyReport, Refusals> {
         let mut request = self.request(Operation::HotPlug, spec, change);
-        inventory.tell_devices(&mut request.beside);
+        inventory.tell_devices(&mut request.beside)?;
         inventory.tell(&mut request.host.attrs)?;
         self.decide(request)
     }
