@@ -63,6 +63,11 @@ impl Layout {
         self.root.join("peers").join(name)
     }
 
+    /// The QEMU of a lab that counts instructions, as `hwtests/qemu/build` makes it.
+    pub(crate) fn counting_qemu(&self) -> PathBuf {
+        self.root.join("qemu/qemu-system-x86_64")
+    }
+
     /// One log a test: `NAME.log`; one console log a lab run: `console-N.log`.
     pub fn logs(&self) -> PathBuf {
         self.root.join("logs")

@@ -28,7 +28,7 @@ mod tools;
 pub use cpio::Archive;
 pub use error::LabError;
 pub use layout::Layout;
-pub use machine::{Console, Lab, LabEnd, RunningLab};
+pub use machine::{COUNTED, Console, Lab, LabEnd, RunningLab, is_counted};
 pub use prepare::prepare;
 
 /// The addresses of the lab's PCI functions, as its root ports are laid out in [`Lab`].

@@ -51,6 +51,15 @@ fn cpus() -> u32 {
     asked.filter(|cpus| (1..=8).contains(cpus)).unwrap_or(1)
 }
 
+/// Set to 1, the lab's time is the number of instructions that its processor has executed, one each nanosecond: what is measured in it
+/// doesn't depend on the machine that emulates it. It takes a QEMU of its own, made by `hwtests/qemu/build`.
+pub const COUNTED: &str = "CASEMATE_LAB_COUNTED";
+
+/// Whether [`COUNTED`] is set, here or, where it's passed on, in the lab.
+pub fn is_counted() -> bool {
+    std::env::var_os(COUNTED).is_some_and(|value| value == "1")
+}
+
 /// Memory of the lab: that of long tests has room for a guest of 4 GiB.
 fn memory_mib() -> u32 {
     if std::env::var_os(LONG).is_some_and(|value| value == "1") { 7168 } else { 4096 }
@@ -96,6 +105,7 @@ impl Lab {
     /// # Errors
     /// When the run's files can't be written or QEMU can't be started.
     pub fn start(self) -> Result<RunningLab, LabError> {
+        let qemu = self.qemu()?;
         let directory = new_run_directory(&self.layout)?;
         let share = directory.join("share");
         write(&share.join("command"), self.command_file().as_encoded_bytes())?;
@@ -108,7 +118,7 @@ impl Lab {
             .map_err(|error| LabError::io("copy", &self.layout.shared_disk(), error))?;
         // setpriv: should this process be killed, the machine goes with it.
         let mut command = Command::new("setpriv");
-        command.args(["--pdeathsig", "KILL", "qemu-system-x86_64"]).args(self.qemu_command_line(&directory)?);
+        command.args(["--pdeathsig", "KILL"]).arg(qemu).args(self.qemu_command_line(&directory)?);
         let stdin = if self.console == Console::Interactive { Stdio::inherit() } else { Stdio::null() };
         command.stdin(stdin).stdout(Stdio::piped()).stderr(Stdio::piped());
         let mut child = command.spawn().map_err(|error| {
@@ -126,6 +136,18 @@ impl Lab {
             child.stderr.take().map(|stream| thread::spawn(move || copy_console(stream, Some(log), shown))),
         ];
         Ok(RunningLab { child, directory, copies: copies.into_iter().flatten().collect(), ended: None })
+    }
+
+    fn qemu(&self) -> Result<PathBuf, LabError> {
+        if !is_counted() {
+            return Ok(PathBuf::from(QEMU));
+        }
+        let counting = self.layout.counting_qemu();
+        if counting.is_file() {
+            return Ok(counting);
+        }
+        let what = format_args!("{} isn't there, whose instructions can be counted", counting.display());
+        Err(LabError::new(what, "build it with `hwtests/qemu/build`; docs/lab.md says why another is needed"))
     }
 
     /// The shell script that the lab's first process runs.
@@ -169,8 +191,9 @@ impl Lab {
         // Told of ERMS and FSRM, kernels clear and copy pages by `rep stosb` and `rep movsb`, which TCG does byte by byte: a guest starts
         // in two thirds of the time without.
         let mut line: Vec<String> = words(&[
-            "-accel tcg,thread=multi -cpu max,-erms,-fsrm -machine q35,kernel-irqchip=split -nodefaults -no-reboot",
+            "-cpu max,-erms,-fsrm -machine q35,kernel-irqchip=split -nodefaults -no-reboot",
             "-display none -serial stdio",
+            if is_counted() { COUNTING } else { "-accel tcg,thread=multi" },
         ]);
         line.extend(words(&[&format!("-smp {} -m {}", self.cpus, self.memory_mib)]));
         line.extend(["-kernel".into(), path(kernel)?, "-initrd".into(), path(booted.initramfs)?]);
@@ -197,6 +220,13 @@ impl Lab {
         Ok(line.into_iter().map(OsString::from).chain(self.extra.iter().cloned()).collect())
     }
 }
+
+/// As Debian has it.
+const QEMU: &str = "qemu-system-x86_64";
+/// An instruction each 2^0 ns; a processor that has nothing to do waits as long as it would. Built by ourselves, QEMU looks for Debian's
+/// firmware where that isn't.
+const COUNTING: &str =
+    "-accel tcg,thread=single -icount shift=0,sleep=on,align=off -L /usr/share/qemu -L /usr/share/seabios";
 
 /// QEMU's arguments for what [`crate::devices`] describes; disks come after. The order of the root ports gives the bus
 /// numbers.

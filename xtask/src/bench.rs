@@ -7,7 +7,7 @@ use std::{
     process::{ExitCode, Stdio},
 };
 
-use casemate_hwtests::{LabError, Layout};
+use casemate_hwtests::{COUNTED, LabError, Layout};
 use serde::Deserialize;
 
 use crate::{
@@ -37,8 +37,14 @@ struct Row {
 }
 
 /// Builds, measures, and shows what was measured: as a table, or as a line of JSON for each row.
-pub(crate) fn run(name: Option<&str>, json: bool) -> Result<ExitCode, LabError> {
+pub(crate) fn run(name: Option<&str>, counted: bool, json: bool) -> Result<ExitCode, LabError> {
     if name == Some(NATIVE) {
+        if counted {
+            return Err(LabError::new(
+                "only a lab counts instructions",
+                "leave `native` out, or `--counted`",
+            ));
+        }
         can_natively()?;
     } else {
         lab::prepare()?;
@@ -59,6 +65,9 @@ pub(crate) fn run(name: Option<&str>, json: bool) -> Result<ExitCode, LabError> 
     let name =
         name.map(|name| if name.starts_with("bench-") { name.to_owned() } else { format!("bench-{name}") });
     bench.args(name).env("CASEMATE_PROGRAMS", programs());
+    if counted {
+        bench.env(COUNTED, "1");
+    }
     let ok = bench.status().is_ok_and(|status| status.success());
     let lines = rows(&logs);
     show(&lines, json);

@@ -59,6 +59,9 @@ enum Command {
         /// A line of JSON for each row
         #[arg(long)]
         json: bool,
+        /// In a lab whose time is the number of executed instructions, whatever this machine does: once, `hwtests/qemu/build` makes its QEMU
+        #[arg(long)]
+        counted: bool,
         /// Measure this alone
         name: Option<String>,
     },
@@ -105,7 +108,7 @@ fn main() -> ExitCode {
     let outcome = match Arguments::parse().command {
         Command::Test { long, filter } => check::run(long, filter.as_deref()),
         Command::Demo(arguments) => demo::run(&arguments),
-        Command::Bench { json, name } => bench::run(name.as_deref(), json),
+        Command::Bench { json, counted, name } => bench::run(name.as_deref(), counted, json),
         Command::Fuzz { seconds, target } => fuzz::run(target.as_deref(), seconds),
         Command::Lab(LabCommand::Prepare) => lab::prepare().map(|_| ExitCode::SUCCESS),
         Command::Lab(LabCommand::Run { deadline, program }) => lab::run(&program, deadline),

@@ -17,7 +17,7 @@ use super::{
     lines::{Growing, add},
     protocol::{ALL, EVENTS, Event, LONG, ORDERS, Order, Outcome, PROGRAMS},
 };
-use crate::{Lab, LabEnd, LabError, Layout, RunningLab, prepare};
+use crate::{COUNTED, Lab, LabEnd, LabError, Layout, RunningLab, is_counted, prepare};
 
 /// From QEMU's start until the lab's first word.
 const BOOT_LIMIT: Duration = Duration::from_secs(240);
@@ -225,6 +225,9 @@ impl Session {
         let program = [this.display().to_string(), ALL.to_owned()];
         let mut lab = Lab::new(&self.layout, program).environment(PROGRAMS, programs_of(&this));
         lab = lab.environment("CASEMATE_LAB_DIR", self.layout.root());
+        if is_counted() {
+            lab = lab.environment(COUNTED, "1");
+        }
         let machine = lab.environment("RUST_BACKTRACE", "1").start()?;
         self.labs += 1;
         let events = Growing::new(machine.share().join(EVENTS));

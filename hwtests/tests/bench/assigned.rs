@@ -11,7 +11,7 @@ use casemate_hwtests::{
 };
 
 use crate::{
-    SOON,
+    NOW, SECOND_NS, SOON,
     disk::{Counters, counters},
     guest, in_turn,
     peers::{Guest, Peer},
@@ -75,7 +75,7 @@ pub(crate) fn assigned(ctx: &mut Ctx) -> Result<(), Failure> {
     ctx.load_driver("nvme")?;
     let script = format!(
         "modprobe nvme; n=0; until [ -b /dev/nvme0n1 ] || [ $n = 200 ]; do sleep 0.1; n=$((n + 1)); done
-        now() {{ cut -d' ' -f1 /proc/uptime; }}
+        {NOW}
         echo work-begins; sleep 1; begin=$(now)
         dd if=/dev/nvme0n1 of=/dev/null bs=4k count={READS} iflag=direct 2>/dev/null
         end=$(now); echo times: $begin $end; echo work-ends; sleep 1; echo last-line"
@@ -100,7 +100,7 @@ pub(crate) fn assigned(ctx: &mut Ctx) -> Result<(), Failure> {
 pub(crate) fn card(ctx: &mut Ctx) -> Result<(), Failure> {
     let script = format!(
         "modprobe e1000e; n=0; until [ -e /sys/class/net/eth0 ] || [ $n = 200 ]; do sleep 0.1; n=$((n + 1)); done
-        now() {{ cut -d' ' -f1 /proc/uptime; }}
+        {NOW}
         ip addr add 10.0.2.15/24 dev eth0; ip link set eth0 up
         n=0; until ping -c 1 -W 1 10.0.2.2 >/dev/null || [ $n = 60 ]; do n=$((n + 1)); done
         echo work-begins; sleep 1; begin=$(now)
@@ -185,7 +185,7 @@ fn seconds(running: &Running) -> Result<f64, Failure> {
     let words: Vec<f64> =
         line.into_iter().flat_map(str::split_whitespace).filter_map(|word| word.parse().ok()).collect();
     match words[..] {
-        [begin, end] => Ok(end - begin),
+        [begin, end] => Ok((end - begin) / SECOND_NS),
         _ => Err(Failure::new(format_args!("no times: {line:?}"))),
     }
 }

@@ -9,7 +9,7 @@ use std::{
 use casemate_hwtests::harness::{Ctx, Failure, Running};
 
 use crate::{
-    SOON, guest, in_turn,
+    NOW, SECOND_NS, SOON, guest, in_turn,
     peers::{Guest, Peer},
 };
 
@@ -33,7 +33,7 @@ const PARTS: [(&str, &str); 5] = [
 /// What was measured of one part.
 #[derive(Clone, Copy)]
 pub(crate) struct Part {
-    /// Between the two times that the guest told, of which most are in seconds.
+    /// Between the two times that the guest told.
     pub(crate) seconds: f64,
     pub(crate) exits: u64,
     pub(crate) to_user_space: u64,
@@ -55,7 +55,7 @@ pub(crate) fn disk(ctx: &mut Ctx) -> Result<(), Failure> {
     let image = ctx.directory().join("disk.img");
     fs::write(&image, vec![1; (LONG_MIB as usize) << 20])?;
     // The pauses are for the host to look at its counters.
-    let mut script = String::from("now() { cut -d' ' -f1 /proc/uptime; }\n");
+    let mut script = format!("{NOW}\n");
     for (name, command) in PARTS {
         let line = format!(
             "echo {name}-begin; sleep 1; begin=$(now); {command} 2>/dev/null; end=$(now); echo {name}: $begin $end; echo {name}-end\nsleep 1\n"
@@ -100,7 +100,7 @@ pub(crate) fn disk(ctx: &mut Ctx) -> Result<(), Failure> {
     Ok(())
 }
 
-/// What a guest does in parts: each tells NAME-begin, `NAME: TIME TIME`, and NAME-end.
+/// What a guest does in parts: each tells NAME-begin, `NAME: TIME TIME` as by [`NOW`], and NAME-end.
 pub(crate) fn parts_of(peer: &Peer, running: &Running, names: &[&str]) -> Result<Vec<Part>, Failure> {
     let mut parts = Vec::new();
     for name in names {
@@ -122,7 +122,7 @@ pub(crate) fn parts_of(peer: &Peer, running: &Running, names: &[&str]) -> Result
             return Err(Failure::new(format_args!("no times of {name}: {line:?}")));
         };
         let Counters { exits, to_user_space } = after.since(before);
-        parts.push(Part { seconds: end - begin, exits, to_user_space });
+        parts.push(Part { seconds: (end - begin) / SECOND_NS, exits, to_user_space });
     }
     Ok(parts)
 }

@@ -28,7 +28,7 @@ pub(crate) fn exec(ctx: &mut Ctx) -> Result<(), Failure> {
     for peer in &peers {
         times_ms(ctx, peer, &guest)?;
     }
-    let measured = in_turn(&peers, RUNS, |peer| times_ms(ctx, peer, &guest))?;
+    let measured = in_turn(&peers, crate::rounds(RUNS), |peer| times_ms(ctx, peer, &guest))?;
     crate::end_resting(resting)?;
     for (index, what) in ["from the command to its end", "processor time of the VMM", "processor time of all"]
         .iter()

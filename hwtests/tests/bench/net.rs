@@ -5,7 +5,7 @@ use std::time::Duration;
 use casemate_hwtests::harness::{Ctx, Failure, Running, WITH_TOOLS};
 
 use crate::{
-    SOON, guest, in_turn,
+    NOW, SECOND_NS, SOON, guest, in_turn,
     peers::{Guest, Net, Peer},
 };
 
@@ -25,7 +25,7 @@ pub(crate) fn net(ctx: &mut Ctx) -> Result<(), Failure> {
     ctx.shell("modprobe vhost_net")?;
     let script = format!(
         "{WITH_TOOLS}
-        now() {{ cut -d' ' -f1 /proc/uptime; }}
+        {NOW}
         ip addr add 192.0.2.2/24 dev eth0; ip link set eth0 up
         n=0; until ping -c 1 -W 1 {HOST} >/dev/null || [ $n = 60 ]; do n=$((n + 1)); done
         begin=$(now); tools iperf3 -c {HOST} -p 7021 -n {MIB}M >/dev/null && echo up: $begin $(now)
@@ -39,7 +39,7 @@ pub(crate) fn net(ctx: &mut Ctx) -> Result<(), Failure> {
         peers.retain(|peer| peer.can(&guest));
         // What is read from disks for the first time is in none of the rounds.
         in_turn(peers.get(..1).unwrap_or_default(), 1, |peer| run(ctx, peer, &guest))?;
-        let measured = in_turn(&peers, RUNS, |peer| run(ctx, peer, &guest))?;
+        let measured = in_turn(&peers, crate::rounds(RUNS), |peer| run(ctx, peer, &guest))?;
         let of = |index: usize| -> Vec<Vec<f64>> {
             let runs =
                 |runs: &Vec<Times>| runs.iter().filter_map(|times| times.get(index).copied()).collect();
@@ -73,7 +73,7 @@ fn times(peer: &Peer, running: Running) -> Result<Times, Failure> {
         let line = run.value(label)?;
         let words: Vec<f64> = line.split_whitespace().filter_map(|word| word.parse().ok()).collect();
         match words[..] {
-            [begin, end] => Ok(end - begin),
+            [begin, end] => Ok((end - begin) / SECOND_NS),
             _ => Err(Failure::new(format_args!("no times of {label} {line}"))),
         }
     };

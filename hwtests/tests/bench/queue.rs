@@ -20,7 +20,7 @@ pub(crate) fn queue(ctx: &mut Ctx) -> Result<(), Failure> {
     ctx.shell("mountpoint -q /sys/kernel/debug || mount -t debugfs none /sys/kernel/debug")?;
     let image = ctx.directory().join("disk.img");
     fs::write(&image, vec![1; IMAGE_MIB << 20])?;
-    // By fio's own clock, since it takes a second to start here: the field of its terse line that is the run's time. The first
+    // By fio's own clock, which tells milliseconds, since it takes a second to start here: the field of its terse line that is the run's time. The first
     // run brings the program from its disk.
     let mut script = format!(
         "{WITH_TOOLS}
@@ -29,7 +29,7 @@ pub(crate) fn queue(ctx: &mut Ctx) -> Result<(), Failure> {
         if [ -e $line ]; then echo 64 >/run/line; mount --bind /run/line $line; fi
         one() {{ tools fio --name=queue --thread --filename=/dev/vda --direct=1 --ioengine=libaio --iodepth=$2 --bs=4k \\
             --size={IMAGE_MIB}m --number_ios={REQUESTS} --norandommap --randseed=7 --rw=$3 --minimal | cut -d';' -f$4; }}
-        part() {{ echo $1-begin; sleep 1; took=$(one $@); echo $1: 0 $took; echo $1-end; sleep 1; }}
+        part() {{ echo $1-begin; sleep 1; took=$(one $@); echo $1: 0 ${{took}}000000; echo $1-end; sleep 1; }}
         one warm 1 randread 9 >/dev/null\n"
     );
     let mut names = Vec::new();
@@ -57,8 +57,7 @@ pub(crate) fn queue(ctx: &mut Ctx) -> Result<(), Failure> {
                 |runs: &Vec<Vec<Part>>| runs.iter().filter_map(|parts| parts.get(index).map(value)).collect();
             measured.iter().map(runs).collect()
         };
-        // What fio tells is in milliseconds.
-        crate::tell(name, "µs each", &peers, &of(&|part| part.seconds * 1e3 / requests));
+        crate::tell(name, "µs each", &peers, &of(&|part| part.seconds * 1e6 / requests));
         crate::tell(
             &format!("{name}: exits"),
             "per 1,000",
