@@ -94,6 +94,11 @@ impl<'m> Buffers<'m> {
         })
     }
 
+    /// All of it, none of them empty.
+    pub(crate) fn slices(&self) -> impl Iterator<Item = VolatileSlice<'m>> + '_ {
+        self.first.iter().chain(&self.others).cloned()
+    }
+
     fn push(&mut self, address: u64, length_bytes: u32) -> Result<(), Fault> {
         let (address, length) = (GuestAddress(address), length_bytes as usize);
         let Some(to_last) = u64::from(length_bytes).checked_sub(1) else { return Ok(()) };

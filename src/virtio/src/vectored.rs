@@ -17,6 +17,8 @@ use crate::{active::Memory, request::Buffers};
 
 /// Parts that one call takes: the kernel's UIO_MAXIOV.
 const PARTS_MAX: usize = 1024;
+/// As many pages as the longest frame takes, and some more.
+const PARTS_USUAL: usize = 24;
 
 /// Fills bytes `range` of `buffers` from `file`, from byte `offset` of it on.
 ///
@@ -138,8 +140,11 @@ pub(crate) fn receive<'a, 'm: 'a>(
     buffers: impl Iterator<Item = &'a Buffers<'m>>,
     rest: &mut [u8],
 ) -> io::Result<usize> {
-    let all = buffers.flat_map(|buffers| buffers.range(0..buffers.bytes()));
-    let mut parts: Vec<iovec> = all.take(PARTS_MAX).map(part).collect();
+    let mut parts = Vec::with_capacity(PARTS_USUAL);
+    for buffers in buffers {
+        let left = PARTS_MAX.saturating_sub(parts.len());
+        parts.extend(buffers.slices().take(left).map(part));
+    }
     // Behind buffers that were left out, it would be in their place.
     if parts.len() < PARTS_MAX && !rest.is_empty() {
         parts.push(iovec { iov_base: rest.as_mut_ptr().cast(), iov_len: rest.len() });
