@@ -67,7 +67,7 @@ pub fn main(tests: &'static [LabTest]) -> ExitCode {
     match words.as_slice() {
         [protocol::ALL] => inside::run_all(tests),
         [protocol::ONE, name] => inside::run_one(tests, name),
-        _ if std::env::var_os(NO_LABS).is_some_and(|value| value == "1") => {
+        _ if crate::machine::is_set(NO_LABS) => {
             println!("{} tests that need a lab are not run: {NO_LABS} is set", tests.len());
             ExitCode::SUCCESS
         }

@@ -57,12 +57,17 @@ pub const COUNTED: &str = "CASEMATE_LAB_COUNTED";
 
 /// Whether [`COUNTED`] is set, here or, where it's passed on, in the lab.
 pub fn is_counted() -> bool {
-    std::env::var_os(COUNTED).is_some_and(|value| value == "1")
+    is_set(COUNTED)
+}
+
+/// Whether a variable of this process's environment is 1.
+pub(crate) fn is_set(name: &str) -> bool {
+    std::env::var_os(name).is_some_and(|value| value == "1")
 }
 
 /// Memory of the lab: that of long tests has room for a guest of 4 GiB.
 fn memory_mib() -> u32 {
-    if std::env::var_os(LONG).is_some_and(|value| value == "1") { 7168 } else { 4096 }
+    if is_set(LONG) { 7168 } else { 4096 }
 }
 
 impl Lab {

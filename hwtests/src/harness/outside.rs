@@ -17,7 +17,7 @@ use super::{
     lines::{Growing, add},
     protocol::{ALL, EVENTS, Event, LONG, ORDERS, Order, Outcome, PROGRAMS},
 };
-use crate::{COUNTED, Lab, LabEnd, LabError, Layout, RunningLab, is_counted, prepare};
+use crate::{COUNTED, Lab, LabEnd, LabError, Layout, RunningLab, is_counted, machine::is_set, prepare};
 
 /// From QEMU's start until the lab's first word.
 const BOOT_LIMIT: Duration = Duration::from_secs(240);
@@ -36,7 +36,7 @@ pub(crate) fn run(tests: &'static [LabTest]) -> ExitCode {
     let mut arguments = Arguments::from_args();
     // A lab runs them one after another; they are told in the table's order.
     arguments.test_threads = Some(1);
-    let long = std::env::var_os(LONG).is_some_and(|value| value == "1");
+    let long = is_set(LONG);
     let board = Arc::new(Board::default());
     let mut wanted = Vec::new();
     let mut trials = Vec::new();

@@ -11,10 +11,11 @@ use casemate_hwtests::{
 };
 
 use crate::{
-    NOW, SECOND_NS, SOON,
+    NOW, SOON,
     disk::{Counters, counters},
     guest, in_turn,
     peers::{Guest, Peer},
+    seconds_between,
 };
 
 /// One after the other, past the guest's cache.
@@ -182,10 +183,5 @@ fn run(ctx: &Ctx, peer: &Peer, guest: &Guest, count: u32) -> Result<Run, Failure
 fn seconds(running: &Running) -> Result<f64, Failure> {
     let printed = running.printed_so_far();
     let line = printed.lines().find_map(|line| line.trim().strip_prefix("times: "));
-    let words: Vec<f64> =
-        line.into_iter().flat_map(str::split_whitespace).filter_map(|word| word.parse().ok()).collect();
-    match words[..] {
-        [begin, end] => Ok((end - begin) / SECOND_NS),
-        _ => Err(Failure::new(format_args!("no times: {line:?}"))),
-    }
+    line.and_then(seconds_between).ok_or_else(|| Failure::new(format_args!("no times: {line:?}")))
 }

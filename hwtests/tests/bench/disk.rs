@@ -9,8 +9,9 @@ use std::{
 use casemate_hwtests::harness::{Ctx, Failure, Running};
 
 use crate::{
-    NOW, SECOND_NS, SOON, guest, in_turn,
+    NOW, SOON, guest, in_turn,
     peers::{Guest, Peer},
+    seconds_between,
 };
 
 /// One after the other, past the guest's cache.
@@ -113,16 +114,10 @@ pub(crate) fn parts_of(peer: &Peer, running: &Running, names: &[&str]) -> Result
         let line = printed
             .lines()
             .find_map(|line| line.trim().strip_prefix(&format!("{name}: ")).map(str::to_owned));
-        let times: Vec<f64> = line
-            .iter()
-            .flat_map(|line| line.split_whitespace())
-            .filter_map(|word| word.parse().ok())
-            .collect();
-        let [begin, end] = times[..] else {
-            return Err(Failure::new(format_args!("no times of {name}: {line:?}")));
-        };
+        let seconds = line.as_deref().and_then(seconds_between);
+        let seconds = seconds.ok_or_else(|| Failure::new(format_args!("no times of {name}: {line:?}")))?;
         let Counters { exits, to_user_space } = after.since(before);
-        parts.push(Part { seconds: (end - begin) / SECOND_NS, exits, to_user_space });
+        parts.push(Part { seconds, exits, to_user_space });
     }
     Ok(parts)
 }

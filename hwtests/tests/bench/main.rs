@@ -43,8 +43,14 @@ const BENCHES: &[LabTest] = &[
 
 /// In a guest's script: its clock, in nanoseconds.
 const NOW: &str = "now() { sed -n 's|^now at \\([0-9]*\\) nsecs$|\\1|p' /proc/timer_list; }";
-/// As [`NOW`] tells it.
-const SECOND_NS: f64 = 1e9;
+/// The seconds between two times that it told, if a line has them and no more.
+fn seconds_between(times: &str) -> Option<f64> {
+    let times: Vec<f64> = times.split_whitespace().filter_map(|word| word.parse().ok()).collect();
+    match times[..] {
+        [begin, end] => Some((end - begin) / 1e9),
+        _ => None,
+    }
+}
 
 /// For a guest to come so far.
 const SOON: Duration = Duration::from_secs(60);

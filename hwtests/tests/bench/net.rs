@@ -5,8 +5,9 @@ use std::time::Duration;
 use casemate_hwtests::harness::{Ctx, Failure, Running, WITH_TOOLS};
 
 use crate::{
-    NOW, SECOND_NS, SOON, guest, in_turn,
+    NOW, SOON, guest, in_turn,
     peers::{Guest, Net, Peer},
+    seconds_between,
 };
 
 /// Data each way.
@@ -71,11 +72,7 @@ fn times(peer: &Peer, running: Running) -> Result<Times, Failure> {
     let run = peer.end(running, RUN_MAX)?;
     let took = |label: &str| -> Result<f64, Failure> {
         let line = run.value(label)?;
-        let words: Vec<f64> = line.split_whitespace().filter_map(|word| word.parse().ok()).collect();
-        match words[..] {
-            [begin, end] => Ok((end - begin) / SECOND_NS),
-            _ => Err(Failure::new(format_args!("no times of {label} {line}"))),
-        }
+        seconds_between(line).ok_or_else(|| Failure::new(format_args!("no times of {label} {line}")))
     };
     Ok([took("up:")?, took("down:")?, took("trips:")? * 1e3 / 500.0])
 }

@@ -20,8 +20,8 @@ pub(crate) fn queue(ctx: &mut Ctx) -> Result<(), Failure> {
     ctx.shell("mountpoint -q /sys/kernel/debug || mount -t debugfs none /sys/kernel/debug")?;
     let image = ctx.directory().join("disk.img");
     fs::write(&image, vec![1; IMAGE_MIB << 20])?;
-    // By fio's own clock, which tells milliseconds, since it takes a second to start here: the field of its terse line that is the run's time. The first
-    // run brings the program from its disk.
+    // By fio's own clock, which tells milliseconds, since it takes a second to start here: the field of its terse line that is the
+    // run's time. The first run brings the program from its disk.
     let mut script = format!(
         "{WITH_TOOLS}
         # fio aligns by it, and in some guests it's no power of two on a processor that is emulated.

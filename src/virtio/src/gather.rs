@@ -1,9 +1,6 @@
 //! Requests that are filled together, as a long frame takes several.
 
-use crate::{device::Fault, request::Request, ring::Ring};
-
-/// A frame as long as any takes about as many requests of a page; room for those is made at once.
-const USUAL: usize = 24;
+use crate::{device::Fault, request::Request, ring::Ring, vectored::PARTS_USUAL};
 
 /// What became of one call of who fills them.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -40,7 +37,7 @@ impl<'a> Gathering<'a> {
     /// For up to `budget` times of filling.
     pub(crate) fn new(mut ring: Ring<'a>, budget: usize) -> Result<Self, Fault> {
         ring.rest()?;
-        Ok(Self { ring, held: Vec::with_capacity(USUAL), room: 0, looks: budget })
+        Ok(Self { ring, held: Vec::with_capacity(PARTS_USUAL), room: 0, looks: budget })
     }
 
     /// Takes requests until there is room for so many bytes, no more of them than the queue holds.

@@ -17,8 +17,8 @@ use crate::{active::Memory, request::Buffers};
 
 /// Parts that one call takes: the kernel's UIO_MAXIOV.
 const PARTS_MAX: usize = 1024;
-/// As many pages as the longest frame takes, and some more.
-const PARTS_USUAL: usize = 24;
+/// As many buffers of a page as the longest frame takes, and some more: room for those is made at once.
+pub(crate) const PARTS_USUAL: usize = 24;
 
 /// Fills bytes `range` of `buffers` from `file`, from byte `offset` of it on.
 ///
