@@ -2,6 +2,8 @@
 
 use std::{fs, io, os::unix::fs::MetadataExt, path::Path};
 
+use crate::sys::ENVIRONMENT;
+
 /// The capability sets of a thread.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
 #[allow(missing_docs, reason = "the names are the sets' own, capabilities(7)")]
@@ -69,7 +71,7 @@ pub struct CellView {
     pub descriptors: Vec<Descriptor>,
     /// Whether processes of the same uid may trace it and read its /proc files.
     pub is_dumpable: bool,
-    /// Bytes of environment.
+    /// Bytes of environment, beside the one variable that all cells have.
     pub environment_bytes: usize,
 }
 
@@ -110,7 +112,10 @@ pub fn inspect(pid: u32) -> io::Result<CellView> {
     Ok(CellView {
         root_entries: root_entries.collect::<io::Result<_>>()?,
         mounts: mounts(&fs::read_to_string(process.join("mounts"))?),
-        environment_bytes: fs::read(process.join("environ"))?.len(),
+        environment_bytes: {
+            let all = fs::read(process.join("environ"))?;
+            all.strip_prefix(ENVIRONMENT.to_bytes_with_nul()).unwrap_or(&all).len()
+        },
         threads,
         namespaces,
         descriptors,

@@ -3,7 +3,7 @@
 //! The keep opens everything a guest needs and starts the program in a cell with descriptors only. A cell has: namespaces
 //! of its own (mount, pid, net, ipc, uts, cgroup), an empty read-only root, no network, a uid and gid of its own, no
 //! capability in any set and none to be had (bounding set empty, securebits locked, no_new_privs), a cgroup with limits,
-//! rlimits, no environment, descriptors 0 to 3 and no other, and a Landlock ruleset that handles every right the kernel
+//! rlimits, no environment but one constant, descriptors 0 to 3 and no other, and a Landlock ruleset that handles every right the kernel
 //! knows and grants none. It is not dumpable. The program itself puts its seccomp filters on (`casemate-filters`), since
 //! they differ by thread.
 //!

@@ -323,7 +323,7 @@ fn take(host: &Host, records: &[DeviceRecord]) -> Result<Opened, Refusal> {
         driver::bind_vfio(host, record.address)?;
     }
     let opened = open(host, records)?;
-    let resets = reset::all(records, &opened.groups, &opened.fds);
+    let resets = reset::all_opened(records, &opened.groups, &opened.fds);
     for ((record, fd), reset) in records.iter().zip(&opened.fds).zip(resets) {
         let refuse = |cause: String| {
             let remedy = "see the kernel's log (dmesg); the device may need a power cycle";

@@ -72,6 +72,22 @@ pub(crate) fn all(
     records.iter().zip(fds).map(one).collect()
 }
 
+/// The same of functions that were just opened: the kernel resets each when it's opened, and says whether that worked. What it
+/// didn't reset, or can't alone, is reset here with all others.
+pub(crate) fn all_opened(
+    records: &[DeviceRecord],
+    groups: &[ClaimedGroup],
+    fds: &[OwnedFd],
+) -> Vec<Result<(), String>> {
+    let is_reset = |(record, fd): (&DeviceRecord, &OwnedFd)| {
+        record.reset_method != WITH_ITS_CARD && vfio::was_reset(fd).unwrap_or(false)
+    };
+    if records.iter().zip(fds).all(is_reset) {
+        return vec![Ok(()); records.len()];
+    }
+    all(records, groups, fds)
+}
+
 /// Asks again while the kernel says that the device is locked.
 fn again_while_locked(mut reset: impl FnMut() -> io::Result<()>) -> io::Result<()> {
     let until = Instant::now() + AGAIN_MAX;

@@ -141,7 +141,8 @@ impl Launch for Plain {
 
 fn bare(program: &Path) -> Command {
     let mut command = Command::new(program);
-    command.env_clear().current_dir("/");
+    // As in a cell (`casemate_jail`): the engine's filters don't let its threads register restartable sequences.
+    command.env_clear().env("GLIBC_TUNABLES", "glibc.pthread.rseq=0").current_dir("/");
     command
 }
 

@@ -156,15 +156,22 @@ impl Active {
         Ok(progress)
     }
 
-    /// Gives a request that was taken from queue `index` back to the driver, who is told by [`Active::tell`]: `read` bytes were
-    /// the driver's, `written` are the device's.
+    /// Gives requests that were taken from queue `index` back to the driver, who is told by [`Active::tell`]: of each its head, how many
+    /// bytes were the driver's and how many are the device's.
     ///
     /// # Errors
     /// When the driver broke the ring.
-    pub fn finish(&mut self, index: usize, head: u16, read: u64, written: u32) -> Result<(), Fault> {
+    pub fn finish(
+        &mut self,
+        index: usize,
+        ended: impl Iterator<Item = (u16, u64, u32)>,
+    ) -> Result<(), Fault> {
         let Some(Some(queue)) = self.queues.get_mut(index) else { return Ok(()) };
-        self.counters.request(read, written.into());
-        queue.ring(&self.memory)?.give_back([(head, written)])
+        let counters = &self.counters;
+        queue.ring(&self.memory)?.give_back(ended.map(|(head, read, written)| {
+            counters.request(read, written.into());
+            (head, written)
+        }))
     }
 
     /// Interrupts the driver if something was given back to queue `index` since it was last told, and it wants to know.

@@ -18,6 +18,7 @@
 
 mod active;
 mod balloon;
+mod bits;
 mod blk;
 mod common;
 mod console;

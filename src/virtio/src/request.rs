@@ -41,29 +41,13 @@ impl<'m> Buffers<'m> {
     /// Copies from them, from byte `offset` on; false, with nothing promised of `into`, when they are too short.
     #[must_use]
     pub fn read(&self, offset: usize, into: &mut [u8]) -> bool {
-        let mut rest = into;
-        for slice in self.range(offset..offset.saturating_add(rest.len())) {
-            let Some((part, tail)) = rest.split_at_mut_checked(slice.len()) else { return false };
-            if slice.read_slice(part, 0).is_err() {
-                return false;
-            }
-            rest = tail;
-        }
-        rest.is_empty()
+        read(self.range(offset..offset.saturating_add(into.len())), into)
     }
 
     /// Copies to them, from byte `offset` on; false, with an unknown part written, when they are too short.
     #[must_use]
     pub fn write(&self, offset: usize, from: &[u8]) -> bool {
-        let mut rest = from;
-        for slice in self.range(offset..offset.saturating_add(rest.len())) {
-            let Some((part, tail)) = rest.split_at_checked(slice.len()) else { return false };
-            if slice.write_slice(part, 0).is_err() {
-                return false;
-            }
-            rest = tail;
-        }
-        rest.is_empty()
+        write(self.range(offset..offset.saturating_add(from.len())), from)
     }
 
     /// Fills bytes `range` of them with zeros; false, with an unknown part written, when they are too short.
@@ -95,23 +79,15 @@ impl<'m> Buffers<'m> {
     }
 
     /// All of it, none of them empty.
-    pub(crate) fn slices(&self) -> impl Iterator<Item = VolatileSlice<'m>> + '_ {
+    pub(crate) fn slices(&self) -> impl Iterator<Item = VolatileSlice<'m>> + Clone + '_ {
         self.first.iter().chain(&self.others).cloned()
     }
 
     fn push(&mut self, address: u64, length_bytes: u32) -> Result<(), Fault> {
-        let (address, length) = (GuestAddress(address), length_bytes as usize);
         let Some(to_last) = u64::from(length_bytes).checked_sub(1) else { return Ok(()) };
-        // In one piece, as nearly all are.
-        if let Ok(slice) = self.memory.get_slice(address, length) {
-            self.add(slice);
-        } else {
-            for slice in GuestMemoryBackend::get_slices(&**self.memory, address, length) {
-                self.add(slice?);
-            }
-        }
+        each_slice(self.memory, address, length_bytes as usize, |slice| self.add(slice))?;
         // In memory, so the sum exists.
-        self.last = address.unchecked_add(to_last);
+        self.last = GuestAddress(address).unchecked_add(to_last);
         Ok(())
     }
 
@@ -124,6 +100,82 @@ impl<'m> Buffers<'m> {
             self.others.push(slice);
         }
     }
+}
+
+/// Looks at the next buffer of a chain, of which so many bytes are readable and writable so far.
+///
+/// # Errors
+/// When it's readable and stands behind one that is writable, or all would be 4 GiB or more (virtio 1.3, 2.7.4.2 and 2.7.5.2).
+pub(crate) fn check_order(
+    readable: usize,
+    writable: usize,
+    length_bytes: u32,
+    is_writable: bool,
+) -> Result<(), Fault> {
+    if readable.saturating_add(writable) as u64 + u64::from(length_bytes) > u64::from(u32::MAX) {
+        return Err(Fault::Chain("is longer than 4 GiB"));
+    }
+    if !is_writable && writable > 0 {
+        return Err(Fault::Chain("has a readable descriptor behind a writable one"));
+    }
+    Ok(())
+}
+
+/// Hands the pieces of memory that a buffer is to `add`: nearly always it's one. None of them is empty.
+///
+/// # Errors
+/// When it is not all in memory.
+pub(crate) fn each_slice<'m>(
+    memory: &'m Memory,
+    address: u64,
+    length: usize,
+    mut add: impl FnMut(VolatileSlice<'m>),
+) -> Result<(), Fault> {
+    if length == 0 {
+        return Ok(());
+    }
+    if let Ok(slice) = memory.get_slice(GuestAddress(address), length) {
+        add(slice);
+        return Ok(());
+    }
+    for slice in GuestMemoryBackend::get_slices(&**memory, GuestAddress(address), length) {
+        add(slice?);
+    }
+    Ok(())
+}
+
+/// Copies from slices, one after the other, until `into` is full; false when it isn't then.
+#[must_use]
+pub(crate) fn read<'m>(slices: impl Iterator<Item = VolatileSlice<'m>>, into: &mut [u8]) -> bool {
+    let mut rest = into;
+    for slice in slices {
+        let (part, tail) = rest.split_at_mut(slice.len().min(rest.len()));
+        if slice.read_slice(part, 0).is_err() {
+            return false;
+        }
+        rest = tail;
+        if rest.is_empty() {
+            break;
+        }
+    }
+    rest.is_empty()
+}
+
+/// Copies to slices, one after the other, until nothing is left of `from`; false when something is.
+#[must_use]
+pub(crate) fn write<'m>(slices: impl Iterator<Item = VolatileSlice<'m>>, from: &[u8]) -> bool {
+    let mut rest = from;
+    for slice in slices {
+        let (part, tail) = rest.split_at(slice.len().min(rest.len()));
+        if slice.write_slice(part, 0).is_err() {
+            return false;
+        }
+        rest = tail;
+        if rest.is_empty() {
+            break;
+        }
+    }
+    rest.is_empty()
 }
 
 /// A request of the driver's.
@@ -148,17 +200,9 @@ impl<'m> Request<'m> {
     /// When it is not in memory, is to be read and stands behind one that is to be written, or all would be 4 GiB or more (virtio 1.3,
     /// 2.7.4.2 and 2.7.5.2).
     pub(crate) fn push(&mut self, address: u64, length_bytes: u32, is_writable: bool) -> Result<(), Fault> {
-        let bytes = self.readable.bytes.saturating_add(self.writable.bytes) as u64;
-        if bytes + u64::from(length_bytes) > u64::from(u32::MAX) {
-            return Err(Fault::Chain("is longer than 4 GiB"));
-        }
-        if is_writable {
-            self.writable.push(address, length_bytes)
-        } else if self.writable.bytes == 0 {
-            self.readable.push(address, length_bytes)
-        } else {
-            Err(Fault::Chain("has a readable descriptor behind a writable one"))
-        }
+        check_order(self.readable.bytes, self.writable.bytes, length_bytes, is_writable)?;
+        let buffers = if is_writable { &mut self.writable } else { &mut self.readable };
+        buffers.push(address, length_bytes)
     }
 
     /// The chain's first descriptor, by which it is given back.

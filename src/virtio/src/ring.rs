@@ -8,10 +8,15 @@ use virtio_bindings::virtio_ring::{
     VRING_USED_F_NO_NOTIFY,
 };
 use vm_memory::{
-    AtomicAccess, Bytes, GuestAddress, GuestMemoryBackend, GuestMemoryMmap, VolatileMemory, VolatileSlice,
+    AtomicAccess, Bytes, GuestAddress, GuestMemoryBackend, GuestMemoryMmap, GuestMemoryRegion,
+    MemoryRegionAddress, VolatileMemory, VolatileSlice,
 };
 
-use crate::{active::Memory, device::Fault, request::Request};
+use crate::{
+    active::Memory,
+    device::Fault,
+    request::{self, Request},
+};
 
 /// Of either ring: flags, index, elements, and behind them the other side's wish for an event.
 const FLAGS: usize = 0;
@@ -36,6 +41,8 @@ pub(crate) struct RingPlace {
 #[derive(Debug)]
 pub(crate) struct Queue {
     place: RingPlace,
+    /// Where in memory its descriptors, its available ring and its used ring are.
+    spots: [Spot; 3],
     /// VIRTIO_F_EVENT_IDX was negotiated.
     event_index: bool,
     next_available: u16,
@@ -50,9 +57,9 @@ impl Queue {
         // 2.7: alignment of the parts.
         let aligned = [(place.descriptors, 16), (place.available, 2), (place.used, 4)];
         let is_sound = place.size.is_power_of_two()
-            && aligned.iter().all(|(address, alignment)| address.is_multiple_of(*alignment))
-            && Parts::find(&place, memory).is_ok();
-        is_sound.then_some(Self { place, event_index, next_available: 0, next_used: 0, told: 0 })
+            && aligned.iter().all(|(address, alignment)| address.is_multiple_of(*alignment));
+        let spots = is_sound.then(|| place.find(memory)).flatten()?;
+        Some(Self { place, spots, event_index, next_available: 0, next_used: 0, told: 0 })
     }
 
     /// Where it is.
@@ -62,8 +69,14 @@ impl Queue {
 
     /// Its parts in `memory`, to be served.
     pub(crate) fn ring<'a>(&'a mut self, memory: &'a Memory) -> Result<Ring<'a>, Fault> {
-        let parts = Parts::find(&self.place, memory)?;
-        Ok(Ring { queue: self, memory, parts })
+        let [descriptors, available, used] = &self.spots;
+        let parts = Parts {
+            descriptors: descriptors.slice(memory)?,
+            available: available.slice(memory)?,
+            used: used.slice(memory)?,
+        };
+        let offered = self.next_available;
+        Ok(Ring { queue: self, memory, parts, offered })
     }
 }
 
@@ -74,17 +87,42 @@ struct Parts<'a> {
     used: VolatileSlice<'a>,
 }
 
-impl<'a> Parts<'a> {
-    fn find(place: &RingPlace, memory: &'a GuestMemoryMmap) -> Result<Self, Fault> {
-        let size = usize::from(place.size);
-        let part = |address, element_bytes, around| {
-            memory.get_slice(GuestAddress(address), around + size * element_bytes)
+impl RingPlace {
+    /// Where in `memory` its descriptors, its available ring and its used ring are; `None` when one of them isn't in one piece of it.
+    fn find(&self, memory: &GuestMemoryMmap) -> Option<[Spot; 3]> {
+        let size = usize::from(self.size);
+        let spot = |address, element_bytes, around| {
+            Spot::find(memory, GuestAddress(address), around + size * element_bytes)
         };
-        Ok(Self {
-            descriptors: part(place.descriptors, DESCRIPTOR_BYTES, 0)?,
-            available: part(place.available, AVAILABLE_BYTES, ELEMENTS + EVENT_BYTES)?,
-            used: part(place.used, USED_BYTES, ELEMENTS + EVENT_BYTES)?,
-        })
+        Some([
+            spot(self.descriptors, DESCRIPTOR_BYTES, 0)?,
+            spot(self.available, AVAILABLE_BYTES, ELEMENTS + EVENT_BYTES)?,
+            spot(self.used, USED_BYTES, ELEMENTS + EVENT_BYTES)?,
+        ])
+    }
+}
+
+/// A piece of memory that was looked up: it's asked for several times a request.
+#[derive(Clone, Copy, Debug)]
+struct Spot {
+    /// The number of the region that it lies in.
+    region: usize,
+    at: MemoryRegionAddress,
+    bytes: usize,
+}
+
+impl Spot {
+    fn find(memory: &GuestMemoryMmap, address: GuestAddress, bytes: usize) -> Option<Self> {
+        let mut regions = memory.iter().enumerate();
+        let spot =
+            regions.find_map(|(region, of)| Some(Self { region, at: of.to_region_addr(address)?, bytes }));
+        spot.filter(|spot| spot.slice(memory).is_ok())
+    }
+
+    /// It. `memory` is that in which it was found; in another it's refused, or another piece.
+    fn slice<'a>(&self, memory: &'a GuestMemoryMmap) -> Result<VolatileSlice<'a>, Fault> {
+        let region = memory.iter().nth(self.region).ok_or(Fault::Ring("is not in memory"))?;
+        Ok(region.get_slice(self.at, self.bytes)?)
     }
 }
 
@@ -94,6 +132,8 @@ pub(crate) struct Ring<'a> {
     queue: &'a mut Queue,
     memory: &'a Memory,
     parts: Parts<'a>,
+    /// The driver's index when it was last read: what is before it can be taken without another look.
+    offered: u16,
 }
 
 impl<'a> Ring<'a> {
@@ -106,11 +146,15 @@ impl<'a> Ring<'a> {
     ///
     /// # Errors
     /// When that are more than there can be.
-    pub(crate) fn waiting(&self) -> Result<u16, Fault> {
+    pub(crate) fn waiting(&mut self) -> Result<u16, Fault> {
         // Before what the driver wrote ahead of the index is read.
         let offered = u16::from_le(load(&self.parts.available, INDEX, Ordering::Acquire)?);
         let waiting = offered.wrapping_sub(self.queue.next_available);
-        if waiting <= self.size() { Ok(waiting) } else { Err(Fault::Ring("more is offered than it holds")) }
+        if waiting > self.size() {
+            return Err(Fault::Ring("more is offered than it holds"));
+        }
+        self.offered = offered;
+        Ok(waiting)
     }
 
     /// Takes the next chain; `None` when there is none.
@@ -118,14 +162,45 @@ impl<'a> Ring<'a> {
     /// # Errors
     /// When the driver broke the ring or the chain.
     pub(crate) fn take(&mut self) -> Result<Option<Request<'a>>, Fault> {
-        if self.waiting()? == 0 {
+        let Some(head) = self.next()? else { return Ok(None) };
+        let mut request = Request::new(head, self.memory);
+        self.walk(head, |buffer| request.push(buffer.address, buffer.length, buffer.is_writable()))?;
+        self.queue.next_available = self.queue.next_available.wrapping_add(1);
+        Ok(Some(request))
+    }
+
+    /// Takes the next chain for what the device may write alone: adds that to `parts`, and returns the chain's head and its length;
+    /// `None` when there is no chain.
+    ///
+    /// # Errors
+    /// As for [`Ring::take`]; what `parts` then has of the chain is of no use.
+    pub(crate) fn take_writable(
+        &mut self,
+        parts: &mut Vec<VolatileSlice<'a>>,
+    ) -> Result<Option<(u16, usize)>, Fault> {
+        let Some(head) = self.next()? else { return Ok(None) };
+        let (memory, mut readable, mut writable) = (self.memory, 0usize, 0usize);
+        self.walk(head, |buffer| {
+            request::check_order(readable, writable, buffer.length, buffer.is_writable())?;
+            let length = buffer.length as usize;
+            if buffer.is_writable() {
+                writable = writable.saturating_add(length);
+                return request::each_slice(memory, buffer.address, length, |slice| parts.push(slice));
+            }
+            readable = readable.saturating_add(length);
+            request::each_slice(memory, buffer.address, length, |_| ())
+        })?;
+        self.queue.next_available = self.queue.next_available.wrapping_add(1);
+        Ok(Some((head, writable)))
+    }
+
+    /// The head of the next chain.
+    fn next(&mut self) -> Result<Option<u16>, Fault> {
+        if self.offered == self.queue.next_available && self.waiting()? == 0 {
             return Ok(None);
         }
         let at = ELEMENTS + self.slot(self.queue.next_available) * AVAILABLE_BYTES;
-        let head = u16::from_le(load(&self.parts.available, at, Ordering::Relaxed)?);
-        let request = self.chain(head)?;
-        self.queue.next_available = self.queue.next_available.wrapping_add(1);
-        Ok(Some(request))
+        load(&self.parts.available, at, Ordering::Relaxed).map(|head| Some(u16::from_le(head)))
     }
 
     /// Leaves the chain that was taken last for another time.
@@ -146,7 +221,7 @@ impl<'a> Ring<'a> {
             }
             let element = u64::from(head) | u64::from(written) << 32;
             let at = ELEMENTS + self.slot(next) * USED_BYTES;
-            self.parts.used.write_obj(element.to_le(), at).map_err(outside)?;
+            self.parts.used.get_ref::<u64>(at).map_err(outside)?.store(element.to_le());
             next = next.wrapping_add(1);
         }
         // Behind the elements.
@@ -201,13 +276,11 @@ impl<'a> Ring<'a> {
         usize::from(index & self.size().wrapping_sub(1))
     }
 
-    /// The chain that begins at `head`: it has at most as many descriptors as the queue, one of them may lead to a table elsewhere, and
-    /// its writable ones come last (2.7.4, 2.7.5).
-    fn chain(&self, head: u16) -> Result<Request<'a>, Fault> {
+    /// Hands each buffer of the chain that begins at `head` to `each`: the chain has at most as many descriptors as the queue, and one of
+    /// them may lead to a table elsewhere (2.7.4, 2.7.5).
+    fn walk(&self, head: u16, mut each: impl FnMut(&Descriptor) -> Result<(), Fault>) -> Result<(), Fault> {
         const NEXT: u16 = VRING_DESC_F_NEXT as u16;
-        const WRITE: u16 = VRING_DESC_F_WRITE as u16;
         const INDIRECT: u16 = VRING_DESC_F_INDIRECT as u16;
-        let mut request = Request::new(head, self.memory);
         let (mut table, mut is_indirect, mut index) = (self.parts.descriptors, false, head);
         // One more for that which leads to the table.
         for _ in 0..=self.size() {
@@ -220,9 +293,9 @@ impl<'a> Ring<'a> {
                 (is_indirect, index) = (true, 0);
                 continue;
             }
-            request.push(descriptor.address, descriptor.length, descriptor.flags & WRITE != 0)?;
+            each(&descriptor)?;
             if descriptor.flags & NEXT == 0 {
-                return Ok(request);
+                return Ok(());
             }
             index = descriptor.next;
         }
@@ -247,6 +320,11 @@ struct Descriptor {
 }
 
 impl Descriptor {
+    /// Whether its buffer is the device's to write to.
+    fn is_writable(&self) -> bool {
+        self.flags & VRING_DESC_F_WRITE as u16 != 0
+    }
+
     fn read(table: &VolatileSlice<'_>, index: u16) -> Result<Self, Fault> {
         let at = usize::from(index) * DESCRIPTOR_BYTES;
         let raw = table.get_ref::<u128>(at).map_err(|_| Fault::Chain("leads out of its table"))?;

@@ -2,7 +2,8 @@
 //! takes the results of those that have ended.
 //!
 //! A seccomp filter cannot see what a ring is asked for, so the ring itself is bound before it can be used
-//! (io_uring_register(2), IORING_REGISTER_RESTRICTIONS): four operations, on the one file that was registered, and no more
+//! (io_uring_register(2), IORING_REGISTER_RESTRICTIONS): to read and to write, to or from one part of memory or several, to sync and to
+//! allocate, on the one file that was registered, and no more
 //! registering. A ring that waits for a disk which comes later, a [`SpareRing`], may be told of another file, and of nothing
 //! else.
 #![allow(unsafe_code)]
@@ -16,14 +17,14 @@ use std::{
 
 use io_uring::{
     IoUring,
-    opcode::{Fallocate, Fsync, Readv, Writev},
+    opcode::{Fallocate, Fsync, Read, Readv, Write, Writev},
     register::Restriction,
     squeue::{Entry, Flags},
     types::{Fixed, FsyncFlags},
 };
 use rustix::fs::FallocateFlags;
 
-use crate::vectored::Transfer;
+use crate::vectored::{Left, Transfer};
 
 /// Threads that the kernel may make for a ring, for what would block: so many for files and block devices, and one for
 /// anything else, of which there is none.
@@ -111,7 +112,9 @@ fn bound(file: i32, may_change: bool) -> io::Result<IoUring> {
     submitter.register_iowq_max_workers(&mut { HELPERS })?;
     let fixed = Flags::FIXED_FILE.bits();
     let mut restrictions = vec![
+        Restriction::sqe_op(Read::CODE),
         Restriction::sqe_op(Readv::CODE),
+        Restriction::sqe_op(Write::CODE),
         Restriction::sqe_op(Writev::CODE),
         Restriction::sqe_op(Fsync::CODE),
         Restriction::sqe_op(Fallocate::CODE),
@@ -178,8 +181,8 @@ impl<T> Ring<T> {
         let Some(slot) = self.slots.get_mut(number) else { return false };
         let (operation, _) = slot.insert((operation, tag));
         let entry = entry(operation).user_data(number as u64);
-        // SAFETY: the entry points to the list of parts of a transfer, which the slot owns, as it owns what keeps the
-        // parts mapped, until the kernel has told the operation's end; and `drop` waits for that.
+        // SAFETY: the entry points to the one part of a transfer, or to its list of parts, which the slot owns, as it owns what keeps
+        // the parts mapped, until the kernel has told the operation's end; and `drop` waits for that.
         let pushed = unsafe { self.ring.submission().push(&entry) };
         // There are as many places as slots.
         if pushed.is_err() {
@@ -256,14 +259,24 @@ fn give_up(error: &io::Error) -> ! {
 fn entry(operation: &Operation) -> Entry {
     const FILE: Fixed = Fixed(0);
     let entry = match operation {
-        Operation::Read { transfer, offset } => {
-            let parts = transfer.parts();
-            Readv::new(FILE, parts.as_ptr(), parts.len() as u32).offset(*offset).build()
-        }
+        Operation::Read { transfer, offset } => match transfer.left() {
+            Left::One(part) => Read::new(FILE, part.iov_base.cast(), length_of(part)).offset(*offset).build(),
+            Left::Several(parts) => {
+                Readv::new(FILE, parts.as_ptr(), parts.len() as u32).offset(*offset).build()
+            }
+        },
         Operation::Write { transfer, offset, durable } => {
-            let parts = transfer.parts();
             let flags = if *durable { libc::RWF_DSYNC } else { 0 };
-            Writev::new(FILE, parts.as_ptr(), parts.len() as u32).offset(*offset).rw_flags(flags).build()
+            match transfer.left() {
+                Left::One(part) => Write::new(FILE, part.iov_base.cast(), length_of(part))
+                    .offset(*offset)
+                    .rw_flags(flags)
+                    .build(),
+                Left::Several(parts) => Writev::new(FILE, parts.as_ptr(), parts.len() as u32)
+                    .offset(*offset)
+                    .rw_flags(flags)
+                    .build(),
+            }
         }
         Operation::Sync => Fsync::new(FILE).flags(FsyncFlags::DATASYNC).build(),
         Operation::Allocate { mode, offset, length } => {
@@ -271,6 +284,11 @@ fn entry(operation: &Operation) -> Entry {
         }
     };
     entry.flags(Flags::FIXED_FILE)
+}
+
+/// A request has less than 4 GiB.
+fn length_of(part: libc::iovec) -> u32 {
+    u32::try_from(part.iov_len).unwrap_or(0)
 }
 
 impl<T> AsFd for Ring<T> {

@@ -17,6 +17,7 @@ use crate::{active::Memory, request::Buffers};
 
 /// Parts that one call takes: the kernel's UIO_MAXIOV.
 const PARTS_MAX: usize = 1024;
+const NOTHING: iovec = iovec { iov_base: std::ptr::null_mut(), iov_len: 0 };
 /// As many buffers of a page as the longest frame takes, and some more: room for those is made at once.
 pub(crate) const PARTS_USUAL: usize = 24;
 
@@ -83,11 +84,24 @@ pub(crate) fn write_at(
 /// Parts of guest memory for a call that ends later: they stay mapped as long as this lives.
 #[derive(Debug)]
 pub(crate) struct Transfer {
-    parts: Vec<iovec>,
-    /// Parts that are done.
-    done: usize,
+    parts: Parts,
     bytes: usize,
     _memory: Memory,
+}
+
+/// Most transfers have one part, for which there is no list to be made.
+#[derive(Debug)]
+enum Parts {
+    One(iovec),
+    /// With the number of those that are done.
+    Several(Vec<iovec>, usize),
+}
+
+/// What is left of a transfer, as far as one call takes it.
+pub(crate) enum Left<'a> {
+    One(iovec),
+    /// They stay where they are when the transfer is moved.
+    Several(&'a [iovec]),
 }
 
 // SAFETY: what `parts` point to is guest memory, a mapping that `_memory` keeps and that any thread may use; it is never
@@ -97,9 +111,17 @@ unsafe impl Send for Transfer {}
 impl Transfer {
     /// Bytes `range` of `buffers`.
     pub(crate) fn new(buffers: &Buffers<'_>, range: Range<usize>) -> Self {
-        let parts: Vec<iovec> = buffers.range(range).map(part).collect();
-        let bytes = parts.iter().map(|part| part.iov_len).sum();
-        Self { parts, done: 0, bytes, _memory: Memory::clone(buffers.memory()) }
+        let mut parts = buffers.range(range).map(part);
+        let (first, second) = (parts.next().unwrap_or(NOTHING), parts.next());
+        let (parts, bytes) = match second {
+            None => (Parts::One(first), first.iov_len),
+            Some(second) => {
+                let all: Vec<iovec> = [first, second].into_iter().chain(parts).collect();
+                let bytes = all.iter().map(|part| part.iov_len).sum();
+                (Parts::Several(all, 0), bytes)
+            }
+        };
+        Self { parts, bytes, _memory: Memory::clone(buffers.memory()) }
     }
 
     /// Bytes that are left.
@@ -107,44 +129,58 @@ impl Transfer {
         self.bytes
     }
 
-    /// The parts that are left, as many as one call takes. They stay where they are when this is moved.
-    pub(crate) fn parts(&self) -> &[iovec] {
-        let rest = self.parts.get(self.done..).unwrap_or(&[]);
-        rest.get(..PARTS_MAX).unwrap_or(rest)
+    /// The parts that are left, as many as one call takes.
+    pub(crate) fn left(&self) -> Left<'_> {
+        match &self.parts {
+            Parts::One(part) => Left::One(*part),
+            Parts::Several(all, done) => {
+                let rest = all.get(*done..).unwrap_or(&[]);
+                Left::Several(rest.get(..PARTS_MAX).unwrap_or(rest))
+            }
+        }
     }
 
     /// The first `bytes` of what was left are done.
     pub(crate) fn advance(&mut self, mut bytes: usize) {
         self.bytes = self.bytes.saturating_sub(bytes);
-        while let Some(part) = self.parts.get_mut(self.done) {
-            let step = bytes.min(part.iov_len);
-            // Within the part, or one past its end.
-            part.iov_base = part.iov_base.wrapping_byte_add(step);
-            part.iov_len -= step;
-            bytes -= step;
+        let (all, done) = match &mut self.parts {
+            Parts::Several(all, done) => (all, done),
+            Parts::One(part) => {
+                skip(part, bytes);
+                return;
+            }
+        };
+        while let Some(part) = all.get_mut(*done) {
+            bytes = skip(part, bytes);
             if part.iov_len > 0 {
                 return;
             }
-            self.done += 1;
+            *done += 1;
         }
     }
 }
 
-/// Receives one message from `file` into the buffers, one after the other, and what they have no room for into `rest`; returns its
+/// Of `bytes`, those that are past the part, whose beginning is done.
+fn skip(part: &mut iovec, bytes: usize) -> usize {
+    let step = bytes.min(part.iov_len);
+    // Within the part, or one past its end.
+    part.iov_base = part.iov_base.wrapping_byte_add(step);
+    part.iov_len -= step;
+    bytes - step
+}
+
+/// Receives one message from `file` into the slices, one after the other, and what they have no room for into `rest`; returns its
 /// length, cut to what all of them hold.
 ///
 /// # Errors
 /// What the kernel says; [`io::ErrorKind::WouldBlock`] when there is none.
-pub(crate) fn receive<'a, 'm: 'a>(
+pub(crate) fn receive<'m>(
     file: BorrowedFd<'_>,
-    buffers: impl Iterator<Item = &'a Buffers<'m>>,
+    slices: impl Iterator<Item = VolatileSlice<'m>>,
     rest: &mut [u8],
 ) -> io::Result<usize> {
     let mut parts = Vec::with_capacity(PARTS_USUAL);
-    for buffers in buffers {
-        let left = PARTS_MAX.saturating_sub(parts.len());
-        parts.extend(buffers.slices().take(left).map(part));
-    }
+    parts.extend(slices.take(PARTS_MAX).map(part));
     // Behind buffers that were left out, it would be in their place.
     if parts.len() < PARTS_MAX && !rest.is_empty() {
         parts.push(iovec { iov_base: rest.as_mut_ptr().cast(), iov_len: rest.len() });

@@ -22,6 +22,7 @@ use vmm_sys_util::eventfd::{EFD_NONBLOCK, EventFd};
 
 use crate::{
     active::Active,
+    bits::bits,
     counters::Counters,
     device::{Device, Fault, Kind, Progress},
     device_config::DeviceConfig,
@@ -297,7 +298,7 @@ impl Worker {
     /// One turn for each queue and the backend that is due.
     fn work(&mut self) {
         let due = std::mem::take(&mut self.due);
-        for number in (0..COMMAND).filter(|number| due >> number & 1 == 1) {
+        for number in bits(due).map(|bit| bit as u64) {
             if self.active.is_some() && self.hold_back(number) {
                 continue;
             }

@@ -11,10 +11,11 @@ use std::{
 
 use rustix::io::{pread, pwrite};
 use vfio_bindings::bindings::vfio::{
-    VFIO_API_VERSION, VFIO_BASE, VFIO_GROUP_FLAGS_VIABLE, VFIO_IRQ_SET_ACTION_TRIGGER,
-    VFIO_IRQ_SET_DATA_EVENTFD, VFIO_IRQ_SET_DATA_NONE, VFIO_PCI_CONFIG_REGION_INDEX, VFIO_PCI_ERR_IRQ_INDEX,
-    VFIO_PCI_INTX_IRQ_INDEX, VFIO_PCI_MSI_IRQ_INDEX, VFIO_PCI_MSIX_IRQ_INDEX, VFIO_PCI_REQ_IRQ_INDEX,
-    VFIO_PCI_ROM_REGION_INDEX, VFIO_TYPE, VFIO_TYPE1v2_IOMMU, vfio_group_status, vfio_region_info,
+    VFIO_API_VERSION, VFIO_BASE, VFIO_DEVICE_FLAGS_RESET, VFIO_GROUP_FLAGS_VIABLE,
+    VFIO_IRQ_SET_ACTION_TRIGGER, VFIO_IRQ_SET_DATA_EVENTFD, VFIO_IRQ_SET_DATA_NONE,
+    VFIO_PCI_CONFIG_REGION_INDEX, VFIO_PCI_ERR_IRQ_INDEX, VFIO_PCI_INTX_IRQ_INDEX, VFIO_PCI_MSI_IRQ_INDEX,
+    VFIO_PCI_MSIX_IRQ_INDEX, VFIO_PCI_REQ_IRQ_INDEX, VFIO_PCI_ROM_REGION_INDEX, VFIO_TYPE,
+    VFIO_TYPE1v2_IOMMU, vfio_device_info, vfio_group_status, vfio_region_info,
 };
 use vmm_sys_util::ioctl_io_nr;
 
@@ -26,6 +27,7 @@ ioctl_io_nr!(VFIO_SET_IOMMU, VFIO_TYPE as u32, VFIO_BASE + 2);
 ioctl_io_nr!(VFIO_GROUP_GET_STATUS, VFIO_TYPE as u32, VFIO_BASE + 3);
 ioctl_io_nr!(VFIO_GROUP_SET_CONTAINER, VFIO_TYPE as u32, VFIO_BASE + 4);
 ioctl_io_nr!(VFIO_GROUP_GET_DEVICE_FD, VFIO_TYPE as u32, VFIO_BASE + 6);
+ioctl_io_nr!(VFIO_DEVICE_GET_INFO, VFIO_TYPE as u32, VFIO_BASE + 7);
 ioctl_io_nr!(VFIO_DEVICE_GET_REGION_INFO, VFIO_TYPE as u32, VFIO_BASE + 8);
 ioctl_io_nr!(VFIO_DEVICE_SET_IRQS, VFIO_TYPE as u32, VFIO_BASE + 10);
 ioctl_io_nr!(VFIO_DEVICE_RESET, VFIO_TYPE as u32, VFIO_BASE + 11);
@@ -147,6 +149,15 @@ pub(crate) fn device_fd(group: impl AsFd, name: &str) -> io::Result<OwnedFd> {
     let fd = unsafe { ioctl_in(group, VFIO_GROUP_GET_DEVICE_FD(), first)? };
     // SAFETY: the ioctl returned a descriptor (close-on-exec) that nobody else knows of.
     Ok(unsafe { OwnedFd::from_raw_fd(fd) })
+}
+
+/// Whether the kernel's reset of the device, when it was opened, succeeded: `vfio_pci_core_enable` resets it, keeps the result,
+/// and tells it as `VFIO_DEVICE_FLAGS_RESET` (drivers/vfio/pci/vfio_pci_core.c, `reset_works`).
+pub(crate) fn was_reset(device: impl AsFd) -> io::Result<bool> {
+    let mut info = vfio_device_info { argsz: size::<vfio_device_info>(), ..vfio_device_info::default() };
+    // SAFETY: VFIO_DEVICE_GET_INFO fills a vfio_device_info whose size stands in argsz.
+    unsafe { ioctl_in_out(device, VFIO_DEVICE_GET_INFO(), &mut info)? };
+    Ok(info.flags & VFIO_DEVICE_FLAGS_RESET != 0)
 }
 
 /// Resets the device by the first of its methods that works, and tells the result. The kernel saves config space before
@@ -281,4 +292,16 @@ fn change_config(device: impl AsFd, register: u64, change: impl Fn(u16) -> u16) 
         return Err(io::ErrorKind::WriteZero.into());
     }
     Ok(())
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn what_is_no_vfio_device_does_not_pass_for_one_that_was_reset() {
+        let null = open(Path::new("/dev/null")).unwrap();
+        assert!(was_reset(&null).is_err());
+        assert!(reset(&null).is_err());
+    }
 }

@@ -87,7 +87,7 @@ pub(super) fn lines(at: &Measured<'_>) -> io::Result<Vec<AuditLine>> {
         ),
         measured(
             "environment",
-            "0 bytes",
+            "0 bytes, beside what all cells have",
             format!("{} bytes", view.environment_bytes),
             view.environment_bytes == 0,
         ),

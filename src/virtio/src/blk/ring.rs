@@ -16,6 +16,7 @@ use super::{
 };
 use crate::{
     active::{Active, Handled},
+    bits::{bits, is_in},
     counters::Counters,
     device::{Fault, Progress},
     request::Request,
@@ -31,6 +32,8 @@ pub(super) struct RingEngine {
     ring: Ring<Ticket>,
     /// Queues, a bit each, that may hold requests which found the ring full.
     waiting: u64,
+    /// What has ended and is to be given back; empty but for a moment.
+    ended: Vec<Ended>,
 }
 
 /// A request that was taken.
@@ -46,13 +49,21 @@ struct Ticket {
     rest: Vec<Operation>,
 }
 
+/// A request that has ended.
+struct Ended {
+    queue: usize,
+    head: u16,
+    read: u64,
+    written: u32,
+}
+
 impl RingEngine {
     /// A ring on `file`.
     ///
     /// # Errors
     /// As for [`Ring::new`].
     pub(super) fn new(file: BorrowedFd<'_>) -> io::Result<Self> {
-        Ok(Self { ring: Ring::new(file)?, waiting: 0 })
+        Ok(Self::with(Ring::new(file)?))
     }
 
     /// The ring that waits for such disks, on `file`.
@@ -60,7 +71,11 @@ impl RingEngine {
     /// # Errors
     /// As for [`SpareRing::lend`].
     pub(super) fn lent(spare: &SpareRing, file: BorrowedFd<'_>) -> io::Result<Self> {
-        Ok(Self { ring: spare.lend(file)?, waiting: 0 })
+        Ok(Self::with(spare.lend(file)?))
+    }
+
+    fn with(ring: Ring<Ticket>) -> Self {
+        Self { ring, waiting: 0, ended: Vec::with_capacity(BUDGET) }
     }
 
     /// Becomes readable when something ends.
@@ -111,6 +126,8 @@ impl RingEngine {
     pub(super) fn quiesce(&mut self) {
         self.ring.drain();
         self.waiting = 0;
+        // What a broken ring did not take back.
+        self.ended.clear();
     }
 
     fn take(
@@ -134,8 +151,7 @@ impl RingEngine {
                 Err(failure) => failure,
             },
             Ok(command) => {
-                ticket.plan(command, request, write_through);
-                let Some(first) = ticket.rest.pop() else {
+                let Some(first) = ticket.plan(command, request, write_through) else {
                     return answer(request, VIRTIO_BLK_S_OK as u8, 0);
                 };
                 // It is not full.
@@ -151,7 +167,6 @@ impl RingEngine {
     /// Starts what was taken and gives back what has ended, until nothing more has. Returns the queues whose drivers are to be told, a
     /// bit each.
     fn settle(&mut self, active: &mut Active) -> Result<u64, Fault> {
-        let mut given_back = 0u64;
         loop {
             self.ring.submit().map_err(Fault::Host)?;
             let mut continued = false;
@@ -168,47 +183,44 @@ impl RingEngine {
                         if status != VIRTIO_BLK_S_OK as u8 {
                             active.counters().error();
                         }
-                        active.finish(queue, head, read, written)?;
-                        given_back |= 1 << queue;
+                        self.ended.push(Ended { queue, head, read, written });
                     }
                 }
             }
             if !continued {
-                return Ok(given_back);
+                return self.give_back(active);
             }
         }
     }
-}
 
-/// The numbers of the bits that are set, the lowest first.
-fn bits(of: u64) -> impl Iterator<Item = usize> {
-    let lowest = |bits: &u64| bits & bits.wrapping_neg();
-    let each = std::iter::successors(Some(of), move |left| Some(left ^ lowest(left)));
-    each.take_while(|left| *left != 0).map(|left| left.trailing_zeros() as usize)
-}
-
-fn is_in(bits: u64, index: usize) -> bool {
-    bits >> index & 1 == 1
+    /// Gives back what has ended. Returns the queues whose drivers are to be told, a bit each.
+    fn give_back(&mut self, active: &mut Active) -> Result<u64, Fault> {
+        let mut given_back = 0u64;
+        for of_queue in self.ended.chunk_by(|one, next| one.queue == next.queue) {
+            let Some(Ended { queue, .. }) = of_queue.first() else { continue };
+            active.finish(*queue, of_queue.iter().map(|ended| (ended.head, ended.read, ended.written)))?;
+            given_back |= 1 << queue;
+        }
+        self.ended.clear();
+        Ok(given_back)
+    }
 }
 
 impl Ticket {
-    /// What is to be done for `command`.
-    fn plan(&mut self, command: Command, request: &Request<'_>, write_through: bool) {
+    /// Plans what is to be done for `command`, and returns the first of it: nearly all have no more.
+    fn plan(&mut self, command: Command, request: &Request<'_>, write_through: bool) -> Option<Operation> {
         match command {
             Command::Read { offset, bytes } => {
                 self.bytes = u32::try_from(bytes).unwrap_or(0);
-                if bytes > 0 {
-                    let transfer = Transfer::new(&request.writable, 0..bytes);
-                    self.rest.push(Operation::Read { transfer, offset });
-                }
+                (bytes > 0)
+                    .then(|| Operation::Read { transfer: Transfer::new(&request.writable, 0..bytes), offset })
             }
-            Command::Write { offset, data } => {
-                if !data.is_empty() {
-                    let transfer = Transfer::new(&request.readable, data);
-                    self.rest.push(Operation::Write { transfer, offset, durable: write_through });
-                }
-            }
-            Command::Flush => self.rest.push(Operation::Sync),
+            Command::Write { offset, data } => (!data.is_empty()).then(|| Operation::Write {
+                transfer: Transfer::new(&request.readable, data),
+                offset,
+                durable: write_through,
+            }),
+            Command::Flush => Some(Operation::Sync),
             Command::Clear(ranges) => {
                 if write_through {
                     self.rest.push(Operation::Sync);
@@ -218,8 +230,9 @@ impl Ticket {
                     offset: range.offset,
                     length: range.length,
                 }));
+                self.rest.pop()
             }
-            Command::Identify { .. } => {}
+            Command::Identify { .. } => None,
         }
     }
 }

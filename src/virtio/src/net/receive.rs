@@ -3,6 +3,7 @@
 use std::os::fd::BorrowedFd;
 
 use virtio_bindings::virtio_net::VIRTIO_NET_F_MRG_RXBUF;
+use vm_memory::VolatileSlice;
 
 use super::{
     BUDGET, FRAME_MAX_BYTES,
@@ -12,7 +13,6 @@ use crate::{
     active::Active,
     device::{Fault, Progress},
     gather::{Filled, Gathering, Room},
-    request::Request,
     vectored::receive,
 };
 
@@ -51,10 +51,15 @@ impl Receiver {
                 .serve_together(index, BUDGET, |chains| self.next_in_several(tap, offloads, chains, most));
         }
         active.serve(index, BUDGET, |request| {
-            let Some(length) = next_frame(tap, std::slice::from_ref(request), &mut [])? else {
-                return Ok(None);
-            };
-            tell(offloads, request, 1)?;
+            let room = &request.writable;
+            if room.bytes() <= HEADER_BYTES {
+                return Err(NO_ROOM);
+            }
+            let Some(length) = next_frame(tap, room.slices(), &mut []) else { return Ok(None) };
+            let mut header = [0; HEADER_BYTES];
+            if !room.read(0, &mut header) || !room.write(0, &offloads.header_in(&header, 1)) {
+                return Err(NO_ROOM);
+            }
             Ok(Some(u32::try_from(length).unwrap_or(0)))
         })
     }
@@ -75,8 +80,11 @@ impl Receiver {
             Room::Short if !are_many => return Ok(Filled::Nothing),
             Room::Short | Room::Enough => {}
         }
-        let (requests, room) = (chains.requests().len(), chains.room());
-        let Some(length) = next_frame(tap, chains.requests(), &mut self.rest)? else {
+        if !chains.have_each_more_than(HEADER_BYTES) {
+            return Err(NO_ROOM);
+        }
+        let (parts, room) = (chains.parts().count(), chains.room());
+        let Some(length) = next_frame(tap, chains.parts(), &mut self.rest) else {
             return Ok(Filled::Nothing);
         };
         // What the driver has no room for, or did not say that it understands, is dropped.
@@ -84,47 +92,35 @@ impl Receiver {
             return Ok(Filled::Bytes(0));
         }
         self.last = length;
-        let mut rest = self.rest.get(..length.saturating_sub(room)).unwrap_or(&[]);
-        for request in chains.requests().iter().skip(requests) {
-            let (part, others) = rest.split_at(request.writable.bytes().min(rest.len()));
-            if !request.writable.write(0, part) {
-                return Err(NO_ROOM);
-            }
-            rest = others;
+        let rest = self.rest.get(..length.saturating_sub(room)).unwrap_or(&[]);
+        let mut header = [0; HEADER_BYTES];
+        if !chains.write_behind(parts, rest) || !chains.read(&mut header) {
+            return Err(NO_ROOM);
         }
-        let first = chains.requests().first().ok_or(NO_ROOM)?;
-        tell(offloads, first, chains.filled_by(length))?;
+        // In the first of them stands how many there are, and what is left to be done to the frame.
+        let buffers = u16::try_from(chains.filled_by(length)).unwrap_or(u16::MAX);
+        if !chains.write(&offloads.header_in(&header, buffers)) {
+            return Err(NO_ROOM);
+        }
         Ok(Filled::Bytes(length))
     }
 }
 
 const NO_ROOM: Fault = Fault::Request("has no room for a frame");
 
-/// Reads the next frame, with header, into `requests`, and what they have no room for into `rest`; returns its length.
-fn next_frame(
+/// Reads the next frame, with header, into `parts`, and what they have no room for into `rest`; returns its length.
+fn next_frame<'m>(
     tap: BorrowedFd<'_>,
-    requests: &[Request<'_>],
+    parts: impl Iterator<Item = VolatileSlice<'m>> + Clone,
     rest: &mut [u8],
-) -> Result<Option<usize>, Fault> {
-    if requests.is_empty() || requests.iter().any(|request| request.writable.bytes() <= HEADER_BYTES) {
-        return Err(NO_ROOM);
-    }
+) -> Option<usize> {
     loop {
-        match receive(tap, requests.iter().map(|request| &request.writable), rest) {
-            Ok(length) if length > HEADER_BYTES => return Ok(Some(length)),
+        match receive(tap, parts.clone(), rest) {
+            Ok(length) if length > HEADER_BYTES => return Some(length),
             // A header without a frame: none that a tap gives.
             Ok(length) if length > 0 => {}
             // Nothing there; or the tap is down or gone, and its readiness will tell when that changes.
-            Ok(_) | Err(_) => return Ok(None),
+            Ok(_) | Err(_) => return None,
         }
     }
-}
-
-/// Tells the driver, in the first of `buffers` buffers, what is left to be done to a frame.
-fn tell(offloads: Offloads, first: &Request<'_>, buffers: usize) -> Result<(), Fault> {
-    let mut header = [0; HEADER_BYTES];
-    let buffers = u16::try_from(buffers).unwrap_or(u16::MAX);
-    let is_told =
-        first.writable.read(0, &mut header) && first.writable.write(0, &offloads.header_in(&header, buffers));
-    if is_told { Ok(()) } else { Err(NO_ROOM) }
 }
