@@ -2,7 +2,9 @@
 
 use std::ops::Range;
 
-use vm_memory::{Address, Bytes, GuestAddress, GuestMemoryBackend, VolatileSlice};
+use vm_memory::{
+    Address, Bytes, GuestAddress, GuestMemoryBackend, GuestMemoryRegion, GuestRegionMmap, VolatileSlice,
+};
 
 use crate::{active::Memory, device::Fault};
 
@@ -83,9 +85,9 @@ impl<'m> Buffers<'m> {
         self.first.iter().chain(&self.others).cloned()
     }
 
-    fn push(&mut self, address: u64, length_bytes: u32) -> Result<(), Fault> {
+    fn push(&mut self, finder: &mut Finder<'m>, address: u64, length_bytes: u32) -> Result<(), Fault> {
         let Some(to_last) = u64::from(length_bytes).checked_sub(1) else { return Ok(()) };
-        each_slice(self.memory, address, length_bytes as usize, |slice| self.add(slice))?;
+        finder.each_slice(address, length_bytes as usize, |slice| self.add(slice))?;
         // In memory, so the sum exists.
         self.last = GuestAddress(address).unchecked_add(to_last);
         Ok(())
@@ -121,27 +123,48 @@ pub(crate) fn check_order(
     Ok(())
 }
 
-/// Hands the pieces of memory that a buffer is to `add`: nearly always it's one. None of them is empty.
-///
-/// # Errors
-/// When it is not all in memory.
-pub(crate) fn each_slice<'m>(
+/// Finds buffers in memory. Nearly all are in the region in which the last one was.
+#[derive(Debug)]
+pub(crate) struct Finder<'m> {
     memory: &'m Memory,
-    address: u64,
-    length: usize,
-    mut add: impl FnMut(VolatileSlice<'m>),
-) -> Result<(), Fault> {
-    if length == 0 {
-        return Ok(());
+    near: Option<&'m GuestRegionMmap>,
+}
+
+impl<'m> Finder<'m> {
+    pub(crate) fn new(memory: &'m Memory) -> Self {
+        Self { memory, near: None }
     }
-    if let Ok(slice) = memory.get_slice(GuestAddress(address), length) {
-        add(slice);
-        return Ok(());
+
+    /// Hands the pieces of memory that a buffer is to `add`: nearly always it's one. None of them is empty.
+    ///
+    /// # Errors
+    /// When it is not all in memory.
+    pub(crate) fn each_slice(
+        &mut self,
+        address: u64,
+        length: usize,
+        mut add: impl FnMut(VolatileSlice<'m>),
+    ) -> Result<(), Fault> {
+        if length == 0 {
+            return Ok(());
+        }
+        let address = GuestAddress(address);
+        let in_region =
+            |region: &'m GuestRegionMmap| region.get_slice(region.to_region_addr(address)?, length).ok();
+        if let Some(slice) = self.near.and_then(in_region) {
+            add(slice);
+            return Ok(());
+        }
+        self.near = self.memory.find_region(address);
+        if let Some(slice) = self.near.and_then(in_region) {
+            add(slice);
+            return Ok(());
+        }
+        for slice in GuestMemoryBackend::get_slices(&**self.memory, address, length) {
+            add(slice?);
+        }
+        Ok(())
     }
-    for slice in GuestMemoryBackend::get_slices(&**memory, GuestAddress(address), length) {
-        add(slice?);
-    }
-    Ok(())
 }
 
 /// Copies from slices, one after the other, until `into` is full; false when it isn't then.
@@ -199,10 +222,16 @@ impl<'m> Request<'m> {
     /// # Errors
     /// When it is not in memory, is to be read and stands behind one that is to be written, or all would be 4 GiB or more (virtio 1.3,
     /// 2.7.4.2 and 2.7.5.2).
-    pub(crate) fn push(&mut self, address: u64, length_bytes: u32, is_writable: bool) -> Result<(), Fault> {
+    pub(crate) fn push(
+        &mut self,
+        finder: &mut Finder<'m>,
+        address: u64,
+        length_bytes: u32,
+        is_writable: bool,
+    ) -> Result<(), Fault> {
         check_order(self.readable.bytes, self.writable.bytes, length_bytes, is_writable)?;
         let buffers = if is_writable { &mut self.writable } else { &mut self.readable };
-        buffers.push(address, length_bytes)
+        buffers.push(finder, address, length_bytes)
     }
 
     /// The chain's first descriptor, by which it is given back.

@@ -15,7 +15,7 @@ use vm_memory::{
 use crate::{
     active::Memory,
     device::Fault,
-    request::{self, Request},
+    request::{Finder, Request, check_order},
 };
 
 /// Of either ring: flags, index, elements, and behind them the other side's wish for an event.
@@ -76,7 +76,7 @@ impl Queue {
             used: used.slice(memory)?,
         };
         let offered = self.next_available;
-        Ok(Ring { queue: self, memory, parts, offered })
+        Ok(Ring { queue: self, memory, finder: Finder::new(memory), parts, offered })
     }
 }
 
@@ -131,6 +131,7 @@ impl Spot {
 pub(crate) struct Ring<'a> {
     queue: &'a mut Queue,
     memory: &'a Memory,
+    finder: Finder<'a>,
     parts: Parts<'a>,
     /// The driver's index when it was last read: what is before it can be taken without another look.
     offered: u16,
@@ -164,7 +165,9 @@ impl<'a> Ring<'a> {
     pub(crate) fn take(&mut self) -> Result<Option<Request<'a>>, Fault> {
         let Some(head) = self.next()? else { return Ok(None) };
         let mut request = Request::new(head, self.memory);
-        self.walk(head, |buffer| request.push(buffer.address, buffer.length, buffer.is_writable()))?;
+        self.walk(head, |finder, buffer| {
+            request.push(finder, buffer.address, buffer.length, buffer.is_writable())
+        })?;
         self.queue.next_available = self.queue.next_available.wrapping_add(1);
         Ok(Some(request))
     }
@@ -179,16 +182,16 @@ impl<'a> Ring<'a> {
         parts: &mut Vec<VolatileSlice<'a>>,
     ) -> Result<Option<(u16, usize)>, Fault> {
         let Some(head) = self.next()? else { return Ok(None) };
-        let (memory, mut readable, mut writable) = (self.memory, 0usize, 0usize);
-        self.walk(head, |buffer| {
-            request::check_order(readable, writable, buffer.length, buffer.is_writable())?;
+        let (mut readable, mut writable) = (0usize, 0usize);
+        self.walk(head, |finder, buffer| {
+            check_order(readable, writable, buffer.length, buffer.is_writable())?;
             let length = buffer.length as usize;
             if buffer.is_writable() {
                 writable = writable.saturating_add(length);
-                return request::each_slice(memory, buffer.address, length, |slice| parts.push(slice));
+                return finder.each_slice(buffer.address, length, |slice| parts.push(slice));
             }
             readable = readable.saturating_add(length);
-            request::each_slice(memory, buffer.address, length, |_| ())
+            finder.each_slice(buffer.address, length, |_| ())
         })?;
         self.queue.next_available = self.queue.next_available.wrapping_add(1);
         Ok(Some((head, writable)))
@@ -278,7 +281,11 @@ impl<'a> Ring<'a> {
 
     /// Hands each buffer of the chain that begins at `head` to `each`: the chain has at most as many descriptors as the queue, and one of
     /// them may lead to a table elsewhere (2.7.4, 2.7.5).
-    fn walk(&self, head: u16, mut each: impl FnMut(&Descriptor) -> Result<(), Fault>) -> Result<(), Fault> {
+    fn walk(
+        &mut self,
+        head: u16,
+        mut each: impl FnMut(&mut Finder<'a>, &Descriptor) -> Result<(), Fault>,
+    ) -> Result<(), Fault> {
         const NEXT: u16 = VRING_DESC_F_NEXT as u16;
         const INDIRECT: u16 = VRING_DESC_F_INDIRECT as u16;
         let (mut table, mut is_indirect, mut index) = (self.parts.descriptors, false, head);
@@ -293,7 +300,7 @@ impl<'a> Ring<'a> {
                 (is_indirect, index) = (true, 0);
                 continue;
             }
-            each(&descriptor)?;
+            each(&mut self.finder, &descriptor)?;
             if descriptor.flags & NEXT == 0 {
                 return Ok(());
             }
