@@ -105,13 +105,7 @@ impl<'a> Gathering<'a> {
         read(self.parts(), into)
     }
 
-    /// Copies to them; false when they are too few.
-    #[must_use]
-    pub(crate) fn write(&self, from: &[u8]) -> bool {
-        write(self.parts(), from)
-    }
-
-    /// The same behind the first `parts` parts.
+    /// Copies to what is behind the first `parts` parts; false when that is too little.
     #[must_use]
     pub(crate) fn write_behind(&self, parts: usize, from: &[u8]) -> bool {
         write(self.parts().skip(parts), from)

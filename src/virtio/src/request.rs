@@ -151,12 +151,11 @@ impl<'m> Finder<'m> {
         let address = GuestAddress(address);
         let in_region =
             |region: &'m GuestRegionMmap| region.get_slice(region.to_region_addr(address)?, length).ok();
-        if let Some(slice) = self.near.and_then(in_region) {
-            add(slice);
-            return Ok(());
-        }
-        self.near = self.memory.find_region(address);
-        if let Some(slice) = self.near.and_then(in_region) {
+        let found = self.near.and_then(in_region).or_else(|| {
+            self.near = self.memory.find_region(address);
+            self.near.and_then(in_region)
+        });
+        if let Some(slice) = found {
             add(slice);
             return Ok(());
         }

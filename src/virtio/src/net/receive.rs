@@ -99,7 +99,7 @@ impl Receiver {
         }
         // In the first of them stands how many there are, and what is left to be done to the frame.
         let buffers = u16::try_from(chains.filled_by(length)).unwrap_or(u16::MAX);
-        if !chains.write(&offloads.header_in(&header, buffers)) {
+        if !chains.write_behind(0, &offloads.header_in(&header, buffers)) {
             return Err(NO_ROOM);
         }
         Ok(Filled::Bytes(length))
