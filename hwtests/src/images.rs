@@ -41,6 +41,7 @@ pub(crate) const HOST: Recipe = Recipe {
         "vfio_iommu_type1",
         "crc32c_generic",
         "ext4",
+        "brd",
         "tun",
         "vhost_net",
         "bridge",

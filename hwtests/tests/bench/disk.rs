@@ -53,8 +53,7 @@ impl Part {
 
 pub(crate) fn disk(ctx: &mut Ctx) -> Result<(), Failure> {
     ctx.shell("mountpoint -q /sys/kernel/debug || mount -t debugfs none /sys/kernel/debug")?;
-    let image = ctx.directory().join("disk.img");
-    fs::write(&image, vec![1; (LONG_MIB as usize) << 20])?;
+    let image = image(ctx, LONG_MIB as usize)?;
     // The pauses are for the host to look at its counters.
     let mut script = format!("{NOW}\n");
     for (name, command) in PARTS {
@@ -99,6 +98,22 @@ pub(crate) fn disk(ctx: &mut Ctx) -> Result<(), Failure> {
         crate::tell(name, "ms each", &peers, &of(index, &|part| part.seconds * 1e3 / f64::from(LONG_MIB)));
     }
     Ok(())
+}
+
+/// An image of so many MiB in the host's cache, on ext4, as most hosts have theirs. What is written back goes to memory: how fast a disk of the
+/// host's is would be measured in all alike.
+pub(crate) fn image(ctx: &Ctx, mib: usize) -> Result<PathBuf, Failure> {
+    let directory = ctx.directory().join("images");
+    fs::create_dir_all(&directory)?;
+    let (directory_name, room_kib) = (directory.display(), (mib + 64) << 10);
+    ctx.shell(&format!(
+        "! grep -q '^/dev/ram0 ' /proc/mounts || umount /dev/ram0; modprobe -r brd; modprobe brd rd_nr=1 rd_size={room_kib}
+        mkfs.ext4 -q -F /dev/ram0; mount /dev/ram0 {directory_name}"
+    ))?;
+    let image = directory.join("disk.img");
+    fs::write(&image, vec![1; mib << 20])?;
+    fs::File::open(&image)?.sync_all()?;
+    Ok(image)
 }
 
 /// What a guest does in parts: each tells NAME-begin, `NAME: TIME TIME` as by [`NOW`], and NAME-end.

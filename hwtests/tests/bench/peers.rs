@@ -227,7 +227,8 @@ impl Peer {
     }
 }
 
-/// A cgroup as deep as a cell's, with the same controllers: two processors, and memory enough for any of them.
+/// A cgroup as deep as a cell's, with the same controllers and as much memory, by which the kernel also decides how much may wait to be
+/// written back; and two processors.
 fn limited_cgroup(memory_mib: u64) -> Result<PathBuf, Failure> {
     let root = Path::new("/sys/fs/cgroup");
     let parent = root.join("peers");
@@ -236,7 +237,7 @@ fn limited_cgroup(memory_mib: u64) -> Result<PathBuf, Failure> {
     for directory in [root, &parent] {
         fs::write(directory.join("cgroup.subtree_control"), "+memory +pids +cpu")?;
     }
-    fs::write(own.join("memory.max"), ((memory_mib + 1024) << 20).to_string())?;
+    fs::write(own.join("memory.max"), ((memory_mib + memory_mib / 128 + 64) << 20).to_string())?;
     fs::write(own.join("pids.max"), "256")?;
     fs::write(own.join("cpu.max"), "200000 100000")?;
     Ok(own)

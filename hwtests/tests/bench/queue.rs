@@ -1,11 +1,9 @@
 //! A virtio disk with many requests under way.
 
-use std::fs;
-
 use casemate_hwtests::harness::{Ctx, Failure, WITH_TOOLS};
 
 use crate::{
-    disk::{Part, parts_of},
+    disk::{Part, image, parts_of},
     guest, in_turn,
     peers::{Guest, Peer},
 };
@@ -18,8 +16,7 @@ const DEPTHS: [u32; 2] = [16, 64];
 
 pub(crate) fn queue(ctx: &mut Ctx) -> Result<(), Failure> {
     ctx.shell("mountpoint -q /sys/kernel/debug || mount -t debugfs none /sys/kernel/debug")?;
-    let image = ctx.directory().join("disk.img");
-    fs::write(&image, vec![1; IMAGE_MIB << 20])?;
+    let image = image(ctx, IMAGE_MIB)?;
     // By fio's own clock, which tells milliseconds, since it takes a second to start here: the field of its terse line that is the
     // run's time. The first run brings the program from its disk.
     let mut script = format!(

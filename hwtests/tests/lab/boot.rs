@@ -234,6 +234,15 @@ pub(crate) fn triple_fault_ends_the_run(ctx: &mut Ctx) -> Result<(), Failure> {
     ended_otherwise(&ctx.run_guest(&guest)?, "triple-fault")
 }
 
+/// By the tables of before ACPI it finds its processors and its serial port, and nothing else.
+pub(crate) fn boots_without_acpi(ctx: &mut Ctx) -> Result<(), Failure> {
+    let guest =
+        ctx.guest("echo processors: $(nproc); grep -c ttyS0 /proc/interrupts; reboot -f; sleep 30")?;
+    let run = ctx.run_guest(&guest.vcpus(2).command_line("console=ttyS0 quiet acpi=off reboot=triple"))?;
+    expect!(run.value("processors:")? == "2", "the guest has {} processors", run.value("processors:")?);
+    ended_otherwise(&run, "triple-fault")
+}
+
 /// The run says how the guest ended, in its report and by exit code 3.
 fn ended_otherwise(run: &Finished, how: &str) -> Result<(), Failure> {
     expect!(ending(run)? == how, "the guest ended by {}, not {how}", ending(run)?);

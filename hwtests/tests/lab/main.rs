@@ -58,6 +58,7 @@ const TESTS: &[LabTest] = &[
     LabTest::new("reboot-ends-the-run", boot::reboot_ends_the_run),
     LabTest::new("panic-ends-the-run", boot::panic_ends_the_run),
     LabTest::new("panic-untold-is-a-reset", boot::panic_untold_is_a_reset),
+    LabTest::new("guest-boots-without-acpi", boot::boots_without_acpi),
     LabTest::new("triple-fault-ends-the-run", boot::triple_fault_ends_the_run),
     LabTest::new("watchdog-bites", board::watchdog_bites),
     LabTest::new("power-button-is-obeyed", boot::power_button_is_obeyed),

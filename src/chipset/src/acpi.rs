@@ -13,7 +13,7 @@ use acpi_tables::{
 };
 
 use crate::{
-    IOAPIC_ADDRESS, IOAPIC_SIZE_BYTES, POWER_PORT,
+    IOAPIC_ADDRESS, IOAPIC_SIZE_BYTES, POWER_PORT, mp,
     power::{RESET, RESET_VALUE, SLEEP_CONTROL, SLEEP_STATUS},
     watchdog,
 };
@@ -47,7 +47,7 @@ const CMOS_RTC_NOT_PRESENT: u16 = 1 << 5;
 /// registers) are not told here.
 #[derive(Clone, Debug)]
 pub struct AcpiSpec {
-    /// Guest physical address, a multiple of 16, at which the tables will lie.
+    /// Guest physical address, a multiple of 16 below 4 GiB, at which the tables will lie.
     pub address: u64,
     /// The APIC id of each processor, 1 to 255 of them.
     pub apic_ids: Vec<u8>,
@@ -80,6 +80,9 @@ pub struct Tables {
     pub bytes: Vec<u8>,
     /// Guest physical address of the RSDP, which the boot protocol hands to the guest.
     pub rsdp: u64,
+    /// Leads to the tables of the MultiProcessor Specification, which lie behind those of ACPI: to be written at the start of the last KiB
+    /// below 640 KiB, where guests look for it.
+    pub mp_pointer: [u8; mp::POINTER_BYTES],
 }
 
 /// Why no tables can be made.
@@ -170,7 +173,10 @@ pub fn tables(spec: &AcpiSpec) -> Result<Tables, AcpiError> {
         xsdt.add_entry(place.add(table)?);
     }
     let xsdt = place.add(&xsdt)?;
-    Ok(place.finish(&Rsdp::new(OEM_ID, xsdt)))
+    let mp = place.put(|bytes| bytes.extend(mp::configuration(&spec.apic_ids)))?;
+    // It has no more bits.
+    let mp = u32::try_from(mp).map_err(|_| AcpiError::Address { what: "tables", address: spec.address })?;
+    Ok(place.finish(&Rsdp::new(OEM_ID, xsdt), mp::pointer(mp)))
 }
 
 /// Tables one behind another, the RSDP first.
@@ -189,18 +195,23 @@ impl Placement {
 
     /// Places `table` and returns its address.
     fn add(&mut self, table: &dyn Aml) -> Result<u64, AcpiError> {
+        self.put(|bytes| table.to_aml_bytes(bytes))
+    }
+
+    /// Places what `append` appends and returns its address.
+    fn put(&mut self, append: impl FnOnce(&mut Vec<u8>)) -> Result<u64, AcpiError> {
         self.bytes.resize(self.bytes.len().next_multiple_of(TABLE_ALIGNMENT), 0);
         let address = self.base.checked_add(self.bytes.len() as u64);
-        table.to_aml_bytes(&mut self.bytes);
+        append(&mut self.bytes);
         let end = self.base.checked_add(self.bytes.len() as u64);
         address.filter(|_| end.is_some()).ok_or(AcpiError::Address { what: "tables", address: self.base })
     }
 
-    fn finish(mut self, rsdp: &Rsdp) -> Tables {
+    fn finish(mut self, rsdp: &Rsdp, mp_pointer: [u8; mp::POINTER_BYTES]) -> Tables {
         let mut first = Vec::new();
         rsdp.to_aml_bytes(&mut first);
         self.bytes.splice(..Rsdp::len(), first);
-        Tables { bytes: self.bytes, rsdp: self.base }
+        Tables { bytes: self.bytes, rsdp: self.base, mp_pointer }
     }
 }
 
@@ -330,6 +341,13 @@ mod tests {
     }
 
     #[test]
+    fn the_mp_table_lies_behind_them() {
+        let tables = tables(&spec()).unwrap();
+        let at = u32_at(&tables.mp_pointer, 4) - 0xe0000;
+        assert!(tables.bytes[at as usize..].starts_with(b"PCMP"));
+    }
+
+    #[test]
     fn refuses_what_is_no_machine() {
         let with = |change: fn(&mut AcpiSpec)| {
             let mut spec = spec();
@@ -341,6 +359,7 @@ mod tests {
         assert!(with(|s| s.generation = 4).contains("generation"));
         assert!(with(|s| s.address = 8).contains("tables"));
         assert!(with(|s| s.address = u64::MAX - 15).contains("tables"));
+        assert!(with(|s| s.address = 1 << 32).contains("tables"));
         assert!(with(|s| s.pci.ecam_base = 0x1000).contains("configuration space"));
         assert!(with(|s| s.pci.ecam_base = u64::MAX << 20).contains("configuration space"));
         assert!(with(|s| s.pci.mmio32 = 0xc000_0000..0xe000_1000).contains("32-bit"));
@@ -395,7 +414,7 @@ mod tests {
         ) {
             let align = |value: u64, to: u64| if tidy { value & !(to - 1) } else { value };
             let spec = AcpiSpec {
-                address: align(address, 16),
+                address: if tidy { address & 0xffff_fff0 } else { address },
                 apic_ids: vec![7; vcpus],
                 generation: address & !7,
                 pci: PciHost {

@@ -1,4 +1,4 @@
-//! The board around the processors: serial port, IOAPIC, ACPI tables, power control and button, panic notifier, watchdog.
+//! The board around the processors: serial port, IOAPIC, ACPI and MP tables, power control and button, panic notifier, watchdog.
 //!
 //! Principles:
 //! - Each device is a state machine over plain reads and writes. It does no I/O of its own: where a device must
@@ -14,6 +14,7 @@
 
 mod acpi;
 mod ioapic;
+mod mp;
 mod panic;
 mod power;
 mod serial;

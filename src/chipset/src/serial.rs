@@ -21,6 +21,8 @@ pub const SERIAL_GSI: u8 = 4;
 /// flow control would lose it.
 pub struct Serial<W: Write> {
     uart: Uart<Interrupt, Losses, W>,
+    /// The transmitter has become empty, and the guest was told of something else.
+    is_empty_untold: bool,
 }
 
 struct Interrupt(Box<dyn Fn() + Send>);
@@ -46,11 +48,13 @@ impl SerialEvents for Losses {
     fn in_buffer_empty(&self) {}
 }
 
-/// Registers, and of their bits those that tell of received data (16550D data sheet, table II).
+/// Registers, and of their bits those that tell of received data and of a transmitter that is empty (16550D data sheet, table II).
 const IER: u8 = 1;
 const IER_RECEIVED: u8 = 1;
+const IER_EMPTY: u8 = 1 << 1;
 const IIR: u16 = 2;
 const IIR_NONE: u8 = 1;
+const IIR_EMPTY: u8 = 0b010;
 const IIR_RECEIVED: u8 = 0b100;
 const IIR_MASK: u8 = 0b1111;
 const LCR: u8 = 3;
@@ -63,7 +67,8 @@ impl<W: Write> Serial<W> {
     ///
     /// `interrupt` is called with the port borrowed: it must not come back to it.
     pub fn new(output: W, interrupt: impl Fn() + Send + 'static) -> Self {
-        Self { uart: Uart::with_events(Interrupt(Box::new(interrupt)), Losses::default(), output) }
+        let uart = Uart::with_events(Interrupt(Box::new(interrupt)), Losses::default(), output);
+        Self { uart, is_empty_untold: false }
     }
 
     /// Reads the register at `offset` from [`SERIAL_PORT`], once for each byte of `data`.
@@ -76,15 +81,32 @@ impl<W: Write> Serial<W> {
         }
     }
 
-    /// What the guest is told of pending interrupts. Received data are a level, as in a 16550: pending until the last byte
-    /// is read. vm-superio forgets them at the first, and a guest that pauses after some (Linux: after 256) would leave the
-    /// rest where it is, for ever when the FIFO is full.
+    /// What the guest is told of pending interrupts, of which vm-superio knows less than a 16550. It forgets received data at the first byte
+    /// that is read, and a guest that pauses after some (Linux: after 256) would leave the rest where it is, for ever when the FIFO is full.
+    /// It tells that the transmitter is empty even when the guest doesn't want to know any more, and Linux, which says so behind the last
+    /// byte of a line, would look at everything once more. And of both at once it makes a third thing, and forgets them.
     fn interrupt_identification(&mut self) -> u8 {
         let told = self.uart.read(IIR as u8);
-        let divisor = self.uart.read(LCR) & LCR_DIVISOR != 0;
-        let wanted = !divisor && self.uart.read(IER) & IER_RECEIVED != 0;
-        let received = self.uart.read(LSR) & LSR_RECEIVED != 0;
-        if told & IIR_NONE != 0 && wanted && received { told & !IIR_MASK | IIR_RECEIVED } else { told }
+        let enabled = self.interrupts_enabled();
+        self.is_empty_untold |= told & IIR_NONE == 0 && told & IIR_EMPTY != 0;
+        self.is_empty_untold &= enabled & IER_EMPTY != 0;
+        let pending = if enabled & IER_RECEIVED != 0 && self.uart.read(LSR) & LSR_RECEIVED != 0 {
+            IIR_RECEIVED
+        } else if std::mem::take(&mut self.is_empty_untold) {
+            IIR_EMPTY
+        } else {
+            IIR_NONE
+        };
+        told & !IIR_MASK | pending
+    }
+
+    /// The register of enabled interrupts, also while the divisor is in its place. Writing the line's settings does nothing else.
+    fn interrupts_enabled(&mut self) -> u8 {
+        let line = self.uart.read(LCR);
+        let _ = self.uart.write(LCR, line & !LCR_DIVISOR);
+        let enabled = self.uart.read(IER);
+        let _ = self.uart.write(LCR, line);
+        enabled
     }
 
     /// Writes the register at `offset` from [`SERIAL_PORT`], once with each byte of `data` (as `rep outsb` does).
@@ -168,6 +190,34 @@ mod tests {
         assert_eq!(read(&mut serial, LSR) & 1, 1);
         assert_eq!([read(&mut serial, DATA), read(&mut serial, DATA)], *b"ab");
         assert_eq!(read(&mut serial, LSR) & 1, 0);
+    }
+
+    #[test]
+    fn a_transmitter_is_told_empty_only_who_wants_to_know() {
+        let mut serial = Serial::new(io::sink(), || ());
+        serial.write(IER, &[IER_EMPTY]);
+        assert_eq!(read(&mut serial, IIR) & IIR_MASK, IIR_EMPTY, "it is empty when the guest begins to ask");
+        assert_eq!(read(&mut serial, IIR) & IIR_MASK, IIR_NONE, "telling clears it");
+        serial.write(DATA, b"a");
+        assert_eq!(read(&mut serial, IIR) & IIR_MASK, IIR_EMPTY);
+        serial.write(DATA, b"b");
+        serial.write(IER, &[IER_RECEIVED]);
+        assert_eq!(read(&mut serial, IIR) & IIR_MASK, IIR_NONE);
+        serial.write(LCR.into(), &[LCR_DIVISOR]);
+        serial.write(DATA, b"d");
+        assert_eq!(read(&mut serial, IIR) & IIR_MASK, IIR_NONE, "the divisor's bits are no interrupts");
+    }
+
+    #[test]
+    fn of_two_things_each_is_told() {
+        let mut serial = Serial::new(io::sink(), || ());
+        serial.write(IER, &[IER_EMPTY | IER_RECEIVED]);
+        serial.enqueue(b"c");
+        serial.write(DATA, b"d");
+        assert_eq!(read(&mut serial, IIR) & IIR_MASK, IIR_RECEIVED);
+        assert_eq!(read(&mut serial, DATA), b'c');
+        assert_eq!(read(&mut serial, IIR) & IIR_MASK, IIR_EMPTY);
+        assert_eq!(read(&mut serial, IIR) & IIR_MASK, IIR_NONE);
     }
 
     #[test]

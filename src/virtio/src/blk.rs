@@ -4,13 +4,14 @@
 //! what it has done, and one call does so for the requests of all queues.
 
 mod command;
+mod own;
 mod ring;
 mod store;
 mod sync;
 
 use std::{
     io,
-    os::fd::{AsFd, BorrowedFd, OwnedFd},
+    os::fd::{BorrowedFd, OwnedFd},
 };
 
 use rustix::io::Errno;
@@ -21,7 +22,10 @@ use virtio_bindings::virtio_blk::{
 };
 
 pub use self::store::{Below, Format};
-use self::{ring::RingEngine, store::Store};
+use self::{
+    ring::{NoRing, RingEngine},
+    store::Store,
+};
 use crate::{
     active::Active,
     device::{Device, DeviceError, Fault, Kind, Progress},
@@ -48,7 +52,7 @@ const SERIAL_BYTES: usize = 20;
 /// What a [`Blk`] stores to.
 #[derive(Debug)]
 pub struct BlkBackend {
-    /// A regular file or block device, open for reading, and for writing unless `read_only`, without O_NONBLOCK.
+    /// A regular file or block device, open for reading, and for writing unless `read_only`, without O_NONBLOCK and O_DIRECT.
     pub file: OwnedFd,
     /// The format.
     pub format: Format,
@@ -121,9 +125,7 @@ impl Blk {
     /// [`DeviceError::DiskSize`] when the size is not a multiple of 512 or is 0, [`DeviceError::DiskQueues`],
     /// [`DeviceError::DiskFormat`].
     pub fn new(backend: BlkBackend) -> Result<Self, DeviceError> {
-        // Where a qcow2 image has something is known only after its tables were looked at.
-        let ring = matches!(backend.format, Format::Raw).then(|| RingEngine::new(backend.file.as_fd()));
-        Self::with(backend, ring)
+        Self::with(backend, Some(RingEngine::new))
     }
 
     /// As [`Blk::new`], with the ring that was made for it, where there is one: for a disk that comes while the guest runs,
@@ -132,13 +134,15 @@ impl Blk {
     /// # Errors
     /// As for [`Blk::new`].
     pub fn with_spare(backend: BlkBackend, spare: Option<&SpareRing>) -> Result<Self, DeviceError> {
-        let spare = spare.filter(|_| matches!(backend.format, Format::Raw));
-        let ring = spare.map(|spare| RingEngine::lent(spare, backend.file.as_fd()));
-        Self::with(backend, ring)
+        Self::with(backend, spare.map(|spare| |file| RingEngine::lent(spare, file)))
     }
 
-    fn with(backend: BlkBackend, ring: Option<io::Result<RingEngine>>) -> Result<Self, DeviceError> {
+    fn with(
+        backend: BlkBackend,
+        ring: Option<impl FnOnce(OwnedFd) -> Result<RingEngine, NoRing>>,
+    ) -> Result<Self, DeviceError> {
         let BlkBackend { file, format, size_bytes, read_only, serial: text, queues } = backend;
+        let is_raw = matches!(format, Format::Raw);
         if size_bytes == 0 || !size_bytes.is_multiple_of(SECTOR_BYTES) {
             return Err(DeviceError::DiskSize(size_bytes));
         }
@@ -149,12 +153,16 @@ impl Blk {
         for (to, from) in serial.iter_mut().zip(text.bytes()) {
             *to = from;
         }
-        let engine = match ring {
-            Some(Ok(ring)) => Engine::Ring(Box::new(ring)),
-            other => {
-                let error = other.and_then(Result::err);
-                Engine::Sync(Store::open(file, format, size_bytes, read_only)?, error)
-            }
+        let one_by_one = |file, error| -> Result<_, DeviceError> {
+            Ok(Engine::Sync(Store::open(file, format, size_bytes, read_only)?, error))
+        };
+        // Where a qcow2 image has something is known only after its tables were looked at.
+        let engine = match ring.filter(|_| is_raw) {
+            None => one_by_one(file, None)?,
+            Some(ring) => match ring(file) {
+                Ok(ring) => Engine::Ring(Box::new(ring)),
+                Err(NoRing { file, error }) => one_by_one(file, Some(error))?,
+            },
         };
         Ok(Self {
             disk: Disk { size_bytes, read_only, serial },

@@ -43,7 +43,7 @@ fn made(ring: bool, file: OwnedFd, read_only: bool, queues: u16) -> Blk {
         }
         disk
     } else {
-        Blk::with(backend, None).unwrap()
+        Blk::with_spare(backend, None).unwrap()
     }
 }
 

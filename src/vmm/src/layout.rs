@@ -1,8 +1,9 @@
 //! The guest's physical address space.
 //!
 //! ```text
-//! 0                 640 KiB RAM, with the boot structures below
-//! 0x000E_0000       ACPI tables; in the last two pages the generation's identifier and the reset vector (reserved)
+//! 0                 639 KiB RAM, with the boot structures below
+//! 0x0009_FC00       the pointer to the MP table (reserved)
+//! 0x000E_0000       ACPI tables, the MP table; in the last two pages the generation's identifier and the reset vector (reserved)
 //! 0x0010_0000       RAM, up to 3 GiB
 //! 0xC000_0000       window for 32-bit BARs, 512 MiB
 //! 0xE000_0000       ECAM, 1 MiB a bus: the root bus and up to 8 slots for hot-plug
@@ -25,7 +26,7 @@ pub(crate) const BOOT_PARAMETERS: u64 = 0x9000;
 pub(crate) const SEGMENTS: u64 = 0x5000;
 /// The kernel's command line, at most 64 KiB.
 pub(crate) const COMMAND_LINE: u64 = 0x2_0000;
-/// End of the RAM below the legacy hole.
+/// End of the RAM below the legacy hole. In the KiB that is left until 640 KiB, guests look for the pointer to the MP table.
 pub(crate) const LOW_END: u64 = 0x9_FC00;
 /// ACPI tables.
 pub(crate) const ACPI: u64 = 0xE_0000;

@@ -619,6 +619,7 @@ fn write_acpi(
         return Err(Error::Layout(format!("{} bytes of ACPI tables", tables.bytes.len())));
     }
     boot::put(memory, layout::ACPI, &tables.bytes)?;
+    boot::put(memory, layout::LOW_END, &tables.mp_pointer)?;
     // Which life of this machine it is: each is its first and last, as long as none is woken from a snapshot.
     let mut generation = [0; 16];
     rustix::rand::getrandom(&mut generation, GetRandomFlags::empty())

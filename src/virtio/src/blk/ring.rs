@@ -2,7 +2,7 @@
 
 use std::{
     io,
-    os::fd::{AsFd, BorrowedFd},
+    os::fd::{AsFd, BorrowedFd, OwnedFd},
     sync::Arc,
 };
 
@@ -13,6 +13,7 @@ use vm_memory::{Bytes, GuestAddress};
 use super::{
     Disk, Failure,
     command::{Command, status_place},
+    own::OwnWrites,
 };
 use crate::{
     active::{Active, Handled},
@@ -30,10 +31,17 @@ const BUDGET: usize = 64;
 /// The ring, and what waits for it.
 pub(super) struct RingEngine {
     ring: Ring<Ticket>,
+    own: OwnWrites,
     /// Queues, a bit each, that may hold requests which found the ring full.
     waiting: u64,
     /// What has ended and is to be given back; empty but for a moment.
     ended: Vec<Ended>,
+}
+
+/// The kernel has none for it.
+pub(super) struct NoRing {
+    pub(super) file: OwnedFd,
+    pub(super) error: io::Error,
 }
 
 /// A request that was taken.
@@ -62,20 +70,25 @@ impl RingEngine {
     ///
     /// # Errors
     /// As for [`Ring::new`].
-    pub(super) fn new(file: BorrowedFd<'_>) -> io::Result<Self> {
-        Ok(Self::with(Ring::new(file)?))
+    pub(super) fn new(file: OwnedFd) -> Result<Self, NoRing> {
+        Self::with(Ring::new(file.as_fd()), file)
     }
 
     /// The ring that waits for such disks, on `file`.
     ///
     /// # Errors
     /// As for [`SpareRing::lend`].
-    pub(super) fn lent(spare: &SpareRing, file: BorrowedFd<'_>) -> io::Result<Self> {
-        Ok(Self::with(spare.lend(file)?))
+    pub(super) fn lent(spare: &SpareRing, file: OwnedFd) -> Result<Self, NoRing> {
+        Self::with(spare.lend(file.as_fd()), file)
     }
 
-    fn with(ring: Ring<Ticket>) -> Self {
-        Self { ring, waiting: 0, ended: Vec::with_capacity(BUDGET) }
+    fn with(ring: io::Result<Ring<Ticket>>, file: OwnedFd) -> Result<Self, NoRing> {
+        match ring {
+            Ok(ring) => {
+                Ok(Self { ring, own: OwnWrites::new(file), waiting: 0, ended: Vec::with_capacity(BUDGET) })
+            }
+            Err(error) => Err(NoRing { file, error }),
+        }
     }
 
     /// Becomes readable when something ends.
@@ -125,6 +138,7 @@ impl RingEngine {
     /// Waits for all that was taken, and tells nobody.
     pub(super) fn quiesce(&mut self) {
         self.ring.drain();
+        self.own.quiesce();
         self.waiting = 0;
         // What a broken ring did not take back.
         self.ended.clear();
@@ -150,11 +164,18 @@ impl RingEngine {
                 Ok(bytes) => return answer(request, VIRTIO_BLK_S_OK as u8, bytes),
                 Err(failure) => failure,
             },
+            Ok(Command::Write { offset, data }) if !write_through && self.own.take(data.len()) => {
+                match self.own.write(&request.readable, data, offset) {
+                    Ok(()) => return answer(request, VIRTIO_BLK_S_OK as u8, 0),
+                    Err(failure) => failure,
+                }
+            }
             Ok(command) => {
                 let Some(first) = ticket.plan(command, request, write_through) else {
                     return answer(request, VIRTIO_BLK_S_OK as u8, 0);
                 };
                 // It is not full.
+                self.own.begins(&first);
                 let _ = self.ring.start(first, ticket);
                 return Ok(Handled::Taken);
             }
@@ -172,9 +193,11 @@ impl RingEngine {
             let mut continued = false;
             while let Some((operation, ticket, result)) = self.ring.ended() {
                 let (queue, head, read) = (ticket.queue, ticket.head, ticket.read);
+                self.own.ends(&operation);
                 match go_on(operation, ticket, result) {
                     Next::Start(operation, ticket) => {
                         // A place was just given back.
+                        self.own.begins(&operation);
                         let _ = self.ring.start(operation, ticket);
                         continued = true;
                     }
@@ -188,6 +211,7 @@ impl RingEngine {
                 }
             }
             if !continued {
+                self.own.look();
                 return self.give_back(active);
             }
         }
