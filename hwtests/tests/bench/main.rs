@@ -92,6 +92,10 @@ fn tell(name: &str, unit: &str, peers: &[Peer], measured: &[Vec<f64>]) {
         values.sort_by(f64::total_cmp);
         values.get(values.len() / 2).copied().unwrap_or(f64::NAN)
     };
+    for (peer, values) in peers.iter().zip(measured) {
+        let all: Vec<String> = values.iter().map(|value| format!("{value:.4}")).collect();
+        println!("# {name}: {} had {} {unit}", peer.name(), all.join(", "));
+    }
     let Some((ours, others)) = measured.split_first() else { return };
     for (peer, theirs) in peers.iter().skip(1).zip(others) {
         let (own, other) = (median(ours), median(theirs));

@@ -25,13 +25,15 @@ type Times = [f64; 3];
 pub(crate) fn net(ctx: &mut Ctx) -> Result<(), Failure> {
     ctx.shell("modprobe vhost_net")?;
     let script = format!(
-        "{WITH_TOOLS}
+        r#"{WITH_TOOLS}
         {NOW}
         ip addr add 192.0.2.2/24 dev eth0; ip link set eth0 up
         n=0; until ping -c 1 -W 1 {HOST} >/dev/null || [ $n = 60 ]; do n=$((n + 1)); done
-        begin=$(now); tools iperf3 -c {HOST} -p 7021 -n {MIB}M >/dev/null && echo up: $begin $(now)
-        begin=$(now); tools iperf3 -c {HOST} -p 7022 -n {MIB}M -R >/dev/null && echo down: $begin $(now)
-        begin=$(now); ping -c 500 -A -q {HOST} >/dev/null && echo trips: $begin $(now)"
+        # From the first byte to the last, as iperf3 has it from the side that received them.
+        data() {{ tools iperf3 -c {HOST} -n {MIB}M -J $@ | sed -n '/"sum_received"/,/}}/s/.*"seconds":[^0-9]*\([0-9.]*\),.*/\1/p'; }}
+        echo up: $(data -p 7021)
+        echo down: $(data -p 7022 -R)
+        begin=$(now); ping -c 500 -A -q {HOST} >/dev/null && echo trips: $begin $(now)"#
     );
     let mut guest: Guest = guest(ctx, &script, vec![(ctx.layout().guest_tools(), true)])?;
     for vhost in [false, true] {
@@ -70,9 +72,8 @@ fn run(ctx: &Ctx, peer: &Peer, guest: &Guest) -> Result<Times, Failure> {
 
 fn times(peer: &Peer, running: Running) -> Result<Times, Failure> {
     let run = peer.end(running, RUN_MAX)?;
-    let took = |label: &str| -> Result<f64, Failure> {
-        let line = run.value(label)?;
-        seconds_between(line).ok_or_else(|| Failure::new(format_args!("no times of {label} {line}")))
-    };
-    Ok([took("up:")?, took("down:")?, took("trips:")? * 1e3 / 500.0])
+    let trips = run.value("trips:")?;
+    let trips =
+        seconds_between(trips).ok_or_else(|| Failure::new(format_args!("no times of trips: {trips}")))?;
+    Ok([run.value("up:")?.parse()?, run.value("down:")?.parse()?, trips * 1e3 / 500.0])
 }

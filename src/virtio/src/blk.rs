@@ -5,6 +5,7 @@
 
 mod command;
 mod own;
+mod patience;
 mod ring;
 mod store;
 mod sync;

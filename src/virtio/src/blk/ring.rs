@@ -14,6 +14,7 @@ use super::{
     Disk, Failure,
     command::{Command, status_place},
     own::OwnWrites,
+    patience::{Lesson, Patience},
 };
 use crate::{
     active::{Active, Handled},
@@ -32,6 +33,7 @@ const BUDGET: usize = 64;
 pub(super) struct RingEngine {
     ring: Ring<Ticket>,
     own: OwnWrites,
+    patience: Patience,
     /// Queues, a bit each, that may hold requests which found the ring full.
     waiting: u64,
     /// What has ended and is to be given back; empty but for a moment.
@@ -84,9 +86,13 @@ impl RingEngine {
 
     fn with(ring: io::Result<Ring<Ticket>>, file: OwnedFd) -> Result<Self, NoRing> {
         match ring {
-            Ok(ring) => {
-                Ok(Self { ring, own: OwnWrites::new(file), waiting: 0, ended: Vec::with_capacity(BUDGET) })
-            }
+            Ok(ring) => Ok(Self {
+                ring,
+                own: OwnWrites::new(file),
+                patience: Patience::default(),
+                waiting: 0,
+                ended: Vec::with_capacity(BUDGET),
+            }),
             Err(error) => Err(NoRing { file, error }),
         }
     }
@@ -113,7 +119,9 @@ impl RingEngine {
         let due = self.waiting | queues;
         let mut look = due;
         let mut left = BUDGET;
+        let (is_patient, mut lesson) = (queues != 0 && self.patience.begins(), Lesson::default());
         while look != 0 && left > 0 {
+            let mut found = 0;
             for index in bits(look) {
                 self.waiting &= !(1 << index);
                 let count = active.hand_out(index, BUDGET, |request| {
@@ -122,9 +130,16 @@ impl RingEngine {
                 let is_empty = count == 0 && (is_in(self.waiting, index) || !active.listen(index)?);
                 look &= !(u64::from(is_empty) << index);
                 left = left.saturating_sub(count.max(1));
+                found += count;
             }
+            lesson.finds(found);
             given_back |= self.settle(active)?;
+            // The driver isn't asked to ring meanwhile.
+            if is_patient && found > 0 && left > 0 {
+                lesson.yields();
+            }
         }
+        self.patience.ends(&lesson);
         for queue in bits(due | given_back) {
             active.tell(queue)?;
         }
