@@ -170,10 +170,10 @@ fn run(ctx: &Ctx, peer: &Peer, guest: &Guest, count: u32) -> Result<Run, Failure
     running.wait_for_text("last-line", PART_MAX)?;
     let ended = Instant::now();
     let finished = peer.end(running, SOON)?;
+    let free_ms = ended.elapsed().as_secs_f64() * 1e3;
     if finished.stdout.contains("no-answers") {
         return Err(Failure::new("some pings had no answer"));
     }
-    let free_ms = ended.elapsed().as_secs_f64() * 1e3;
     // Whoever comes next can have it.
     let device = guest.device.unwrap_or_default();
     let group = fs::read_link(format!("/sys/bus/pci/devices/{device}/iommu_group"))?;

@@ -189,15 +189,19 @@ impl RingEngine {
                 let Some(first) = ticket.plan(command, request, write_through) else {
                     return answer(request, VIRTIO_BLK_S_OK as u8, 0);
                 };
-                // It is not full.
-                self.own.begins(&first);
-                let _ = self.ring.start(first, ticket);
+                self.start(first, ticket);
                 return Ok(Handled::Taken);
             }
             Err(failure) => failure,
         };
         counters.error();
         answer(request, failure.status(), 0)
+    }
+
+    /// Puts an operation into the ring, which is not full: that was looked at, or a place was just given back.
+    fn start(&mut self, operation: Operation, ticket: Ticket) {
+        self.own.begins(&operation);
+        let _ = self.ring.start(operation, ticket);
     }
 
     /// Starts what was taken and gives back what has ended, until nothing more has. Returns the queues whose drivers are to be told, a
@@ -211,9 +215,7 @@ impl RingEngine {
                 self.own.ends(&operation);
                 match go_on(operation, ticket, result) {
                     Next::Start(operation, ticket) => {
-                        // A place was just given back.
-                        self.own.begins(&operation);
-                        let _ = self.ring.start(operation, ticket);
+                        self.start(operation, ticket);
                         continued = true;
                     }
                     Next::Tell { status_at, status, written } => {
