@@ -61,6 +61,7 @@ const TESTS: &[LabTest] = &[
     LabTest::new("guest-boots-without-acpi", boot::boots_without_acpi),
     LabTest::new("triple-fault-ends-the-run", boot::triple_fault_ends_the_run),
     LabTest::new("watchdog-bites", board::watchdog_bites),
+    LabTest::new("guest-knows-who-it-is", board::guest_knows_who_it_is),
     LabTest::new("power-button-is-obeyed", boot::power_button_is_obeyed),
     LabTest::new("power-button-ignored-stops", boot::power_button_ignored_stops),
     // Console

@@ -15,7 +15,7 @@ use acpi_tables::{
 use crate::{
     IOAPIC_ADDRESS, IOAPIC_SIZE_BYTES, POWER_PORT, mp,
     power::{RESET, RESET_VALUE, SLEEP_CONTROL, SLEEP_STATUS},
-    watchdog,
+    rtc, watchdog,
 };
 
 mod dsdt;
@@ -56,6 +56,8 @@ pub struct AcpiSpec {
     pub generation: u64,
     /// The PCI host bridge.
     pub pci: PciHost,
+    /// Whether there is a clock chip.
+    pub has_rtc: bool,
 }
 
 /// The PCI host bridge of segment 0.
@@ -169,7 +171,9 @@ pub fn tables(spec: &AcpiSpec) -> Result<Tables, AcpiError> {
     let mut place = Placement::new(spec.address)?;
     let dsdt = place.add(&dsdt::dsdt(spec, &ecam))?;
     let mut xsdt = XSDT::new(OEM_ID, OEM_TABLE_ID, OEM_REVISION);
-    for table in [&fadt(dsdt) as &dyn Aml, &madt(&spec.apic_ids), &mcfg(&spec.pci), &watchdog::table()] {
+    for table in
+        [&fadt(dsdt, spec.has_rtc) as &dyn Aml, &madt(&spec.apic_ids), &mcfg(&spec.pci), &watchdog::table()]
+    {
         xsdt.add_entry(place.add(table)?);
     }
     let xsdt = place.add(&xsdt)?;
@@ -215,7 +219,7 @@ impl Placement {
     }
 }
 
-fn fadt(dsdt: u64) -> impl Aml {
+fn fadt(dsdt: u64, has_rtc: bool) -> impl Aml {
     let port = |register: u16| {
         let address = u64::from(POWER_PORT + register);
         GAS::new(AddressSpace::SystemIo, 8, 0, AccessSize::ByteAccess, address)
@@ -228,7 +232,12 @@ fn fadt(dsdt: u64) -> impl Aml {
         // No fixed power and sleep buttons: these flags say so when set.
         .flag(Flags::PwrButton)
         .flag(Flags::SlpButton);
-    fadt.iapc_boot_arch = (VGA_NOT_PRESENT | NO_PCIE_ASPM | CMOS_RTC_NOT_PRESENT).into();
+    if has_rtc {
+        fadt.iapc_boot_arch = (VGA_NOT_PRESENT | NO_PCIE_ASPM).into();
+        fadt.century = rtc::CENTURY;
+    } else {
+        fadt.iapc_boot_arch = (VGA_NOT_PRESENT | NO_PCIE_ASPM | CMOS_RTC_NOT_PRESENT).into();
+    }
     fadt.reset_reg = port(RESET);
     fadt.reset_value = RESET_VALUE;
     fadt.sleep_control_reg = port(SLEEP_CONTROL);
@@ -272,6 +281,7 @@ mod tests {
                 mmio32: 0xc000_0000..0xe000_0000,
                 mmio64: 0x10_0000_0000..0x20_0000_0000,
             },
+            has_rtc: false,
         }
     }
 
@@ -341,6 +351,17 @@ mod tests {
     }
 
     #[test]
+    fn a_clock_chip_is_told_of_where_there_is_one() {
+        for has_rtc in [false, true] {
+            let tables = walk(&tables(&AcpiSpec { has_rtc, ..spec() }).unwrap());
+            let (dsdt, fadt) = (&tables[4].1, &tables[0].1);
+            let flags = u16::from_le_bytes([fadt[109], fadt[110]]);
+            assert_eq!((flags & CMOS_RTC_NOT_PRESENT == 0, fadt[108] == rtc::CENTURY), (has_rtc, has_rtc));
+            assert_eq!(dsdt.windows(4).any(|name| name == b"RTC_"), has_rtc);
+        }
+    }
+
+    #[test]
     fn the_mp_table_lies_behind_them() {
         let tables = tables(&spec()).unwrap();
         let at = u32_at(&tables.mp_pointer, 4) - 0xe0000;
@@ -380,11 +401,10 @@ mod tests {
         }
         let dir = std::env::temp_dir().join(format!("casemate-acpi-{}", std::process::id()));
         fs::create_dir_all(&dir).unwrap();
-        for mmio64 in [0..0, spec().pci.mmio64] {
+        for (mmio64, has_rtc) in [(0..0, false), (spec().pci.mmio64, true)] {
             let pci = PciHost { mmio64, ..spec().pci };
-            for (name, bytes) in
-                walk(&tables(&AcpiSpec { pci, apic_ids: (0..64).collect(), ..spec() }).unwrap())
-            {
+            let spec = AcpiSpec { pci, apic_ids: (0..64).collect(), has_rtc, ..spec() };
+            for (name, bytes) in walk(&tables(&spec).unwrap()) {
                 let file = dir.join(format!("{name}.aml"));
                 fs::write(&file, bytes).unwrap();
                 let text = iasl(&["-d".as_ref(), file.as_os_str()]);
@@ -410,7 +430,7 @@ mod tests {
         #[test]
         fn any_spec_makes_sound_tables_or_an_error(
             address: u64, vcpus in 0usize..300, ecam_base: u64, first: u8, last: u8,
-            ports in any::<(u16, u16)>(), low in any::<(u32, u32)>(), high in any::<(u64, u64)>(), tidy: bool,
+            ports in any::<(u16, u16)>(), low in any::<(u32, u32)>(), high in any::<(u64, u64)>(), tidy: bool, has_rtc: bool,
         ) {
             let align = |value: u64, to: u64| if tidy { value & !(to - 1) } else { value };
             let spec = AcpiSpec {
@@ -424,6 +444,7 @@ mod tests {
                     mmio32: u64::from(low.0)..u64::from(low.1),
                     mmio64: high.0..high.1,
                 },
+                has_rtc,
             };
             if let Ok(tables) = tables(&spec) {
                 prop_assert_eq!(walk(&tables).len(), 5);

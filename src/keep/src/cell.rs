@@ -25,7 +25,7 @@ use rustix::{
     pipe::{PipeFlags, pipe_with},
 };
 
-use crate::{Paths, beside, images::Images, record};
+use crate::{Paths, beside, identity, images::Images, record};
 
 /// What the VMM and the kernel need beside the guest's memory.
 const OVERHEAD_BYTES: u64 = 64 << 20;
@@ -333,6 +333,7 @@ fn send_machine(
     let addresses: Vec<_> =
         claim.iter().flat_map(|claim| &claim.devices).map(|device| device.address).collect();
     let machine = Machine {
+        platform: identity::platform(guest),
         vcpus: guest.vcpus,
         cpu: cpu(guest),
         memory_bytes: guest.memory.bytes(),

@@ -23,6 +23,7 @@ mod disks;
 mod events;
 mod facts;
 mod govern;
+mod identity;
 mod images;
 mod input;
 mod listing;

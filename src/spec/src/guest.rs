@@ -18,6 +18,7 @@ use crate::{
     hotplug::RawHotplug,
     locate::locate,
     net::{Net, RawNet},
+    platform::{Platform, RawPlatform},
     ram::RawRam,
     resources::{RawResources, ResourceBounds},
     vsock::{RawVsock, Vsock},
@@ -115,6 +116,8 @@ pub struct Guest {
     pub name: Name,
     /// Whose it is.
     pub tenant: Name,
+    /// What its machine tells of itself.
+    pub platform: Platform,
     /// Processors, 1 to [`Limits::vcpus`].
     pub vcpus: u8,
     /// What its processors are.
@@ -250,6 +253,8 @@ struct RawGuest {
     memory: Spanned<String>,
     boot: RawBoot,
     #[serde(default)]
+    platform: RawPlatform,
+    #[serde(default)]
     cpu: RawCpu,
     #[serde(default)]
     ram: RawRam,
@@ -329,6 +334,7 @@ impl Reader<'_> {
     fn guest(&mut self, raw: RawGuest) -> Result<Guest, Refusal> {
         let name = self.name(raw.name)?;
         let tenant = self.name(raw.tenant)?;
+        let platform = self.platform(raw.platform)?;
         let vcpus = self.vcpus(&raw.vcpus)?;
         let cpu = self.cpu(raw.cpu, vcpus)?;
         let memory = self.memory(&raw.memory)?;
@@ -367,6 +373,7 @@ impl Reader<'_> {
         Ok(Guest {
             name,
             tenant,
+            platform,
             vcpus,
             cpu,
             memory,

@@ -19,6 +19,7 @@ mod hotplug;
 mod limit;
 mod locate;
 mod net;
+mod platform;
 mod ram;
 mod refusal;
 mod resources;
@@ -39,6 +40,7 @@ pub use host_file::{
 pub use hotplug::Hotplug;
 pub use limit::{IoLimits, Rate};
 pub use net::{NET_QUEUES_MAX, Net};
+pub use platform::Platform;
 pub use ram::{Pages, Ram};
 pub use refusal::{Location, Refusal};
 pub use resources::{HostResources, ResourceBounds, TenantBounds};

@@ -113,6 +113,16 @@ fn check(machine: &Machine) -> Result<(), Error> {
     if machine.command_line.len() > 2047 || machine.command_line.contains('\0') {
         return wrong("the command line must have at most 2047 bytes and no NUL");
     }
+    let casemate_wire::Platform { serial, oem_strings, .. } = &machine.platform;
+    let is_text = |text: &String, most| (1..=most).contains(&text.len()) && !text.contains('\0');
+    if oem_strings.len() > 8
+        || !oem_strings.iter().all(|text| is_text(text, 1024))
+        || !(serial.is_empty() || is_text(serial, 64))
+    {
+        return wrong(
+            "a serial number has at most 64 bytes, and there are at most 8 OEM strings of 1 to 1024",
+        );
+    }
     if machine.disks.iter().any(|disk| disk.size_bytes == 0 || !disk.size_bytes.is_multiple_of(512)) {
         return wrong("a disk's size must be a multiple of 512 and not 0");
     }

@@ -3,7 +3,8 @@
 //! ```text
 //! 0                 639 KiB RAM, with the boot structures below
 //! 0x0009_FC00       the pointer to the MP table (reserved)
-//! 0x000E_0000       ACPI tables, the MP table; in the last two pages the generation's identifier and the reset vector (reserved)
+//! 0x000E_0000       ACPI tables, the MP table (reserved)
+//! 0x000F_0000       SMBIOS tables; in the last two pages the generation's identifier and the reset vector (reserved)
 //! 0x0010_0000       RAM, up to 3 GiB
 //! 0xC000_0000       window for 32-bit BARs, 512 MiB
 //! 0xE000_0000       ECAM, 1 MiB a bus: the root bus and up to 8 slots for hot-plug
@@ -28,9 +29,9 @@ pub(crate) const SEGMENTS: u64 = 0x5000;
 pub(crate) const COMMAND_LINE: u64 = 0x2_0000;
 /// End of the RAM below the legacy hole. In the KiB that is left until 640 KiB, guests look for the pointer to the MP table.
 pub(crate) const LOW_END: u64 = 0x9_FC00;
-/// ACPI tables.
+/// ACPI tables, which end where those of SMBIOS begin.
 pub(crate) const ACPI: u64 = 0xE_0000;
-/// The page of the generation's identifier; ACPI tables end here at the latest.
+/// The page of the generation's identifier; SMBIOS tables end here at the latest.
 pub(crate) const GENERATION: u64 = 0xF_E000;
 /// Where RAM goes on.
 pub(crate) const HIGH_RAM: u64 = 0x10_0000;

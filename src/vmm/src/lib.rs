@@ -32,6 +32,7 @@ mod memory;
 mod peers;
 mod platform;
 mod root;
+mod tables;
 mod vsock;
 
 pub use entry::enter;

@@ -8,7 +8,7 @@ use std::{
     thread,
 };
 
-use casemate_chipset::{AcpiSpec, PciHost, RESET_CODE, RESET_VECTOR, intx_gsi, tables};
+use casemate_chipset::intx_gsi;
 use casemate_filters::Role;
 use casemate_passthrough::{Container, Seat, VfioDevice};
 use casemate_pci::{Function, HostBridge, RootPort};
@@ -19,7 +19,6 @@ use casemate_virtio::{
 };
 use casemate_wire::{CpuRange, Descriptors, End, Format, Limited, Machine, Pages};
 use kvm_ioctls::{Cap, VcpuFd, VmFd};
-use rustix::rand::GetRandomFlags;
 use vm_memory::{GuestMemoryBackend, GuestMemoryMmap};
 use vmm_sys_util::eventfd::EventFd;
 
@@ -38,8 +37,9 @@ use crate::{
     maps::{Attachments, DirectRegion, Doorbell},
     memory,
     peers::{Peers, PeersThread},
-    platform::{Platform, Processor},
+    platform::{Platform, PlatformParts, Processor},
     root::{Body, BusParts, FUNCTIONS_PER_BUS, Place, PortWindows, RootBus},
+    tables::{self, Told},
     vsock::KeepStreams,
 };
 
@@ -269,7 +269,10 @@ impl Built {
         let console_input = machine.console_input.map(|slot| descriptors.take(slot)).transpose()?.map(file);
         descriptors.finish()?;
         parts.add_ports(machine.hotplug.slots)?;
-        let rsdp = write_acpi(&memory, &processors, machine.hotplug.slots, window64)?;
+        let has_rtc = machine.platform.rtc;
+        let slots = machine.hotplug.slots;
+        let told = Told { processors: &processors, slots, window64, platform: machine.platform };
+        let rsdp = tables::write(&memory, told)?;
         let entry = boot::load(&memory, images, rsdp)?;
         let segments: Vec<u8> = cpu::SEGMENTS.iter().flat_map(|entry| entry.to_le_bytes()).collect();
         boot::put(&memory, layout::SEGMENTS, &segments)?;
@@ -295,7 +298,9 @@ impl Built {
         }
         let (lines, sources) = parts.intx.into_iter().unzip();
         let hotplug_requests = Arc::clone(&requests);
-        let platform = Arc::new(Platform::new(vm, root, console, lines, requests, machine.vcpus));
+        let parts_of_platform =
+            PlatformParts { vm, root, console, intx: lines, requests, vcpus: machine.vcpus, has_rtc };
+        let platform = Arc::new(Platform::new(parts_of_platform));
         let hotplug = kvm_vfio.filter(|_| machine.hotplug.slots > 0).map(|kvm_vfio| {
             let (spares, handles) = (0..machine.hotplug.slots).map(|_| Spare::new(spare_ring())).unzip();
             let (platform, memory) = (Arc::clone(&platform), Arc::clone(&memory));
@@ -595,39 +600,6 @@ fn run_vcpu(mut vcpu: VcpuFd, platform: Arc<Platform>, number: usize) {
         // The control thread ends the process.
         thread::park();
     }
-}
-
-fn write_acpi(
-    memory: &GuestMemoryMmap,
-    processors: &Processors,
-    slots: u8,
-    window64: layout::Range,
-) -> Result<u64, Error> {
-    let pci = PciHost {
-        ecam_base: layout::ECAM.start,
-        // Each slot is on a bus of its own.
-        buses: 0..=slots,
-        // Both ends were chosen to have 16 bits.
-        ports: layout::PORTS.start as u16..=(layout::PORTS.end() - 1) as u16,
-        mmio32: layout::WINDOW32.start..layout::WINDOW32.end(),
-        mmio64: window64.start..window64.end(),
-    };
-    let apic_ids = processors.topology().apic_ids().collect();
-    let spec = AcpiSpec { address: layout::ACPI, apic_ids, generation: layout::GENERATION, pci };
-    let tables = tables(&spec).map_err(|error| Error::Layout(error.to_string()))?;
-    if tables.bytes.len() as u64 > layout::GENERATION - layout::ACPI {
-        return Err(Error::Layout(format!("{} bytes of ACPI tables", tables.bytes.len())));
-    }
-    boot::put(memory, layout::ACPI, &tables.bytes)?;
-    boot::put(memory, layout::LOW_END, &tables.mp_pointer)?;
-    // Which life of this machine it is: each is its first and last, as long as none is woken from a snapshot.
-    let mut generation = [0; 16];
-    rustix::rand::getrandom(&mut generation, GetRandomFlags::empty())
-        .during("making the generation's identifier")?;
-    boot::put(memory, layout::GENERATION, &generation)?;
-    // Where Linux jumps to when it resets "by BIOS": a few instructions that write the reset register.
-    boot::put(memory, RESET_VECTOR, &RESET_CODE)?;
-    Ok(tables.rsdp)
 }
 
 fn make_vcpus(vm: &VmFd, processors: &Processors, entry: Entry) -> Result<Vec<VcpuFd>, Error> {

@@ -7,13 +7,13 @@ use std::{
         Arc, Condvar, Mutex, MutexGuard, PoisonError, TryLockError,
         atomic::{AtomicU64, Ordering},
     },
-    time::{Duration, Instant},
+    time::{Duration, Instant, SystemTime},
 };
 
 use casemate_chipset::{
     IOAPIC_PINS, IoApic, Msi, MsiSink, PANIC_PORT, PANIC_PORTS, POWER_BUTTON_GSI, POWER_PORT, POWER_PORTS,
-    Power, PowerEvent, SERIAL_GSI, SERIAL_PORT, SERIAL_PORTS, Serial, WATCHDOG_PORT, WATCHDOG_PORTS,
-    Watchdog, panic_read, panic_write,
+    Power, PowerEvent, RTC_PORT, RTC_PORTS, Rtc, SERIAL_GSI, SERIAL_PORT, SERIAL_PORTS, Serial,
+    WATCHDOG_PORT, WATCHDOG_PORTS, Watchdog, panic_read, panic_write,
 };
 use casemate_pci::{MsiMessage, Space};
 use casemate_wire::{Counters, End};
@@ -75,10 +75,25 @@ pub(crate) struct Platform {
     intx: Vec<Intx>,
     power: Mutex<Power>,
     watchdog: Mutex<Watchdog>,
+    rtc: Option<Mutex<Rtc>>,
     requests: Arc<Requests>,
     gate: Gate,
     /// One a processor.
     counters: Box<[ExitCounters]>,
+}
+
+/// What a platform is made of.
+pub(crate) struct PlatformParts {
+    pub(crate) vm: Arc<VmFd>,
+    pub(crate) root: RootBus,
+    /// What the serial port writes to.
+    pub(crate) console: File,
+    /// Lines of the bus's functions.
+    pub(crate) intx: Vec<Intx>,
+    pub(crate) requests: Arc<Requests>,
+    pub(crate) vcpus: u8,
+    /// Whether there is a clock chip.
+    pub(crate) has_rtc: bool,
 }
 
 /// The serial port, and whether input waits for room in it.
@@ -130,16 +145,15 @@ fn port_offset(port: u16, first: u16, count: u16, length: usize) -> Option<u16> 
     (usize::from(offset) + length <= usize::from(count)).then_some(offset)
 }
 
+/// The time of day, UTC.
+fn since_1970() -> Duration {
+    SystemTime::now().duration_since(SystemTime::UNIX_EPOCH).unwrap_or_default()
+}
+
 impl Platform {
-    /// A platform around the root bus, whose serial port writes to `console`; `intx` are lines of its functions.
-    pub(crate) fn new(
-        vm: Arc<VmFd>,
-        root: RootBus,
-        console: File,
-        intx: Vec<Intx>,
-        requests: Arc<Requests>,
-        vcpus: u8,
-    ) -> Self {
+    /// A platform of these parts.
+    pub(crate) fn new(parts: PlatformParts) -> Self {
+        let PlatformParts { vm, root, console, intx, requests, vcpus, has_rtc } = parts;
         let sink = SignalMsi { vm, requests: Arc::clone(&requests) };
         let ioapic = Arc::new(Mutex::new(IoApic::new(sink)));
         let pins = Arc::clone(&ioapic);
@@ -153,6 +167,7 @@ impl Platform {
             power: Mutex::default(),
             gate: Gate::new(Arc::clone(&requests)),
             watchdog: Mutex::default(),
+            rtc: has_rtc.then(Mutex::default),
             requests,
             counters: (0..vcpus).map(|_| ExitCounters::default()).collect(),
         }
@@ -194,6 +209,10 @@ impl Platform {
             let waited = self.serial_room.wait_timeout(serial, SERIAL_PATIENCE);
             serial = waited.unwrap_or_else(PoisonError::into_inner).0;
         }
+    }
+
+    fn rtc_at(&self, port: u16, length: usize) -> Option<(&Mutex<Rtc>, u16)> {
+        self.rtc.as_ref().zip(port_offset(port, RTC_PORT, RTC_PORTS, length))
     }
 
     fn read_serial(&self, offset: u16, data: &mut [u8]) {
@@ -289,6 +308,8 @@ impl Bus for Processor {
             lock(&self.platform.watchdog).read(offset, data, Instant::now());
         } else if port_offset(port, PANIC_PORT, PANIC_PORTS, data.len()).is_some() {
             panic_read(data);
+        } else if let Some((rtc, offset)) = self.platform.rtc_at(port, data.len()) {
+            lock(rtc).read(offset, data, since_1970());
         } else {
             self.platform.root.read(Space::Ports, port.into(), data);
         }
@@ -312,6 +333,8 @@ impl Bus for Processor {
             if panic_write(data) {
                 self.platform.requests.panicked();
             }
+        } else if let Some((rtc, offset)) = self.platform.rtc_at(port, data.len()) {
+            lock(rtc).write(offset, data, since_1970());
         } else {
             self.platform.root.write(Space::Ports, port.into(), data);
         }

@@ -23,6 +23,6 @@ pub use channel::{Channel, Descriptors, WireError};
 pub use credentials::peer_is_listener;
 pub use message::{
     Assigned, Below, Counters, Cpu, CpuRange, DESCRIPTORS, Disk, End, Format, FromCell, FromVsock, Hotplug,
-    Limited, MESSAGE_BYTES, Machine, Model, Net, Pages, Port, RAM_LOW_MOST, Ram, RomFile, Slot, TEXT_BYTES,
-    Terminal, ToCell, ToVsock, VERSION, Vsock, ram,
+    Limited, MESSAGE_BYTES, Machine, Model, Net, Pages, Platform, Port, RAM_LOW_MOST, Ram, RomFile, Slot,
+    TEXT_BYTES, Terminal, ToCell, ToVsock, VERSION, Vsock, ram,
 };

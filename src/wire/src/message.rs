@@ -7,7 +7,7 @@ use serde::{Deserialize, Serialize};
 use crate::{Answer, Ask, DeviceKind, Event, Limits, Refused};
 
 /// Version of this protocol. Both programs come from one build; a mismatch is refused at the first message.
-pub const VERSION: u32 = 6;
+pub const VERSION: u32 = 7;
 /// Most bytes of an encoded message.
 pub const MESSAGE_BYTES: usize = 32 << 10;
 /// Most descriptors with one message.
@@ -58,6 +58,8 @@ pub enum ToCell {
 /// Everything a cell needs to know of its guest.
 #[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
 pub struct Machine {
+    /// What it tells of itself.
+    pub platform: Platform,
     /// Processors, from 1.
     pub vcpus: u8,
     /// What they are.
@@ -102,6 +104,19 @@ pub struct Machine {
     pub hotplug: Hotplug,
     /// What of its disks and network cards is limited from the start.
     pub limits: Vec<Limited>,
+}
+
+/// What a machine tells of itself beside its devices.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+pub struct Platform {
+    /// Its UUID, in the order in which it's written.
+    pub uuid: [u8; 16],
+    /// Its serial number: at most 64 bytes, none of them 0; empty when it has none.
+    pub serial: String,
+    /// At most 8, each of 1 to 1024 bytes, none of them 0.
+    pub oem_strings: Vec<String>,
+    /// Whether it has a clock chip.
+    pub rtc: bool,
 }
 
 /// A virtio console whose size can change.

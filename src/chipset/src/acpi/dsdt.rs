@@ -14,8 +14,8 @@ use acpi_tables::{
 
 use super::{AcpiSpec, GENERATION_GSI, OEM_ID, OEM_REVISION, OEM_TABLE_ID, PciHost};
 use crate::{
-    PANIC_PORT, PANIC_PORTS, POWER_BUTTON_GSI, POWER_PORT, POWER_PORTS, SERIAL_GSI, SERIAL_PORT,
-    SERIAL_PORTS, WATCHDOG_PORT, WATCHDOG_PORTS, intx_gsi, power::SLEEP_TYPE_S5,
+    PANIC_PORT, PANIC_PORTS, POWER_BUTTON_GSI, POWER_PORT, POWER_PORTS, RTC_PORT, RTC_PORTS, SERIAL_GSI,
+    SERIAL_PORT, SERIAL_PORTS, WATCHDOG_PORT, WATCHDOG_PORTS, intx_gsi, power::SLEEP_TYPE_S5,
 };
 
 const HEADER_SIZE_BYTES: u32 = 36;
@@ -39,6 +39,9 @@ pub(super) fn dsdt(spec: &AcpiSpec, ecam: &Range<u64>) -> Sdt {
     generation(spec.generation, &mut devices);
     events(&mut devices);
     panic_notifier(&mut devices);
+    if spec.has_rtc {
+        clock_chip(&mut devices);
+    }
     for (uid, _) in (0..).zip(&spec.apic_ids) {
         processor(uid, &mut devices);
     }
@@ -224,6 +227,20 @@ fn panic_notifier(sink: &mut dyn AmlSink) {
             &Name::new("_HID".into(), &"QEMU0001"),
             &Name::new("_UID".into(), &ZERO),
             &Name::new("_CRS".into(), &ResourceTemplate::new(vec![&port])),
+        ],
+    )
+    .to_aml_bytes(sink);
+}
+
+/// Without an interrupt.
+fn clock_chip(sink: &mut dyn AmlSink) {
+    let ports = IO::new(RTC_PORT, RTC_PORT, 1, RTC_PORTS as u8);
+    Device::new(
+        "RTC_".into(),
+        vec![
+            &Name::new("_HID".into(), &EISAName::new("PNP0B00")),
+            &Name::new("_UID".into(), &ZERO),
+            &Name::new("_CRS".into(), &ResourceTemplate::new(vec![&ports])),
         ],
     )
     .to_aml_bytes(sink);
