@@ -16,8 +16,10 @@ use crate::{
 
 /// One after the other, past the guest's cache.
 const REQUESTS: u32 = 2_000;
-/// Of a long one.
-const LONG_MIB: u32 = 64;
+/// The image, and so many long requests.
+const IMAGE_MIB: u32 = 64;
+/// As often, by a process each: how long theirs take differs by one in fifteen, since the pages that one is given lie as they lie.
+const LONG_TIMES: u32 = 4;
 /// For all of a part, where KVM is emulated.
 const PART_MAX: Duration = Duration::from_secs(120);
 
@@ -27,8 +29,8 @@ const PARTS: [(&str, &str); 5] = [
     ("nothing", "true"),
     ("reads", "dd if=/dev/vda of=/dev/null bs=4k count=2000 iflag=direct"),
     ("writes", "dd if=/dev/zero of=/dev/vda bs=4k count=2000 oflag=direct"),
-    ("long-reads", "dd if=/dev/vda of=/dev/null bs=1M count=64 iflag=direct"),
-    ("long-writes", "dd if=/dev/zero of=/dev/vda bs=1M count=64 oflag=direct"),
+    ("long-reads", "for i in 1 2 3 4; do dd if=/dev/vda of=/dev/null bs=1M count=64 iflag=direct; done"),
+    ("long-writes", "for i in 1 2 3 4; do dd if=/dev/zero of=/dev/vda bs=1M count=64 oflag=direct; done"),
 ];
 
 /// What was measured of one part.
@@ -53,7 +55,7 @@ impl Part {
 
 pub(crate) fn disk(ctx: &mut Ctx) -> Result<(), Failure> {
     ctx.shell("mountpoint -q /sys/kernel/debug || mount -t debugfs none /sys/kernel/debug")?;
-    let image = image(ctx, LONG_MIB as usize)?;
+    let image = image(ctx, IMAGE_MIB as usize)?;
     // The pauses are for the host to look at its counters.
     let mut script = format!("{NOW}\n");
     for (name, command) in PARTS {
@@ -95,7 +97,8 @@ pub(crate) fn disk(ctx: &mut Ctx) -> Result<(), Failure> {
         crate::tell(&format!("{name}: exits to user space"), "per 1,000", &peers, &to_user_space);
     }
     for (index, name) in [(3, "reads of 1 MiB"), (4, "writes of 1 MiB")] {
-        crate::tell(name, "ms each", &peers, &of(index, &|part| part.seconds * 1e3 / f64::from(LONG_MIB)));
+        let requests = f64::from(LONG_TIMES * IMAGE_MIB);
+        crate::tell(name, "ms each", &peers, &of(index, &|part| part.seconds * 1e3 / requests));
     }
     Ok(())
 }
