@@ -103,7 +103,7 @@ fn header(entries_bytes: usize, count: u16) -> Vec<u8> {
 }
 
 /// What makes the sum of all bytes 0.
-fn complement(bytes: &[u8]) -> u8 {
+pub(crate) fn complement(bytes: &[u8]) -> u8 {
     bytes.iter().fold(0u8, |sum, byte| sum.wrapping_add(*byte)).wrapping_neg()
 }
 

@@ -3,6 +3,8 @@
 //! Guests find them by looking for the entry point; Linux shows them below `/sys/class/dmi/id`. A first boot of systemd makes the guest's
 //! `/etc/machine-id` from the UUID, cloud-init looks at the serial number, and systemd takes credentials from the OEM strings.
 
+use crate::mp::complement;
+
 /// Where guests begin to look for the entry point (5.2.2), at each multiple of 16 bytes.
 pub const SMBIOS_ADDRESS: u64 = 0xf_0000;
 
@@ -59,7 +61,7 @@ pub fn smbios(identity: &Identity) -> Vec<u8> {
     bytes.extend([0, ENTRY_BYTES, major, minor, 0, 1, 0]);
     bytes.extend(u32::try_from(tables.len()).unwrap_or(u32::MAX).to_le_bytes());
     bytes.extend((SMBIOS_ADDRESS + u64::from(ENTRY_BYTES)).to_le_bytes());
-    let checksum = bytes.iter().fold(0u8, |sum, byte| sum.wrapping_sub(*byte));
+    let checksum = complement(&bytes);
     if let Some(place) = bytes.get_mut(5) {
         *place = checksum;
     }
@@ -110,10 +112,7 @@ mod tests {
 
     fn read(bytes: &[u8]) -> Vec<Structure> {
         let (entry, mut rest) = bytes.split_at(24);
-        assert_eq!(
-            (&entry[..5], entry.iter().fold(0u8, |sum, byte| sum.wrapping_add(*byte))),
-            (&b"_SM3_"[..], 0)
-        );
+        assert_eq!((&entry[..5], complement(entry)), (&b"_SM3_"[..], 0));
         assert_eq!(entry[12..16], u32::try_from(rest.len()).unwrap().to_le_bytes());
         assert_eq!(entry[16..24], (SMBIOS_ADDRESS + 24).to_le_bytes());
         let mut structures = Vec::new();

@@ -4,7 +4,7 @@ use std::sync::Arc;
 
 use casemate_pci::{
     BarRequest, CONFIG_SPACE_BYTES, Config, ConfigError, DecodedBars, Function, Msi, MsiMessage,
-    MsiTransition, Msix, MsixTransition, VectorSink, regs,
+    MsiTransition, Msix, MsixTransition, VectorSink,
 };
 use vfio_bindings::bindings::vfio::VFIO_PCI_CONFIG_REGION_INDEX;
 use vmm_sys_util::eventfd::EventFd;
@@ -229,28 +229,6 @@ impl<S: VectorSink> VectorSink for Noting<'_, S> {
     fn is_pending(&self, vector: u16) -> bool {
         self.sink.is_pending(vector)
     }
-}
-
-/// Brings a device to rest, before a guest gets it and after one had it: MSI and MSI-X off, bus master off, reset, and bus
-/// master found off afterwards. What it stores is not looked at here.
-///
-/// # Errors
-/// The first step that failed. The device must go to nobody then.
-pub fn quiesce(vfio: &mut dyn Vfio) -> Result<(), VfioError> {
-    let command = u64::from(regs::COMMAND);
-    let rest = regs::COMMAND_MEMORY | regs::COMMAND_INTX_DISABLE;
-    let none: Arc<[EventFd]> = Arc::new([]);
-    for kind in [VectorKind::Msi, VectorKind::Msix] {
-        vfio.set_vectors(kind, &none, 0)?;
-    }
-    vfio.region_write(VFIO_PCI_CONFIG_REGION_INDEX, command, &rest.to_le_bytes())?;
-    vfio.reset()?;
-    let mut after = [0xff; 2];
-    vfio.region_read(VFIO_PCI_CONFIG_REGION_INDEX, command, &mut after)?;
-    if u16::from_le_bytes(after) & regs::COMMAND_MASTER != 0 {
-        return Err(VfioError::Unexpected("bus master is still on after the reset".into()));
-    }
-    Ok(())
 }
 
 #[cfg(test)]

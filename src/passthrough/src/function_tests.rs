@@ -225,56 +225,6 @@ fn eventfds_must_match_the_vectors() {
     assert!(AssignedFunction::new(parts).is_err());
 }
 
-#[test]
-fn quiesce_reads_the_result_and_looks_again() {
-    let mut mock = Mock::nvme();
-    quiesce(&mut mock).unwrap();
-    assert_eq!(
-        mock.take_events(),
-        [
-            Event::Vectors(VectorKind::Msi, 0),
-            Event::Vectors(VectorKind::Msix, 0),
-            command(0x0402),
-            Event::Reset
-        ]
-    );
-    mock.failing = true;
-    assert!(quiesce(&mut mock).is_err());
-
-    /// Comes out of a reset as a bus master.
-    struct Stubborn(Mock);
-    impl Vfio for Stubborn {
-        fn region_info(&mut self, index: u32) -> Result<Region, VfioError> {
-            self.0.region_info(index)
-        }
-        fn region_read(&mut self, index: u32, offset: u64, data: &mut [u8]) -> Result<(), VfioError> {
-            self.0.region_read(index, offset, data)
-        }
-        fn region_write(&mut self, index: u32, offset: u64, data: &[u8]) -> Result<(), VfioError> {
-            self.0.region_write(index, offset, data)
-        }
-        fn irq_info(&mut self, index: u32) -> Result<crate::IrqInfo, VfioError> {
-            self.0.irq_info(index)
-        }
-        fn set_vectors(
-            &mut self,
-            kind: VectorKind,
-            triggers: &Arc<[EventFd]>,
-            count: u16,
-        ) -> Result<(), VfioError> {
-            self.0.set_vectors(kind, triggers, count)
-        }
-        fn add_vector(&mut self, vector: u16, triggers: &Arc<[EventFd]>) -> Result<(), VfioError> {
-            self.0.add_vector(vector, triggers)
-        }
-        fn reset(&mut self) -> Result<(), VfioError> {
-            self.0.space[4] |= 4;
-            Ok(())
-        }
-    }
-    assert!(quiesce(&mut Stubborn(Mock::nvme())).unwrap_err().to_string().contains("bus master is still on"));
-}
-
 /// Every write of every width to every byte of configuration space, with patterns that set all and clear all.
 #[test]
 fn no_write_reaches_the_device_but_bus_master() {

@@ -37,7 +37,7 @@ mod sys;
 pub use container::{Container, IommuInfo, MappingRequest};
 pub use device::VfioDevice;
 pub use filter::{Access, FILTER, Rule, What};
-pub use function::{AssignedFunction, Parts, quiesce};
+pub use function::{AssignedFunction, Parts};
 pub use mapping::{Mapping, PAGE_BYTES};
 pub use probe::{Probe, ProbeError, Seat};
 pub use seam::{IrqInfo, Region, VectorKind, Vfio, VfioError};
